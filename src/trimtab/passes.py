@@ -1,0 +1,279 @@
+"""Passes: what is known of a running forward, and which of its rows an adapter edits.
+
+A `Pass` is opened when the model (or, in an encoder-decoder, its encoder or decoder) starts a forward, and closed when it
+ends; the hooks of `tuner.py` ask it for rows. Gradient checkpointing runs parts of the model again during the backward
+pass, long after the forward has ended and perhaps after another has begun, so `Passes.bind` hands each checkpointed call
+the pass it belongs to.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.positions import Positions
+
+BASE = "__base__"
+"""PEFT's name, among `adapter_names`, for a row without an adapter."""
+
+
+@dataclass
+class Prompt:
+    """Where the prompts of a batch end."""
+
+    width: int | None = None
+    """Columns of the prompts, padding included: at and after it no prompt token stands. None: not yet seen."""
+    real: Tensor | None = None
+    """(B, width) bool, False at padding; None for no padding."""
+    lengths: Tensor | None = None
+    """(B,) real tokens of each prompt; None where they fill the width."""
+    guessed: bool = False
+    """Nobody said where the prompt ends: the whole input is taken for it."""
+    mid_sequence: bool = False
+    """Guessed, and on top of a cache, so that even without training the guess would be wrong."""
+    awaits_mask: bool = False
+    """`generate` was given no mask; the first pass brings the one it made."""
+
+    def lengths_of(self, batch: int, device: torch.device) -> Tensor:
+        if self.lengths is not None:
+            return _repeated(self.lengths.to(device), batch)
+        if self.real is not None:
+            return _repeated(self.real.to(device), batch).sum(1)
+        return torch.full((batch,), self.width or 0, device=device)
+
+
+class EditedRows(NamedTuple):
+    """Edited tokens of (B, T, d) hidden states seen as (B T, d)."""
+
+    flat: Tensor
+    """(n, K) indices."""
+    valid: Tensor
+    """(n, K, 1) bool."""
+
+
+@dataclass
+class Pass:
+    """One forward of the model over a chunk of columns that starts at `start`."""
+
+    prompt: Prompt
+    start: int = 0
+    real: Tensor | None = None
+    """(B, start + T) bool over the past and the chunk; None where only the prompt can hold padding."""
+    adapter_names: list[str] | None = None
+    training: bool = False
+    _rows: dict[Any, EditedRows | None] = field(default_factory=dict)
+
+    def rows(self, adapter: str, positions: Positions, hidden: Tensor) -> EditedRows | None:
+        """The rows that `adapter` edits in hidden states (B, T, d), worked out once a pass; None for none at all.
+
+        Raises:
+            ValueError: in training, the end of the prompt matters and nobody said where it is.
+        """
+        batch, length, _ = hidden.shape
+        key = (adapter if self.adapter_names else None, positions, batch, length, hidden.device)
+        if key not in self._rows:
+            self._rows[key] = self._find_rows(adapter, positions, batch, length, hidden.device)
+        return self._rows[key]
+
+    def _find_rows(
+        self, adapter: str, positions: Positions, batch: int, length: int, device: torch.device
+    ) -> EditedRows | None:
+        prompt = self.prompt
+        if prompt.width is None:
+            prompt.width = self.start + length
+        if positions.scope in (None, "prompt") and self.start >= prompt.width:
+            return None  # a decode step: known on the host, so it costs no kernel
+        if prompt.mid_sequence and positions.needs_prompt_end:
+            raise ValueError(
+                f"positions={positions.text!r}: the call continues a cache of which it is not known where its prompt "
+                "ended. Pass prompt_lengths (one number of real prompt tokens a row), or use generate."
+            )
+        if self.training:
+            _check_prompt_end(prompt, positions, batch, device)
+        lengths, real = prompt.lengths_of(batch, device), self._real(batch, self.start + length, device)
+        chosen = self._rows_of(adapter, batch)
+        rows = torch.arange(batch, device=device)
+        if chosen is not None:
+            if not chosen:
+                return None
+            rows = torch.tensor(chosen, device=device)
+            lengths, real = lengths[rows], real[rows] if real is not None else None
+        index, valid = positions.rows(lengths, length, self.start, real)
+        return EditedRows(rows.unsqueeze(1) * length + index, valid.unsqueeze(-1))
+
+    def _rows_of(self, adapter: str, batch: int) -> list[int] | None:
+        """Which rows of the batch use the adapter; None for all. Beams and returned sequences repeat a row in place."""
+        if self.adapter_names is None:
+            return None
+        times, rest = divmod(batch, len(self.adapter_names))
+        if rest:
+            raise ValueError(f"adapter_names: {len(self.adapter_names)} names for a batch of {batch} rows; give one a row.")
+        return [i for i in range(batch) if self.adapter_names[i // times] == adapter]
+
+    def _real(self, batch: int, columns: int, device: torch.device) -> Tensor | None:
+        if self.real is not None:
+            return _repeated(self.real.to(device), batch)[:, :columns]
+        if self.prompt.real is None:
+            return None
+        real = _repeated(self.prompt.real.to(device), batch)[:, :columns]
+        generated = torch.ones(batch, columns - real.shape[1], dtype=torch.bool, device=device)
+        return torch.cat([real, generated], 1)
+
+
+def _check_prompt_end(prompt: Prompt, positions: Positions, batch: int, device: torch.device) -> None:
+    if prompt.guessed and positions.needs_prompt_end:
+        raise ValueError(
+            f"positions={positions.text!r}: in training the end of the prompt must be known, but the model was called "
+            "with neither labels nor prompt_lengths. Pass labels with -100 on the prompt, or prompt_lengths (one number "
+            "of real prompt tokens a row) to the forward call; positions such as 'f7' or 'all' need neither."
+        )
+    if prompt.lengths is None or positions.scope in ("all", "generated") or torch.compiler.is_compiling():
+        return
+    if not bool(prompt.lengths_of(batch, device).any()):
+        raise ValueError(
+            f"positions={positions.text!r}: every prompt in the batch is empty, so nothing would be edited or learned. "
+            "The labels supervise the first token; set them to -100 on the prompt (in TRL: a prompt-completion data set, "
+            "or completion_only_loss=True), or use positions='all'."
+        )
+
+
+class Passes:
+    """The passes now running on one model; shared by its tuner and its edited layers."""
+
+    def __init__(self) -> None:
+        self._running: list[Pass] = []
+        self.generation: Prompt | None = None
+        self.decoder_generation: Prompt | None = None
+        self.adapter_names: list[str] | None = None
+        self.labels: Tensor | None = None
+        self.prompt_lengths: Tensor | None = None
+
+    @property
+    def current(self) -> Pass | None:
+        return self._running[-1] if self._running else None
+
+    @property
+    def outer(self) -> Pass | None:
+        return self._running[-2] if len(self._running) > 1 else None
+
+    def open(self, new: Pass) -> None:
+        self._running.append(new)
+
+    def replace(self, new: Pass) -> None:
+        self._running[-1] = new
+
+    def close(self) -> Pass:
+        return self._running.pop()
+
+    @contextmanager
+    def within(self, running: Pass) -> Iterator[None]:
+        self._running.append(running)
+        try:
+            yield
+        finally:
+            self._running.pop()
+
+    def bind(self, module: nn.Module) -> None:
+        """Make what `module` checkpoints run within the pass it first ran in, also when it is recomputed."""
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if function is not None and not isinstance(function, _Bound):
+            module._gradient_checkpointing_func = _Bound(self, function)  # type: ignore[assignment]
+
+    def unbind(self, module: nn.Module) -> None:
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if isinstance(function, _Bound):
+            module._gradient_checkpointing_func = function.function  # type: ignore[assignment]
+
+    @contextmanager
+    def generating(self, inputs: Any, kwargs: dict[str, Any]) -> Iterator[None]:
+        """Remember the prompt that `generate` starts from; takes `prompt_lengths` out of its arguments."""
+        before = self.generation, self.decoder_generation
+        embeds = kwargs.get("inputs_embeds")
+        source = embeds if embeds is not None else inputs if inputs is not None else kwargs.get("input_ids")
+        mask = kwargs.get("attention_mask")
+        real = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        width = source.shape[1] if isinstance(source, Tensor) and source.dim() >= 2 else None
+        lengths = as_lengths(kwargs.pop("prompt_lengths", None), width)
+        self.generation = Prompt(width, real, lengths, awaits_mask=real is None)
+        self.decoder_generation = Prompt()
+        try:
+            yield
+        finally:
+            self.generation, self.decoder_generation = before
+
+
+class _Bound:
+    def __init__(self, passes: Passes, function: Callable[..., Any]) -> None:
+        self.passes, self.function = passes, function
+
+    def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        current = self.passes.current
+        return self.function(run if current is None else partial(self._rerun, current, run), *args, **kwargs)
+
+    def _rerun(self, running: Pass, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with self.passes.within(running):
+            return run(*args, **kwargs)
+
+
+def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a forward call by name."""
+    if not args:
+        return kwargs
+    names = [p.name for p in inspect.signature(module.forward).parameters.values() if p.kind != p.VAR_KEYWORD]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def past_length(past: Any) -> int:
+    return int(past.get_seq_length()) if hasattr(past, "get_seq_length") else 0
+
+
+def as_real(mask: Any, columns: int | None) -> Tensor | None:
+    """Which columns hold real tokens (B, columns), from a mask as models take it: 2-d, 4-d, or several by layer type."""
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
+        return None
+    if mask.dim() == 4:  # what the last query may look at; additive masks hold 0 there
+        mask = mask[:, 0, -1, :]
+        mask = mask if mask.dtype == torch.bool else mask >= 0
+    return mask.bool() if columns is None else mask.bool()[:, :columns]
+
+
+def as_lengths(lengths: Any, width: int | None = None) -> Tensor | None:
+    """`prompt_lengths` as a tensor (B,).
+
+    Raises:
+        ValueError: they are not one whole, non-negative number a row.
+    """
+    if lengths is None:
+        return None
+    lengths = torch.as_tensor(lengths)
+    if lengths.dim() != 1 or lengths.is_floating_point() or lengths.dtype == torch.bool:
+        raise ValueError(f"prompt_lengths={lengths}: must be one whole number a row, the real tokens of its prompt.")
+    if not lengths.is_cuda and (bool((lengths < 0).any()) or (width is not None and bool((lengths > width).any()))):
+        raise ValueError(f"prompt_lengths={lengths.tolist()}: must lie between 0 and the {width} tokens given.")
+    return lengths
+
+
+def first_supervised(labels: Tensor, real: Tensor | None) -> Tensor:
+    """Real tokens (B,) before the first column of labels (B, T) that is not -100; all of them where there is none."""
+    supervised = (labels != -100).long().cumsum(1) > 0
+    before = ~supervised if real is None else ~supervised & real.to(labels.device)
+    return before.sum(1)
+
+
+def _repeated(rows: Tensor, batch: int) -> Tensor:
+    """Rows repeated in place, as beams and num_return_sequences repeat them, to the batch at hand."""
+    if rows.shape[0] == batch:
+        return rows
+    times, rest = divmod(batch, rows.shape[0])
+    if rest:
+        raise ValueError(f"a mask, labels or prompt_lengths for {rows.shape[0]} rows met a batch of {batch}.")
+    return rows.repeat_interleave(times, 0)

@@ -1,0 +1,190 @@
+"""Rows from files (JSON, JSONL, CSV, TSV, Parquet) or the Hub; every mistake in a file has its line and a remedy."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+class DataError(ValueError):
+    """Data that cannot be used. The message names the file, the line or row, and what to do."""
+
+
+def locate(path: str | Path, folder: str | Path = ".") -> Path:
+    """The file at `path`, looked for in `folder` and then in the working directory.
+
+    Raises DataError naming similar files when it is in neither.
+    """
+    name = Path(path).expanduser()
+    tried = [Path(folder) / name, name]
+    for candidate in tried:
+        if candidate.is_file():
+            return candidate
+    near = [
+        str(name.with_name(close))
+        for parent in {p.parent for p in tried if p.parent.is_dir()}
+        for close in difflib.get_close_matches(name.name, [p.name for p in parent.iterdir() if p.is_file()])
+    ]
+    missing_folder = "" if any(p.parent.is_dir() for p in tried) else f"; there is no folder {name.parent}"
+    hint = f"; did you mean {' or '.join(sorted(set(near)))}?" if near else missing_folder
+    raise DataError(f"no file {str(path)!r}{hint}")
+
+
+def read_rows(
+    source: str | Path, split: str | None = None, *, config: str | None = None, columns: Sequence[str] | None = None
+) -> list[Row]:
+    """Read a .json, .jsonl, .csv, .tsv or .parquet file or, when `split` is given, a split of a dataset on the Hub.
+
+    `columns` names the fields of a CSV or TSV file that has no header line.
+
+    Raises DataError for a file that is missing, empty, damaged or of another kind, and when the Hub cannot be reached.
+    """
+    if split is not None:
+        return _read_hub(str(source), config, split)
+    path = locate(source)
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(f"{path}: unknown suffix {path.suffix!r}; use one of {', '.join(READERS)}")
+    if columns and path.suffix.lower() not in (".csv", ".tsv"):
+        raise DataError(f"{path}: columns are for .csv and .tsv files; this one names its own fields, remove columns")
+    rows = reader(path, columns)
+    if not rows:
+        raise DataError(f"{path}: the file holds no rows")
+    return rows
+
+
+def _read_hub(name: str, config: str | None, split: str) -> list[Row]:
+    from datasets import load_dataset
+
+    try:
+        return [dict(row) for row in load_dataset(name, config, split=split)]
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise DataError(
+            f"could not load {split!r} of the Hub dataset {name!r} ({type(error).__name__}: {reason}). Without a "
+            "network, save it to a file where there is one, and give that path under data: train: instead of name:"
+        ) from None
+
+
+def _text(path: Path) -> str:
+    raw = path.read_bytes()
+    if not raw.strip():
+        raise DataError(f"{path}: the file is empty")
+    for magic, kind in BINARY.items():
+        if raw.startswith(magic):
+            raise DataError(f"{path}: this is a {kind} file whatever its name says; export the rows as .jsonl")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        remedy = f"convert it, for example: iconv -f WINDOWS-1252 -t UTF-8 {path.name} > utf8-{path.name}"
+        raise DataError(f"{path}, line {line}: not UTF-8 text; {remedy}") from None
+
+
+BINARY = {
+    b"\x1f\x8b": "gzip",
+    b"PK\x03\x04": "zip",
+    b"PAR1": "parquet",
+    **{bytes([0x80, version]): "pickle (which trimtab does not open)" for version in range(2, 6)},
+}
+
+
+def _read_json(path: Path, _: Sequence[str] | None) -> list[Row]:
+    text = _text(path)
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":  # one object a line, as in .jsonl
+            return _json_lines(path, text)
+        raise DataError(f"{path}, line {error.lineno}: not JSON ({error.msg}); is the file cut short?") from None
+    rows = data.get("data") if isinstance(data, dict) and "data" in data else data
+    if not isinstance(rows, list):
+        raise DataError(f'{path}: expected a list of objects, or {{"data": [...]}}, not {type(rows).__name__}')
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, item {number}: expected an object with named fields, not {type(row).__name__}")
+    return rows
+
+
+def _read_jsonl(path: Path, _: Sequence[str] | None) -> list[Row]:
+    return _json_lines(path, _text(path))
+
+
+def _json_lines(path: Path, text: str) -> list[Row]:
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines would also cut at U+2028 inside a string
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{path}, line {number}: not a whole JSON object ({error.msg}); is the file cut short? "
+                "Repair or remove the line"
+            ) from None
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, line {number}: expected an object with named fields, not {type(row).__name__}")
+        rows.append(row)
+    return rows
+
+
+def _read_csv(path: Path, columns: Sequence[str] | None) -> list[Row]:
+    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
+    lines: list[tuple[int, list[str]]] = []
+    try:
+        for cells in reader:
+            if cells:
+                lines.append((reader.line_num, cells))
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: {error}; check the quotes, or use .jsonl") from None
+    return _table(path, lines, columns)
+
+
+def _read_tsv(path: Path, columns: Sequence[str] | None) -> list[Row]:
+    """Tabs separate and quotes are plain characters, as in GLUE's files."""
+    lines = enumerate((line.rstrip("\r").split("\t") for line in _text(path).split("\n")), 1)
+    return _table(path, [(number, cells) for number, cells in lines if cells != [""]], columns)
+
+
+def _table(path: Path, lines: list[tuple[int, list[str]]], columns: Sequence[str] | None) -> list[Row]:
+    header = list(columns) if columns else lines.pop(0)[1]
+    if len(set(header)) < len(header) or "" in header:
+        raise DataError(
+            f"{path}, line 1: the header {header} has an empty or repeated name; without a header, give columns:"
+        )
+    for number, cells in lines:
+        if len(cells) != len(header):
+            raise DataError(
+                f"{path}, line {number}: {len(cells)} cells where there are {len(header)} columns "
+                f"({', '.join(header)[:200]}); quote cells that hold the separator; without a header line, give columns:"
+            )
+    return [dict(zip(header, cells, strict=True)) for _, cells in lines]
+
+
+def _read_parquet(path: Path, _: Sequence[str] | None) -> list[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows: list[Row] = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(
+            f"{path}: not a whole parquet file ({str(error).splitlines()[0]}); write or fetch it again"
+        ) from None
+    return rows
+
+
+READERS: dict[str, Callable[[Path, Sequence[str] | None], list[Row]]] = {
+    ".json": _read_json,
+    ".jsonl": _read_jsonl,
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+    ".parquet": _read_parquet,
+}

@@ -1,0 +1,245 @@
+"""The fields of the YAML that `trimtab train` reads, as pydantic models."""
+
+from __future__ import annotations
+
+import re
+import string
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+SPLITS = ("train", "validation", "test")
+
+
+def parse_template(template: str) -> list[tuple[str, str | None]]:
+    """Split `"Q: {question}\\nA:"` into `[("Q: ", "question"), ("\\nA:", None)]`: text, then the field after it.
+
+    Raises ValueError for an unbalanced brace, an empty `{}`, and a conversion or format such as `{a!r}` or `{a:>9}`.
+    """
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(f"{error}: a field is written {{name}}, a plain brace is doubled, {{{{ or }}}}") from None
+    for _, field, spec, conversion in parts:
+        if field is not None and (not field or spec or conversion):
+            raise ValueError("a field is a bare name in braces, as in {question}: no conversion, no format, not empty")
+    return [(text, field) for text, field, _, _ in parts]
+
+
+def _template(value: str) -> str:
+    parse_template(value)
+    return value
+
+
+def _folder_name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", value):
+        raise ValueError(
+            "a task's name becomes a folder: letters, digits, '_', '-' and '.', not starting with '.' or '-'"
+        )
+    return value
+
+
+def _as_text(value: Any) -> Any:
+    return str(value).lower() if isinstance(value, bool) else str(value) if isinstance(value, int | float) else value
+
+
+def _different(values: list[str]) -> list[str]:
+    if len(set(values)) < len(values):
+        raise ValueError("the same name appears twice")
+    return values
+
+
+Template = Annotated[str, AfterValidator(_template)]
+Names = Annotated[list[Annotated[str, BeforeValidator(_as_text)]], Field(min_length=2), AfterValidator(_different)]
+FieldNames = Annotated[
+    list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v), Field(min_length=1, max_length=2)
+]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class AdapterSpec(_Section):
+    """What `trimtab.ReftConfig` is made of; the values are checked there."""
+
+    method: str = "loreft"
+    r: int = 4
+    positions: str = "f7+l7"
+    layers: str | list[int] = "all"
+    site: str = "block"
+    tied: bool = True
+    dropout: float = 0.0
+    activation: str | None = None
+    init_weights: bool | str = True
+
+
+class TrainingSpec(_Section):
+    """How a task is trained. `epochs` and `max_steps` replace each other; the one not used is None."""
+
+    learning_rate: PositiveFloat = 4e-3
+    epochs: PositiveFloat | None = 20.0
+    max_steps: PositiveInt | None = None
+    batch_size: PositiveInt = 16
+    gradient_accumulation: PositiveInt = 1
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """The share of the steps over which the rate rises from 0."""
+    weight_decay: NonNegativeFloat = 0.0
+    max_length: PositiveInt = 512
+    checkpoint_every: PositiveInt | None = None
+    """In steps; None is once an epoch."""
+    gradient_checkpointing: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_length(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        epochs, max_steps = data.get("epochs"), data.get("max_steps")
+        if epochs is not None and max_steps is not None:
+            raise ValueError("epochs and max_steps are both given; keep one")
+        if max_steps is not None:
+            return {**data, "epochs": None}
+        return {**data, "max_steps": None} if epochs is not None else {k: v for k, v in data.items() if k != "epochs"}
+
+
+class Limits(_Section):
+    """At most so many rows of a split, from its start."""
+
+    train: PositiveInt | None = None
+    validation: PositiveInt | None = None
+    test: PositiveInt | None = None
+
+
+class DataSpec(_Section):
+    """Files, or with `name` the splits of a dataset on the Hub."""
+
+    train: str
+    """a .jsonl, .json, .csv, .tsv or .parquet file, or with name: the Hub dataset's split"""
+    validation: str | None = None
+    test: str | None = None
+    name: str | None = None
+    config: str | None = None
+    columns: Names | None = None
+    """The field names of a CSV or TSV file that has no header line."""
+    limit: Limits = Limits()
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataSpec:
+        if self.config is not None and self.name is None:
+            raise ValueError("config goes with a Hub dataset; add name, or remove config")
+        if self.columns is not None and self.name is not None:
+            raise ValueError("columns are for files without a header; remove it, or name")
+        return self
+
+
+class _TaskSpec(_Section):
+    task_type: ClassVar[str]
+    data: DataSpec
+    """a mapping such as {train: data/train.jsonl, test: data/test.jsonl}"""
+    adapter: AdapterSpec = AdapterSpec()
+    training: TrainingSpec = TrainingSpec()
+
+    def adapter_fields(self) -> dict[str, Any]:
+        """The keyword arguments of this task's `ReftConfig`."""
+        return {"task_type": self.task_type, **self.adapter.model_dump()}
+
+
+class GenerationSpec(_TaskSpec):
+    """Prompt in, text out."""
+
+    task_type: ClassVar[str] = "CAUSAL_LM"
+    type: Literal["generation"]
+    prompt: Template
+    """a template over the row's fields such as "{question}" """
+    answer: Template
+    """a template over the row's fields such as "{output}" """
+    chat: Literal[True, False, "auto"] = "auto"
+    system: str | None = None
+    choices: Names | None = None
+    score: Literal["exact_match", "number", "choice"] = "exact_match"
+    max_new_tokens: PositiveInt = 16
+
+    @model_validator(mode="after")
+    def _consistent(self) -> GenerationSpec:
+        if (self.score == "choice") != (self.choices is not None):
+            raise ValueError("score: choice and a choices: list go together; give both or neither")
+        if self.chat is False and self.system is not None:
+            raise ValueError("system needs the chat template; remove it or chat: false")
+        return self
+
+
+class ClassificationSpec(_TaskSpec):
+    """Text (or a pair of texts) in, one of several classes out."""
+
+    task_type: ClassVar[str] = "SEQ_CLS"
+    type: Literal["classification"]
+    text: FieldNames
+    """the text's field, or [first, second] for a pair"""
+    label: str
+    """the field that holds the class"""
+    labels: Names | None = None
+    """The classes in order; without it, those of the training file, sorted."""
+    score: Literal["accuracy", "f1", "mcc"] = "accuracy"
+
+
+class RegressionSpec(_TaskSpec):
+    """Text (or a pair of texts) in, one number out."""
+
+    task_type: ClassVar[str] = "SEQ_CLS"
+    type: Literal["regression"]
+    text: FieldNames
+    """the text's field, or [first, second] for a pair"""
+    label: str
+    """the field that holds the number"""
+    score: Literal["correlation"] = "correlation"
+
+
+TaskSpec = GenerationSpec | ClassificationSpec | RegressionSpec
+S = TypeVar("S", AdapterSpec, TrainingSpec)
+
+
+def _merged(common: S | None, own: S) -> S:
+    given = common.model_dump(exclude_unset=True) if common else {}
+    return own.model_validate({**given, **own.model_dump(exclude_unset=True)})
+
+
+class Recipe(_Section):
+    """The whole file. Each task's `adapter` and `training` already hold what the top level says."""
+
+    model: str
+    """a local model folder or a Hub name"""
+    output: str = "runs"
+    seed: NonNegativeInt = 0
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    adapter: AdapterSpec = AdapterSpec()
+    training: TrainingSpec = TrainingSpec()
+    tasks: dict[Annotated[str, AfterValidator(_folder_name)], Annotated[TaskSpec, Field(discriminator="type")]] = Field(
+        min_length=1
+    )
+    """a mapping of task names to tasks"""
+
+    @field_validator("tasks")
+    @classmethod
+    def _inherit(cls, tasks: dict[str, TaskSpec], info: ValidationInfo) -> dict[str, TaskSpec]:
+        def merge(task: TaskSpec) -> TaskSpec:
+            sections = {key: _merged(info.data.get(key), getattr(task, key)) for key in ("adapter", "training")}
+            return task.model_copy(update=sections)
+
+        return {name: merge(task) for name, task in tasks.items()}

@@ -1,0 +1,168 @@
+"""Sites: the modules whose output is edited, found on any architecture rather than tabled.
+
+The blocks of a model are its outermost `nn.ModuleList` of layers. Where a model has several (a vision tower beside a
+language model, say) the transformers config says which is meant; an encoder-decoder has two, and its blocks are numbered
+through, the encoder's first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from torch import nn
+
+_ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
+_MLP = re.compile(r"mlp|feed_?forward|ffn|moe|layerff", re.IGNORECASE)
+
+
+class Site(NamedTuple):
+    """A module whose output is edited."""
+
+    name: str
+    module: nn.Module
+    width: int
+    """Size of the last dimension of its output."""
+
+
+def find_sites(model: nn.Module, site: str, layers: str | list[int]) -> list[Site]:
+    """The modules that a config's `site` and `layers` mean on this model, in the order of the forward pass.
+
+    Raises:
+        ValueError: there is no such module; says what there is.
+    """
+    if site in ("block", "attention", "mlp"):
+        modules = blocks = find_blocks(model)
+        if site != "block":
+            modules = [_part_of(name, block, site) for name, block in blocks]
+    else:
+        modules = _matching(model, site)
+    chosen = modules if layers == "all" else [modules[i] for i in _checked_indices(layers, len(modules))]  # type: ignore[arg-type]
+    return [Site(name, module, _width(model, name, module)) for name, module in chosen]
+
+
+def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The named blocks of the model, first to last; of an encoder-decoder, the encoder's and then the decoder's.
+
+    Raises:
+        ValueError: the model has no list of blocks, or several and nothing says which is meant.
+    """
+    stacks = list(_outermost_lists(model))
+    if not stacks:
+        raise ValueError(
+            f"site='block': {type(model).__name__} has no nn.ModuleList of blocks. "
+            "Give site as a regular expression over module names, for example site=r'encoder\\.\\d+'."
+        )
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        stacks = _encoder_and_decoder(model, stacks)
+    elif len(stacks) > 1:
+        stacks = [_main_stack(model, stacks)]
+    return [(f"{name}.{i}", block) for name, blocks in stacks for i, block in enumerate(blocks)]
+
+
+def _outermost_lists(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
+    for name, child in module.named_children():
+        path = f"{prefix}.{name}" if prefix else name
+        if isinstance(child, nn.ModuleList) and len(child) and any(True for _ in child[0].parameters()):
+            yield path, child
+        else:
+            yield from _outermost_lists(child, path)
+
+
+def _encoder_and_decoder(model: nn.Module, stacks: list[Any]) -> list[Any]:
+    """The largest list inside each half, in the order of the forward pass."""
+    halves = [model.get_encoder(), model.get_decoder()]  # type: ignore[operator]
+    return [max((s for s in stacks if _contains(half, s[1])), key=lambda s: _size(s[1])) for half in halves]
+
+
+def _main_stack(model: nn.Module, stacks: list[Any]) -> Any:
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    depth = getattr(text, "num_hidden_layers", None)
+    fitting = [stack for stack in stacks if len(stack[1]) == depth] or stacks
+    decoder = model.get_decoder() if len(fitting) > 1 and hasattr(model, "get_decoder") else None
+    if isinstance(decoder, nn.Module):
+        fitting = [stack for stack in fitting if _contains(decoder, stack[1])] or fitting
+    sizes = sorted((_size(stack[1]) for stack in fitting), reverse=True)
+    if len(fitting) > 1 and sizes[0] < 4 * sizes[1]:
+        names = ", ".join(f"{name} ({len(blocks)})" for name, blocks in fitting)
+        raise ValueError(
+            f"site='block': {type(model).__name__} has several lists of blocks, {names}. "
+            f"Say which with a regular expression, for example site=r'{re.escape(fitting[0][0])}\\.\\d+'."
+        )
+    return max(fitting, key=lambda stack: _size(stack[1]))
+
+
+def _contains(module: nn.Module, inner: nn.Module) -> bool:
+    return any(child is inner for child in module.modules())
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _part_of(name: str, block: nn.Module, site: str) -> tuple[str, nn.Module]:
+    """The first attention or MLP module of a block, by its name or its class."""
+    pattern, other = (_ATTENTION, _MLP) if site == "attention" else (_MLP, _ATTENTION)
+    for child_name, child in block.named_modules():
+        words = (child_name.rpartition(".")[2], type(child).__name__)
+        if any(map(pattern.search, words)) and not any(map(other.search, words)) and "norm" not in words[1].lower():
+            return f"{name}.{child_name}", child
+    raise ValueError(
+        f"site={site!r}: found no {site} module in {name} ({type(block).__name__}, with "
+        f"{', '.join(n for n, _ in block.named_children())}). Give site as a regular expression over module names."
+    )
+
+
+def _matching(model: nn.Module, pattern: str) -> list[tuple[str, nn.Module]]:
+    try:
+        found = [(n, m) for n, m in model.named_modules() if n and ".reft" not in n and re.fullmatch(pattern, n)]
+    except re.error as error:
+        raise ValueError(f"site={pattern!r}: not a regular expression ({error}), nor block, attention or mlp.") from None
+    if not found:
+        some = ", ".join([n for n, _ in model.named_modules() if n and ".reft" not in n][:12])
+        raise ValueError(f"site={pattern!r}: matches no module name as a whole. The model's modules begin: {some}, ...")
+    return found
+
+
+def _checked_indices(layers: list[int], count: int) -> list[int]:
+    outside = [i for i in layers if not -count <= i < count]
+    if outside:
+        raise ValueError(f"layers={layers}: {outside} not there; the model has blocks 0 to {count - 1} (or -{count} to -1).")
+    indices = sorted(i % count for i in layers)
+    if len(set(indices)) < len(indices):
+        raise ValueError(f"layers={layers}: names a block twice, once from each end.")
+    return indices
+
+
+def _width(model: nn.Module, name: str, module: nn.Module) -> int:
+    """The config's hidden size where the module has a weight of that size, else the output size of its last layer."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    hidden = getattr(text, "hidden_size", None)
+    if isinstance(getattr(text, "depths", None), list | tuple):  # a pyramid: each stage has its own width
+        hidden = None
+    if isinstance(hidden, int) and any(hidden in parameter.shape for parameter in module.parameters()):
+        return hidden
+    if isinstance(hidden, int) and any(hasattr(m, "in_features") for m in module.modules()):
+        sizes = {getattr(m, k, None) for m in module.modules() for k in ("in_features", "out_features")}
+        if hidden in sizes:  # weights packed by quantization keep no such shape
+            return hidden
+    for layer in reversed(list(module.modules())):
+        for attribute in ("out_features", "nf", "embed_dim"):
+            size = getattr(layer, attribute, None)
+            if isinstance(size, int):
+                return size
+        weight = getattr(layer, "weight", None)
+        if isinstance(weight, nn.Parameter) and weight.dim() == 1:
+            return weight.shape[0]
+    raise ValueError(f"site: cannot tell the width of {name} ({type(module).__name__}): it holds no linear layer or norm.")
+
+
+def host(module: nn.Module) -> nn.Module:
+    """Where the edit's parameters are kept: the module itself, or, as a container runs whatever it holds, its last layer."""
+    while isinstance(module, nn.Sequential | nn.ModuleList):
+        module = module[-1]
+    return module

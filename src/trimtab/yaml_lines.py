@@ -1,0 +1,97 @@
+"""YAML read strictly, with the line of every value: no key twice, `4e-3` a number, `no` a word (as in YAML 1.2)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import yaml
+
+
+class YamlError(ValueError):
+    """Text that is not YAML, or has a key twice; `line` counts from 1."""
+
+    def __init__(self, line: int, message: str) -> None:
+        super().__init__(message)
+        self.line = line
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (own ones, instead of YAML 1.1's)
+
+
+_SCALARS = {
+    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "int": (r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
+    "float": (
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+    "merge": (r"<<", "<"),
+}
+for _name, (_pattern, _first) in _SCALARS.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(rf"^(?:{_pattern})$"), list(_first))
+
+
+def parse_yaml(text: str) -> tuple[Any, yaml.Node | None]:
+    """Return the value and the tree of nodes that `find` looks lines up in.
+
+    Raises YamlError for bad syntax, a key given twice, an alias inside its own anchor, and a tag for an object.
+    """
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        for mapping in _mappings(node, ()):
+            _no_key_twice(mapping)
+        return (loader.construct_document(node) if node else None), node
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise YamlError(mark.line + 1 if mark else 1, f"not valid YAML: {error.problem or error.context}") from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise YamlError(line, f"not valid YAML: character #x{error.character:04x} is not allowed") from None
+
+
+def find(node: yaml.Node | None, path: Sequence[str | int]) -> tuple[int, list[str | int]]:
+    """The line of the deepest part of `path` in the tree, and the parts found; unknown parts are passed over."""
+    line = 1
+    found: list[str | int] = []
+    for part in path:
+        step = next((s for s in _children(node) if s[0] == part), None)
+        if step is not None:
+            _, line, node = step
+            found.append(part)
+    return line, found
+
+
+def _children(node: yaml.Node | None) -> Iterator[tuple[str | int, int, yaml.Node]]:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in reversed(node.value):  # a merged `<<` comes first and is overridden
+            name = int(key.value) if key.tag.endswith(":int") else key.value
+            yield name, key.start_mark.line + 1, value
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            yield index, value.start_mark.line + 1, value
+
+
+def _mappings(node: yaml.Node | None, above: tuple[yaml.Node, ...]) -> Iterator[yaml.MappingNode]:
+    if node is None:
+        return
+    if node in above:
+        raise YamlError(node.start_mark.line + 1, "an alias stands inside its own anchor")
+    if isinstance(node, yaml.MappingNode):
+        yield node
+    for _, _, child in _children(node):
+        yield from _mappings(child, (*above, node))
+
+
+def _no_key_twice(node: yaml.MappingNode) -> None:
+    lines: dict[str, int] = {}
+    for key, _ in node.value:
+        line = key.start_mark.line + 1
+        if isinstance(key.value, str) and lines.setdefault(key.value, line) != line:
+            raise YamlError(
+                line, f"the key {key.value!r} is already given on line {lines[key.value]}; keep one of them"
+            )
