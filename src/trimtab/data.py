@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trimtab.rows import DataError, Row, locate, read_rows
 
-__all__ = ["Collator", "DataError", "Encoded", "Row", "encode", "encode_texts", "locate", "read_rows"]
+__all__ = ["Collator", "DataError", "Encoded", "Row", "encode", "encode_messages", "encode_texts", "locate", "read_rows"]
 
 IGNORED = -100  # the label of a token that the loss skips
 Chat = Literal[True, False, "auto"]
@@ -62,6 +62,12 @@ def encode(
     return Encoded(ids + answer_ids, len(ids), [IGNORED] * len(ids) + answer_ids)
 
 
+def encode_messages(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> Encoded:
+    """Tokenise a conversation up to where the next answer starts; raises DataError without a chat template."""
+    ids = _ids(tokenizer, _render_messages(tokenizer, messages))
+    return Encoded(ids, len(ids), None)
+
+
 def encode_texts(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], label: int | float | None, max_length: int
 ) -> tuple[Encoded, bool]:
@@ -77,10 +83,13 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _render_chat(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | None) -> str:
-    if tokenizer.chat_template is None:
-        raise DataError("chat: true, but the tokenizer has no chat template; set chat: false or auto")
     messages = [{"role": "system", "content": system}] if system is not None else []
-    messages.append({"role": "user", "content": prompt})
+    return _render_messages(tokenizer, [*messages, {"role": "user", "content": prompt}])
+
+
+def _render_messages(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
+    if tokenizer.chat_template is None:
+        raise DataError("the tokenizer has no chat template; in a recipe set chat: false or auto")
     try:
         return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
     except Exception as error:  # jinja's errors, whose package need not be imported here

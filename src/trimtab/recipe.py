@@ -137,7 +137,10 @@ def _schema_problems(error: ValidationError, node: Any) -> list[tuple[Place, str
         by_place.setdefault(place, []).append(_explain(each))
         if each["type"] != "missing" and not isinstance(each["input"], dict | list):
             values[place] = f" (it is {str(each['input'])[:60]!r})"
-    return [(place, " or ".join(texts).replace(" or must be ", " or ") + values.get(place, "")) for place, texts in by_place.items()]
+    return [
+        (place, " or ".join(texts).replace(" or must be ", " or ") + values.get(place, ""))
+        for place, texts in by_place.items()
+    ]
 
 
 def _explain(error: ErrorDetails) -> str:

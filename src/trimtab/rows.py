@@ -163,7 +163,7 @@ def _table(path: Path, lines: list[tuple[int, list[str]]], columns: Sequence[str
         if len(cells) != len(header):
             raise DataError(
                 f"{path}, line {number}: {len(cells)} cells where there are {len(header)} columns "
-                f"({', '.join(header)[:200]}); quote cells that hold the separator; without a header line, give columns:"
+                f"({', '.join(header)[:200]}); quote cells that hold the separator; without a header, give columns:"
             )
     return [dict(zip(header, cells, strict=True)) for _, cells in lines]
 

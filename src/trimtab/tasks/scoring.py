@@ -28,7 +28,7 @@ def named_choice(text: str, choices: Sequence[str]) -> int | None:
 
     A text that is just one choice counts in any case. Otherwise choices are whole words in any case, except one-letter
     ones, which must match in case (so "a" is no answer A), and of two that start together the longer is meant. Where no
-    choice is named, a capital standing alone, as in "(B)" or "B.", means the choice at its place in the alphabet.
+    choice is named, a closed-off capital, as in "(B)", "B." or "B" at the end, means the choice at that letter.
     """
     bare = text.strip().strip(".,:;!()[]\"'*").casefold()
     for index, choice in enumerate(choices):
@@ -37,7 +37,7 @@ def named_choice(text: str, choices: Sequence[str]) -> int | None:
     hits = [(hit.start(), -len(c), i) for i, c in enumerate(choices) if (hit := _whole_word(c).search(text))]
     if hits:
         return min(hits)[2]
-    letter = re.search(r"(?<!\w)([A-Z])(?![\w'])", text)
+    letter = re.search(r"(?<!\w)([A-Z])(?=[.):]|\s*$)", text)
     index = ord(letter[1]) - ord("A") if letter else len(choices)
     return index if index < len(choices) else None
 

@@ -1,0 +1,114 @@
+"""Answers from one base model under several adapters at once: what `generate` and `chat` run on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from trimtab.adapters import AdapterError, inspect_adapter
+from trimtab.data import Encoded, encode, encode_messages
+from trimtab.evaluation import predict
+from trimtab.passes import BASE
+from trimtab.schema import parse_template
+
+Message = dict[str, str]
+
+
+def find_adapters(folders: Sequence[str]) -> dict[str, Path]:
+    """Adapter folders by name: each folder itself, or those that stand in it.
+
+    Raises:
+        AdapterError: a folder holds no adapter, or two adapters share a name.
+    """
+    found: dict[str, Path] = {}
+    for folder in map(Path, folders):
+        inside = [folder] if (folder / "adapter_config.json").exists() else sorted(
+            path.parent for path in folder.glob("*/adapter_config.json")
+        )
+        if not inside:
+            raise AdapterError(f"{folder}: no adapter there, nor in a folder inside it (no adapter_config.json).")
+        for path in inside:
+            name = path.resolve().name.replace(".", "_")
+            if name in found:
+                raise AdapterError(f"two adapters are called {name!r}, {found[name]} and {path}; rename a folder.")
+            found[name] = path
+    return found
+
+
+class Answerer:
+    """A base model with its adapters loaded; each row of a batch may use another one, or none (`__base__`)."""
+
+    def __init__(self, adapters: dict[str, Path], model: str | None = None) -> None:
+        """Load the base model and every adapter.
+
+        Raises:
+            AdapterError: an adapter is damaged, is of another base model, or does not generate text.
+        """
+        infos = {name: inspect_adapter(path) for name, path in adapters.items()}
+        bases = {info.base_model for info in infos.values()}
+        if model is None and len(bases) != 1:
+            raise AdapterError(f"the adapters name {len(bases)} base models ({', '.join(map(str, bases))}); say --model.")
+        for name, info in infos.items():
+            if info.config.task_type not in (None, "CAUSAL_LM"):
+                raise AdapterError(f"{adapters[name]}: trained for {info.config.task_type}; it does not generate text.")
+        self.base_name = model if model is not None else str(bases.pop())
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.base_name)
+        self.prompts = {name: _prompting(path) for name, path in adapters.items()}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(self.base_name, dtype="auto")
+        loaded = loaded.to("cuda" if torch.cuda.is_available() else "cpu")
+        for name, path in adapters.items():
+            if isinstance(loaded, PeftModel):
+                loaded.load_adapter(str(path), adapter_name=name)
+            else:
+                loaded = PeftModel.from_pretrained(loaded, str(path), adapter_name=name)
+        self.model = loaded.eval()
+
+    def answer(self, prompt: str, names: Sequence[str], max_new_tokens: int | None = None) -> list[str]:
+        """The greedy answers to one prompt under each adapter named, worked out in a single batch."""
+        encoded = [self._encode(prompt, name) for name in names]
+        most = max_new_tokens or max((self.prompts[n]["max_new_tokens"] for n in names if n in self.prompts), default=64)
+        return self._run(encoded, names, most)
+
+    def reply(self, messages: list[Message], name: str, max_new_tokens: int = 256) -> str:
+        """The next turn of a conversation."""
+        return self._run([encode_messages(self.tokenizer, messages)], [name], max_new_tokens)[0]
+
+    def _run(self, encoded: Sequence[Encoded], names: Sequence[str], max_new_tokens: int) -> list[str]:
+        adapter_names = names if isinstance(self.model, PeftModel) else None
+        texts = predict(
+            self.model, self.tokenizer, encoded, max_new_tokens=max_new_tokens, adapter_names=adapter_names
+        )
+        return [text.strip() for text in texts]
+
+    def _encode(self, prompt: str, name: str) -> Encoded:
+        """The prompt as the adapter's training wrote it; for the base model as the first adapter's did."""
+        how = self.prompts.get(name) or next(iter(self.prompts.values()), _PLAIN)
+        parts = parse_template(how["prompt"])
+        fields = {field for _, field in parts if field is not None}
+        if len(fields) > 1:
+            raise AdapterError(
+                f"{name}: was trained on prompts with several fields, {how['prompt']!r}; use trimtab eval, which has them."
+            )
+        text = "".join(text + (prompt if field is not None else "") for text, field in parts) if fields else prompt
+        return encode(self.tokenizer, text, chat=how["chat"], system=how["system"])
+
+
+_PLAIN: dict[str, Any] = {"prompt": "{prompt}", "chat": "auto", "system": None, "max_new_tokens": 64}
+
+
+def _prompting(folder: Path) -> dict[str, Any]:
+    """How a run of trimtab wrote its prompts; the chat template alone for adapters from elsewhere."""
+    try:
+        task = json.loads((folder / "run.json").read_text())["run"]["task"]
+    except (OSError, ValueError, KeyError):
+        return _PLAIN
+    return {key: task[key] for key in _PLAIN}
+
+
+__all__ = ["BASE", "Answerer", "Message", "find_adapters"]

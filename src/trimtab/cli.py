@@ -1,0 +1,222 @@
+"""The `trimtab` command."""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train, score and switch LoReFT adapters on one frozen model.",
+)
+console = Console()
+
+RecipeFile = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", metavar="FILE")]
+TaskNames = Annotated[list[str] | None, typer.Option("--task", help="Only this task; may be repeated.")]
+Folders = Annotated[
+    list[str] | None, typer.Option("--adapter", "-a", help="An adapter's folder, or one that holds several; may be repeated.")
+]
+ModelName = Annotated[str | None, typer.Option(help="The base model, where it is not the one the adapter names.")]
+
+
+@app.command()
+def init(
+    model: Annotated[str, typer.Argument(help="A local model folder or a Hub name.")],
+    task: Annotated[list[str] | None, typer.Option(help="name=training_file; may be repeated.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The recipe to write.")] = Path("recipe.yaml"),
+) -> None:
+    """Look at a model and write a commented recipe for it."""
+    from trimtab.starter import adapter_parameters, look_at, parse_tasks, recipe_text, suggest
+
+    if output.exists():
+        raise FileExistsError(f"{output} is there already; give another --output, or remove it.")
+    facts = look_at(model)
+    output.write_text(recipe_text(facts, parse_tasks(task or [])), encoding="utf-8")
+    weight = adapter_parameters(facts, suggest(facts).r)
+    table = Table("", "parameters", "share", "file (float32)", title=f"{model}: {facts.blocks} blocks of width {facts.width}")
+    for name, count in (("this LoReFT", weight), ("LoRA r8, all linear layers", facts.lora_parameters)):
+        table.add_row(name, f"{count:,}", f"{100 * count / facts.parameters:.3f}%", _size(4 * count))
+    console.print(table)
+    console.print(f"Wrote {output}. Fill in the data, then: trimtab train {output}")
+
+
+@app.command()
+def train(
+    file: RecipeFile,
+    task: TaskNames = None,
+    resume: Annotated[
+        bool, typer.Option(help="Skip what is done and go on where a run stopped; --no-resume starts over.")
+    ] = True,
+) -> None:
+    """Train an adapter for every task of a recipe."""
+    from trimtab.recipe import load_recipe
+    from trimtab.training import Progress, train_recipe
+
+    recipe = load_recipe(file)
+    names = task or list(recipe.tasks)
+    rows = {name: Progress(name) for name in names}
+    with Live(_progress_table(rows), console=console, refresh_per_second=4) as live:
+
+        def watch(progress: Progress) -> None:
+            rows[progress.task] = progress
+            live.update(_progress_table(rows))
+
+        metrics = train_recipe(recipe, names, resume=resume, watch=watch)
+    console.print(_results_table(metrics))
+    console.print(f"Adapters in {recipe.output}/<task>. Try: trimtab generate PROMPT --adapter {recipe.output}")
+
+
+@app.command(name="eval")
+def evaluate_recipe(
+    file: RecipeFile,
+    task: TaskNames = None,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+) -> None:
+    """Score the trained adapters of a recipe, and the base model beside them."""
+    from trimtab.recipe import load_recipe
+    from trimtab.training import evaluate_run
+
+    recipe = load_recipe(file)
+    table = Table("task", "score", "examples", "untuned", "tuned", title=f"{split} split")
+    for name, result in evaluate_run(recipe, task, split).items():
+        table.add_row(name, result["score"], str(result["examples"]), *(f"{result[k]:.3f}" for k in ("untuned", "tuned")))
+    console.print(table)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The input; each adapter's own prompt template goes around it.")],
+    adapter: Folders = None,
+    model: ModelName = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="At most so many new tokens.")] = None,
+    base: Annotated[bool, typer.Option(help="Answer with the base model too.")] = True,
+) -> None:
+    """Answer one prompt with each adapter, and the base model, in a single batch."""
+    from trimtab.answering import BASE, Answerer, find_adapters
+
+    adapters = find_adapters(adapter or [])
+    answerer = Answerer(adapters, model)
+    names = [*adapters, *([BASE] if base or not adapters else [])]
+    table = Table("adapter", "answer", title=escape(prompt))
+    for name, text in zip(names, answerer.answer(prompt, names, max_new_tokens), strict=True):
+        table.add_row("(base model)" if name == BASE else name, escape(text))
+    console.print(table)
+
+
+@app.command()
+def chat(adapter: Folders = None, model: ModelName = None) -> None:
+    """Talk to a model; /use NAME switches the adapter, also in the middle of a conversation."""
+    from trimtab.answering import BASE, Answerer, find_adapters
+
+    adapters = find_adapters(adapter or [])
+    answerer = Answerer(adapters, model)
+    current, messages = next(iter(adapters), BASE), []
+    console.print(f"Adapters: {', '.join([*adapters, 'base'])}. Commands: /use NAME, /new, /quit.")
+    while True:
+        try:
+            text = console.input(f"[bold]{'base' if current == BASE else escape(current)}>[/] ").strip()
+        except (EOFError, KeyboardInterrupt):
+            break
+        command, _, argument = text.partition(" ")
+        if command == "/quit":
+            break
+        if command == "/new":
+            messages = []
+        elif command == "/use":
+            if argument not in (*adapters, "base"):
+                console.print(f"No adapter {argument!r}; there are {', '.join([*adapters, 'base'])}.")
+            else:
+                current = BASE if argument == "base" else argument
+        elif command.startswith("/"):
+            console.print("Commands: /use NAME, /new, /quit.")
+        elif text:
+            messages.append({"role": "user", "content": text})
+            messages.append({"role": "assistant", "content": answerer.reply(messages, current)})
+            console.print(escape(messages[-1]["content"]))
+
+
+@app.command()
+def show(adapter: Annotated[Path, typer.Argument(help="An adapter's folder.")]) -> None:
+    """Describe an adapter: method, layers, positions, parameters, and the size of its edit by layer."""
+    from trimtab.adapters import inspect_adapter
+
+    info = inspect_adapter(adapter)
+    config = info.config
+    facts = Table(show_header=False, title=str(adapter))
+    for name, value in (
+        ("base model", info.base_model),
+        ("method", f"{config.method}, rank {config.r}{'' if config.tied else ', prefix and suffix edited apart'}"),
+        ("positions", config.positions),
+        ("site, layers", f"{config.site}, {config.layers}"),
+        ("parameters", f"{info.parameters:,}"),
+        ("file", _size(info.bytes_on_disk)),
+    ):
+        facts.add_row(name, str(value))
+    console.print(facts)
+    largest = max(info.edit_norms.values(), default=0.0) or 1.0
+    norms = Table("edited module", "size of the edit", "")
+    for module, norm in info.edit_norms.items():
+        norms.add_row(module, f"{norm:.4f}", "█" * round(24 * norm / largest))
+    console.print(norms)
+
+
+def _progress_table(rows: dict[str, Any]) -> Table:
+    table = Table("task", "state", "step", "loss", "validation", "tokens/s", "time left")
+    for name, p in rows.items():
+        rate = p.tokens / p.seconds if p.seconds else 0.0
+        left = (p.steps - p.step) * p.seconds / p.step if p.step else 0.0
+        table.add_row(
+            name,
+            p.state,
+            f"{p.step}/{p.steps}" if p.steps else "",
+            "" if p.loss is None else f"{p.loss:.4f}",
+            "" if p.score is None or p.state == "done" else f"{p.score:.3f}",
+            f"{rate:,.0f}" if rate else "",
+            time.strftime("%M:%S", time.gmtime(left)) if p.state == "training" else "",
+        )
+    return table
+
+
+def _results_table(metrics: dict[str, dict[str, Any]]) -> Table:
+    table = Table("task", "score", "untuned", "tuned", "parameters", "on disk", "seconds")
+    for name, m in metrics.items():
+        scores = (f"{m[which][m['score']]:.3f}" for which in ("untuned", "tuned"))
+        table.add_row(name, m["score"], *scores, f"{m['parameters']:,}", _size(m["bytes"]), f"{m['seconds']:.1f}")
+    return table
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}" if unit != "B" else f"{count:.0f} B"
+        count /= 1000
+    return f"{count:.3g} GB"
+
+
+def main() -> None:
+    """Run the command; what a person can mend is said in a few lines, without a traceback."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        app()
+    except (ValueError, OSError, FloatingPointError) as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,408 @@
+"""Training the tasks of a recipe, one adapter each, on transformers' `Trainer`.
+
+Each task's folder, `output/<task>`, is an adapter that PEFT loads, with `metrics.json` (scores, cost) and `run.json` (what was
+run: the resolved recipe, versions, seed). A finished task is skipped and an interrupted one resumes from its last
+checkpoint, to the same adapter that an uninterrupted run gives.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from trimtab.adapters import inspect_adapter
+from trimtab.config import ReftConfig
+from trimtab.data import Collator, Encoded
+from trimtab.evaluation import evaluate
+from trimtab.schema import Recipe, TrainingSpec
+from trimtab.tasks import Task, build_task
+
+VALIDATION_LOOKS = 4
+"""How often the validation score is taken during a run, to be shown; it chooses nothing."""
+
+
+class RunError(ValueError):
+    """A run that cannot start or go on. The message says what is in the way and what to do."""
+
+
+@dataclass
+class Progress:
+    """Where one task stands; `training` changes it, whoever watches reads it."""
+
+    task: str
+    state: str = "waiting"
+    step: int = 0
+    steps: int = 0
+    loss: float | None = None
+    score: float | None = None
+    """On validation, while training."""
+    tokens: int = 0
+    seconds: float = 0.0
+    metrics: dict[str, Any] = field(default_factory=dict)
+    """What `metrics.json` holds, once the task is done."""
+
+
+Watch = Callable[[Progress], None]
+
+
+def train_recipe(
+    recipe: Recipe, only: list[str] | None = None, *, resume: bool = True, watch: Watch = lambda progress: None
+) -> dict[str, dict[str, Any]]:
+    """Train every task of the recipe that is not done yet; returns each task's metrics.
+
+    Args:
+        only: the tasks to train; all by default.
+        resume: False starts over, which removes what an earlier run of these tasks left.
+        watch: called whenever a task's progress changed.
+
+    Raises:
+        RunError: a task's folder holds another run, or a task is not in the recipe.
+        DataError: a task's data cannot be read.
+    """
+    names = list(recipe.tasks) if only is None else only
+    unknown = [name for name in names if name not in recipe.tasks]
+    if unknown:
+        raise RunError(f"task {unknown[0]!r} is not in the recipe; it has {', '.join(recipe.tasks)}.")
+    runs = [Run(recipe, name) for name in names]
+    for run in runs:
+        run.task.examples("train"), run.task.examples("test")  # every data error before the first step
+        if not resume:
+            shutil.rmtree(run.folder, ignore_errors=True)
+        run.check_folder()
+    base = Base(recipe)
+    return {run.name: run.finish(base, watch) for run in runs}
+
+
+def evaluate_run(recipe: Recipe, only: list[str] | None = None, split: str = "test") -> dict[str, dict[str, Any]]:
+    """Score the recipe's trained adapters, and the base model, on a split.
+
+    Raises:
+        RunError: a task has no adapter yet.
+    """
+    base, results = Base(recipe), {}
+    for name in only or list(recipe.tasks):
+        if name not in recipe.tasks:
+            raise RunError(f"task {name!r} is not in the recipe; it has {', '.join(recipe.tasks)}.")
+        run = Run(recipe, name)
+        if not (run.folder / "adapter_config.json").exists():
+            raise RunError(f"{run.folder}: no adapter yet; train it first.")
+        inspect_adapter(run.folder)
+        model, examples = base.model_for(run.task), run.task.examples(split)
+        untuned = evaluate(model, base.tokenizer, run.task, examples)
+        adapted = PeftModel.from_pretrained(model, str(run.folder))
+        try:
+            tuned = evaluate(adapted, base.tokenizer, run.task, examples)
+        finally:
+            adapted.base_model.unload()
+        results[name] = {
+            "score": run.task.main_score,
+            "examples": len(examples),
+            "untuned": untuned.main,
+            "tuned": tuned.main,
+        }
+    return results
+
+
+class Base:
+    """The frozen model and its tokenizer, loaded once for all generation tasks, and for each classification task."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(recipe.model)
+        self._causal: nn.Module | None = None
+
+    def model_for(self, task: Task[Any]) -> nn.Module:
+        dtype = "auto" if self.recipe.dtype == "auto" else getattr(torch, self.recipe.dtype)
+        if task.spec.type == "generation":
+            if self._causal is None:
+                self._causal = AutoModelForCausalLM.from_pretrained(self.recipe.model, dtype=dtype).to(_device())
+            return self._causal
+        set_seed(self.recipe.seed)  # the head is new
+        config = AutoConfig.from_pretrained(self.recipe.model, num_labels=task.num_labels)  # type: ignore[attr-defined]
+        if task.spec.type == "regression":
+            config.problem_type = "regression"
+        if config.pad_token_id is None:
+            config.pad_token_id = Collator(self.tokenizer).pad_id
+        model: nn.Module = AutoModelForSequenceClassification.from_pretrained(
+            self.recipe.model, config=config, dtype=dtype
+        )
+        return model.to(_device())
+
+
+class Run:
+    """One task of a recipe and the folder it leaves."""
+
+    def __init__(self, recipe: Recipe, name: str) -> None:
+        self.recipe, self.name = recipe, name
+        self.spec = recipe.tasks[name]
+        self.task: Task[Any] = build_task(name, self.spec)
+        self.folder = Path(recipe.output) / name
+        self.checkpoints = self.folder / "checkpoints"
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """All that decides the outcome."""
+        return {
+            "model": self.recipe.model,
+            "dtype": self.recipe.dtype,
+            "seed": self.recipe.seed,
+            "name": self.name,
+            "task": self.spec.model_dump(mode="json"),
+        }
+
+    def check_folder(self) -> None:
+        """Refuse a folder that holds anything but an earlier go at this very run.
+
+        Raises:
+            RunError: saying whose it is.
+        """
+        if not self.folder.exists() or not any(self.folder.iterdir()):
+            return
+        try:
+            earlier = json.loads((self.folder / "run.json").read_text())["run"]
+        except (OSError, ValueError, KeyError):
+            raise RunError(f"{self.folder} is not empty and was not left by trimtab; give another output:.") from None
+        if earlier != self.description:
+            differing = ", ".join(_differing(earlier, self.description))
+            raise RunError(
+                f"{self.folder} holds a run with other settings ({differing}). Give another output: to keep it, "
+                "or --no-resume to replace it."
+            )
+
+    def finish(self, base: Base, watch: Watch) -> dict[str, Any]:
+        """Train what is left to train, score, and write the folder; returns the metrics."""
+        progress = Progress(self.name)
+        done = self.folder / "metrics.json"
+        if not done.exists():
+            self._train(base, progress, watch)
+        progress.metrics = json.loads(done.read_text())
+        progress.state = "done"
+        progress.score = progress.metrics["tuned"][self.task.main_score]
+        watch(progress)
+        return progress.metrics
+
+    def _train(self, base: Base, progress: Progress, watch: Watch) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / "run.json", {"run": self.description, "versions": versions()})
+        progress.state = "untuned score"
+        watch(progress)
+        model, tokenizer = base.model_for(self.task), base.tokenizer
+        test = self.task.examples("test")
+        untuned = evaluate(model, tokenizer, self.task, test)
+        encoded, left_out = self.task.encode(tokenizer, self.task.examples("train"), training=True)
+        set_seed(self.recipe.seed)
+        adapted = get_peft_model(model, ReftConfig(**self.spec.adapter_fields()))  # type: ignore[arg-type]
+        try:
+            trainer = self._trainer(adapted, tokenizer, encoded, progress, watch)
+            progress.state = "training"
+            result = trainer.train(resume_from_checkpoint=last_checkpoint(self.checkpoints))
+            progress.state = "tuned score"
+            watch(progress)
+            tuned = evaluate(adapted, tokenizer, self.task, test)
+            save_adapter(adapted, self.folder)
+            trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+        finally:
+            adapted.base_model.unload()
+        metrics = {
+            "task": self.name,
+            "score": self.task.main_score,
+            "split": "validation" if self.task.test_is_validation else "test",
+            "examples": len(test),
+            "untuned": untuned.scores,
+            "tuned": tuned.scores,
+            "parameters": trainable,
+            "bytes": (self.folder / "adapter_model.safetensors").stat().st_size,
+            "seconds": round(progress.seconds, 2),
+            "steps": trainer.state.global_step,
+            "train_loss": result.training_loss,
+            "train_examples": len(encoded),
+            "left_out_as_too_long": left_out,
+        }
+        write_json(self.folder / "predictions.json", {"untuned": untuned.predictions, "tuned": tuned.predictions})
+        write_json(self.folder / "metrics.json", metrics)
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+    def _trainer(
+        self,
+        model: PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        encoded: list[Encoded],
+        progress: Progress,
+        watch: Watch,
+    ) -> Trainer:
+        def look() -> float:
+            return evaluate(model, tokenizer, self.task, self.task.examples("validation")[:100]).main
+
+        trainer = Trainer(
+            model=model,
+            args=training_arguments(self.spec.training, self.checkpoints, self.recipe.seed, len(encoded)),
+            train_dataset=encoded,  # type: ignore[arg-type]
+            data_collator=_Counting(tokenizer, progress),
+            callbacks=[_Report(progress, watch, look)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+
+def training_arguments(spec: TrainingSpec, folder: Path, seed: int, examples: int) -> TrainingArguments:
+    """The recipe's training section in transformers' words."""
+    a_step = spec.batch_size * spec.gradient_accumulation
+    steps_an_epoch = max(1, -(-examples // a_step))
+    return TrainingArguments(
+        output_dir=str(folder),
+        learning_rate=spec.learning_rate,
+        num_train_epochs=spec.epochs or 1,
+        max_steps=spec.max_steps or -1,
+        per_device_train_batch_size=spec.batch_size,
+        gradient_accumulation_steps=spec.gradient_accumulation,
+        lr_scheduler_type=spec.schedule,
+        warmup_steps=spec.warmup,  # below 1, a share of all steps
+        weight_decay=spec.weight_decay,
+        max_grad_norm=1.0,
+        gradient_checkpointing=spec.gradient_checkpointing,
+        save_strategy="steps",
+        save_steps=spec.checkpoint_every or max(20, steps_an_epoch),
+        save_total_limit=2,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        seed=seed,
+        data_seed=seed,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+class _Counting(Collator):
+    """A collator that counts the real tokens it hands out."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> None:
+        super().__init__(tokenizer)
+        self.progress = progress
+
+    def __call__(self, batch: Any) -> dict[str, Tensor]:
+        self.progress.tokens += sum(len(e.input_ids) for e in batch)
+        return super().__call__(batch)
+
+
+class _Report(TrainerCallback):
+    """Keeps `Progress` up to date, and takes the validation score now and then."""
+
+    def __init__(self, progress: Progress, watch: Watch, look: Callable[[], float]) -> None:
+        self.progress, self.watch, self.look = progress, watch, look
+        self._last = time.perf_counter()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.progress.steps = state.max_steps
+        self._last = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        now = time.perf_counter()
+        self.progress.seconds += now - self._last
+        self.progress.step = state.global_step
+        if state.global_step % max(1, state.max_steps // VALIDATION_LOOKS) == 0 and state.global_step < state.max_steps:
+            self.progress.score = self.look()
+        self._last = time.perf_counter()  # looking is not training
+        self.watch(self.progress)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self.progress.loss = logs["loss"]
+            if logs["loss"] != logs["loss"]:
+                raise RunError(
+                    f"{self.progress.task}: the loss is NaN at step {state.global_step}. Lower training: learning_rate, "
+                    "or use dtype: float32."
+                )
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end; an interrupted write is passed over."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
+    return next((str(path) for path in found if _complete(path)), None)
+
+
+def _complete(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())  # the file that Trainer writes last
+    except (OSError, ValueError):
+        return False
+    return (checkpoint / "adapter_model.safetensors").exists() and (checkpoint / "optimizer.pt").exists()
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Save the adapter into `folder`, each file whole or not at all."""
+    staging = folder / ".saving"
+    shutil.rmtree(staging, ignore_errors=True)
+    model.save_pretrained(str(staging))
+    (staging / "README.md").write_text(_card(model), encoding="utf-8")
+    for file in staging.iterdir():
+        os.replace(file, folder / file.name)
+    staging.rmdir()
+
+
+def _card(model: PeftModel) -> str:
+    """The model card: unlike PEFT's own, it says that the adapter needs trimtab."""
+    config = model.active_peft_config
+    return f"""\
+---
+base_model: {config.base_model_name_or_path}
+library_name: peft
+tags: [trimtab, reft, loreft]
+---
+A ReFT adapter ({config.method}, rank {config.r}, positions {config.positions}) for `{config.base_model_name_or_path}`.
+
+```python
+import trimtab  # registers the method with PEFT
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
+```
+"""
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    staging = path.with_name(f".{path.name}.saving")
+    staging.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(staging, path)
+
+
+def versions() -> dict[str, str]:
+    packages = ("trimtab", "torch", "transformers", "peft", "safetensors")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _differing(a: Any, b: Any, place: str = "") -> list[str]:
+    """The places at which two nested settings differ."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return [d for key in {**a, **b} for d in _differing(a.get(key), b.get(key), f"{place}.{key}" if place else key)]
+    return [] if a == b else [place]
