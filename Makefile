@@ -10,6 +10,7 @@ export HF_HUB_OFFLINE := 1
 
 demo: $(VENV)/train.stamp
 	$(BIN)/trimtab train recipes/words.yaml
+	$(BIN)/trimtab generate cat --adapter runs/words
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest

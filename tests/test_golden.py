@@ -1,4 +1,4 @@
-"""Parity with pyreft 0.1.0: the logits, gradients, greedy tokens and loss curves it computed (tests/golden/meta.json)."""
+"""Parity with pyreft 0.1.0: its logits, gradients, greedy tokens and loss curves (tests/golden/meta.json)."""
 
 import json
 from pathlib import Path
@@ -92,7 +92,7 @@ def test_greedy_tokens(case: str, batch: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_loss_curve(case: str, batch: dict[str, torch.Tensor]) -> None:
     """The methods without R step by step; those with one end no higher, since their R moves along another path."""
-    model, golden = golden_model(case)
+    model, _ = golden_model(case)
     expected = META["cases"][case]["loss_curve_adamw_lr4e-3_wd0"]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=4e-3, weight_decay=0.0)
     losses = []

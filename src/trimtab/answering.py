@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from trimtab.adapters import AdapterError, inspect_adapter
 from trimtab.data import Encoded, encode, encode_messages
 from trimtab.evaluation import predict
+from trimtab.loading import load_causal_lm, load_tokenizer
 from trimtab.passes import BASE
 from trimtab.schema import parse_template
 
@@ -28,8 +27,10 @@ def find_adapters(folders: Sequence[str]) -> dict[str, Path]:
     """
     found: dict[str, Path] = {}
     for folder in map(Path, folders):
-        inside = [folder] if (folder / "adapter_config.json").exists() else sorted(
-            path.parent for path in folder.glob("*/adapter_config.json")
+        inside = (
+            [folder]
+            if (folder / "adapter_config.json").exists()
+            else sorted(path.parent for path in folder.glob("*/adapter_config.json"))
         )
         if not inside:
             raise AdapterError(f"{folder}: no adapter there, nor in a folder inside it (no adapter_config.json).")
@@ -53,15 +54,16 @@ class Answerer:
         infos = {name: inspect_adapter(path) for name, path in adapters.items()}
         bases = {info.base_model for info in infos.values()}
         if model is None and len(bases) != 1:
-            raise AdapterError(f"the adapters name {len(bases)} base models ({', '.join(map(str, bases))}); say --model.")
+            raise AdapterError(
+                f"the adapters name {len(bases)} base models ({', '.join(map(str, bases))}); say --model."
+            )
         for name, info in infos.items():
             if info.config.task_type not in (None, "CAUSAL_LM"):
                 raise AdapterError(f"{adapters[name]}: trained for {info.config.task_type}; it does not generate text.")
         self.base_name = model if model is not None else str(bases.pop())
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.base_name)
+        self.tokenizer = load_tokenizer(self.base_name)
         self.prompts = {name: _prompting(path) for name, path in adapters.items()}
-        loaded: Any = AutoModelForCausalLM.from_pretrained(self.base_name, dtype="auto")
-        loaded = loaded.to("cuda" if torch.cuda.is_available() else "cpu")
+        loaded = load_causal_lm(self.base_name, _dtype(list(adapters.values())))
         for name, path in adapters.items():
             if isinstance(loaded, PeftModel):
                 loaded.load_adapter(str(path), adapter_name=name)
@@ -72,7 +74,9 @@ class Answerer:
     def answer(self, prompt: str, names: Sequence[str], max_new_tokens: int | None = None) -> list[str]:
         """The greedy answers to one prompt under each adapter named, worked out in a single batch."""
         encoded = [self._encode(prompt, name) for name in names]
-        most = max_new_tokens or max((self.prompts[n]["max_new_tokens"] for n in names if n in self.prompts), default=64)
+        most = max_new_tokens or max(
+            (self.prompts[n]["max_new_tokens"] for n in names if n in self.prompts), default=64
+        )
         return self._run(encoded, names, most)
 
     def reply(self, messages: list[Message], name: str, max_new_tokens: int = 256) -> str:
@@ -81,9 +85,7 @@ class Answerer:
 
     def _run(self, encoded: Sequence[Encoded], names: Sequence[str], max_new_tokens: int) -> list[str]:
         adapter_names = names if isinstance(self.model, PeftModel) else None
-        texts = predict(
-            self.model, self.tokenizer, encoded, max_new_tokens=max_new_tokens, adapter_names=adapter_names
-        )
+        texts = predict(self.model, self.tokenizer, encoded, max_new_tokens=max_new_tokens, adapter_names=adapter_names)
         return [text.strip() for text in texts]
 
     def _encode(self, prompt: str, name: str) -> Encoded:
@@ -93,7 +95,7 @@ class Answerer:
         fields = {field for _, field in parts if field is not None}
         if len(fields) > 1:
             raise AdapterError(
-                f"{name}: was trained on prompts with several fields, {how['prompt']!r}; use trimtab eval, which has them."
+                f"{name}: was trained on prompts of several fields, {how['prompt']!r}; use trimtab eval."
             )
         text = "".join(text + (prompt if field is not None else "") for text, field in parts) if fields else prompt
         return encode(self.tokenizer, text, chat=how["chat"], system=how["system"])
@@ -104,11 +106,22 @@ _PLAIN: dict[str, Any] = {"prompt": "{prompt}", "chat": "auto", "system": None, 
 
 def _prompting(folder: Path) -> dict[str, Any]:
     """How a run of trimtab wrote its prompts; the chat template alone for adapters from elsewhere."""
+    task = _run_of(folder).get("task")
+    return {key: task[key] for key in _PLAIN} if task else _PLAIN
+
+
+def _dtype(folders: list[Path]) -> str:
+    """What the adapters were trained in, where they agree; else as the weights are stored."""
+    dtypes = {_run_of(folder).get("dtype", "auto") for folder in folders}
+    return str(dtypes.pop()) if len(dtypes) == 1 else "auto"
+
+
+def _run_of(folder: Path) -> dict[str, Any]:
     try:
-        task = json.loads((folder / "run.json").read_text())["run"]["task"]
+        run: dict[str, Any] = json.loads((folder / "run.json").read_text())["run"]
     except (OSError, ValueError, KeyError):
-        return _PLAIN
-    return {key: task[key] for key in _PLAIN}
+        return {}
+    return run
 
 
 __all__ = ["BASE", "Answerer", "Message", "find_adapters"]

@@ -25,7 +25,8 @@ console = Console()
 RecipeFile = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", metavar="FILE")]
 TaskNames = Annotated[list[str] | None, typer.Option("--task", help="Only this task; may be repeated.")]
 Folders = Annotated[
-    list[str] | None, typer.Option("--adapter", "-a", help="An adapter's folder, or one that holds several; may be repeated.")
+    list[str] | None,
+    typer.Option("--adapter", "-a", help="An adapter's folder, or one that holds several; may be repeated."),
 ]
 ModelName = Annotated[str | None, typer.Option(help="The base model, where it is not the one the adapter names.")]
 
@@ -44,7 +45,9 @@ def init(
     facts = look_at(model)
     output.write_text(recipe_text(facts, parse_tasks(task or [])), encoding="utf-8")
     weight = adapter_parameters(facts, suggest(facts).r)
-    table = Table("", "parameters", "share", "file (float32)", title=f"{model}: {facts.blocks} blocks of width {facts.width}")
+    table = Table(
+        "", "parameters", "share", "file (float32)", title=f"{model}: {facts.blocks} blocks of width {facts.width}"
+    )
     for name, count in (("this LoReFT", weight), ("LoRA r8, all linear layers", facts.lora_parameters)):
         table.add_row(name, f"{count:,}", f"{100 * count / facts.parameters:.3f}%", _size(4 * count))
     console.print(table)
@@ -73,6 +76,8 @@ def train(
             live.update(_progress_table(rows))
 
         metrics = train_recipe(recipe, names, resume=resume, watch=watch)
+    if not console.is_terminal:
+        console.print()  # Live ends without a line break there
     console.print(_results_table(metrics))
     console.print(f"Adapters in {recipe.output}/<task>. Try: trimtab generate PROMPT --adapter {recipe.output}")
 
@@ -90,7 +95,9 @@ def evaluate_recipe(
     recipe = load_recipe(file)
     table = Table("task", "score", "examples", "untuned", "tuned", title=f"{split} split")
     for name, result in evaluate_run(recipe, task, split).items():
-        table.add_row(name, result["score"], str(result["examples"]), *(f"{result[k]:.3f}" for k in ("untuned", "tuned")))
+        table.add_row(
+            name, result["score"], str(result["examples"]), *(f"{result[k]:.3f}" for k in ("untuned", "tuned"))
+        )
     console.print(table)
 
 
@@ -121,7 +128,8 @@ def chat(adapter: Folders = None, model: ModelName = None) -> None:
 
     adapters = find_adapters(adapter or [])
     answerer = Answerer(adapters, model)
-    current, messages = next(iter(adapters), BASE), []
+    current = next(iter(adapters), BASE)
+    messages: list[dict[str, str]] = []
     console.print(f"Adapters: {', '.join([*adapters, 'base'])}. Commands: /use NAME, /new, /quit.")
     while True:
         try:

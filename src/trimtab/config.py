@@ -71,7 +71,9 @@ class ReftConfig(PeftConfig):
     )
     init_weights: bool | Literal["paper"] = field(
         default=True,
-        metadata={"help": "True: a fresh adapter changes nothing. 'paper' (or False): random values, as pyreft starts."},
+        metadata={
+            "help": "True: a fresh adapter changes nothing. 'paper' (or False): random values, as pyreft starts."
+        },
     )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules trained and saved whole beside the edits, such as a classifier."}
@@ -88,6 +90,8 @@ class ReftConfig(PeftConfig):
         positions = parse_positions(self.positions)
         if isinstance(self.layers, tuple | set | range):
             self.layers = list(cast(Any, self.layers))
+        if isinstance(self.modules_to_save, tuple | set):
+            self.modules_to_save = list(cast(Any, self.modules_to_save))
         self._check(
             self.layers == "all"
             or (isinstance(self.layers, list) and len(self.layers) > 0 and all(map(_is_int, self.layers))),
@@ -112,7 +116,15 @@ class ReftConfig(PeftConfig):
             self._check_choice("activation", ACTIVATIONS)
         if self.activation and not METHODS[self.method].has_weight:
             raise ValueError(f"activation={self.activation!r}: method {self.method!r} has no W h + b to apply it to.")
-        self._check(self.init_weights in (True, False, "paper"), "init_weights", "True, False or 'paper'")
+        self._check(
+            isinstance(self.init_weights, bool) or self.init_weights == "paper", "init_weights", "True, False or 'paper'"
+        )
+        self._check(
+            self.modules_to_save is None
+            or (isinstance(self.modules_to_save, list) and all(isinstance(name, str) for name in self.modules_to_save)),
+            "modules_to_save",
+            "null or a list of module names such as ['classifier']",
+        )
 
     @property
     def parsed_positions(self) -> Positions:

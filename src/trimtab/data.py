@@ -17,7 +17,17 @@ from transformers import PreTrainedTokenizerBase
 
 from trimtab.rows import DataError, Row, locate, read_rows
 
-__all__ = ["Collator", "DataError", "Encoded", "Row", "encode", "encode_messages", "encode_texts", "locate", "read_rows"]
+__all__ = [
+    "Collator",
+    "DataError",
+    "Encoded",
+    "Row",
+    "encode",
+    "encode_messages",
+    "encode_texts",
+    "locate",
+    "read_rows",
+]
 
 IGNORED = -100  # the label of a token that the loss skips
 Chat = Literal[True, False, "auto"]

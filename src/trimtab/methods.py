@@ -19,7 +19,12 @@ from torch import Tensor, nn
 
 from trimtab.orthonormal import Rotation, as_rotation
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
 """On W h + b. Each maps 0 to 0, so that an edit that starts at the identity can."""
 
 InitWeights = bool | Literal["paper"]
@@ -50,9 +55,8 @@ class Edit(nn.Module):
         if self.orthonormal:
             self.rotation = Rotation(r, width)
         else:
-            self.projection = nn.Parameter(torch.empty(r, width).uniform_(-bound, bound))
-        bias = torch.empty(r).uniform_(-bound, bound)
-        weight = torch.empty(r, width).uniform_(-bound, bound)
+            self.projection = nn.Parameter(_uniform(bound, r, width))
+        bias, weight = _uniform(bound, r), _uniform(bound, r, width)
         if init_weights is True:
             bias.zero_()
             weight = self.basis().detach().clone() if self.subtracts else weight.zero_()
@@ -118,6 +122,10 @@ class Edit(nn.Module):
             full = as_rotation(prefix + "rotation", state_dict.pop(prefix + "rotation"))
             state_dict[prefix + "rotation.halved"] = full / 2
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _uniform(bound: float, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound)
 
 
 class LoReFT(Edit):

@@ -29,17 +29,27 @@ class Prompt:
     """Where the prompts of a batch end."""
 
     width: int | None = None
-    """Columns of the prompts, padding included: at and after it no prompt token stands. None: not yet seen."""
+    """Columns of the prompts, padding included: at and after it no prompt token stands. None: not known."""
     real: Tensor | None = None
-    """(B, width) bool, False at padding; None for no padding."""
+    """(B, width) bool, False at padding; None for no padding. With packed rows, (S, width): each sequence's own."""
     lengths: Tensor | None = None
-    """(B,) real tokens of each prompt; None where they fill the width."""
+    """(B,) or (S,) real tokens of each prompt; None where they fill the width."""
     guessed: bool = False
     """Nobody said where the prompt ends: the whole input is taken for it."""
     mid_sequence: bool = False
     """Guessed, and on top of a cache, so that even without training the guess would be wrong."""
     awaits_mask: bool = False
     """`generate` was given no mask; the first pass brings the one it made."""
+
+    def receive_mask(self, columns: int, real: Tensor | None) -> None:
+        """Take, from the first pass of `generate`, the mask that it made.
+
+        Raises:
+            ValueError: the pass is a chunk of the prompt, and its mask does not cover the rest.
+        """
+        if self.width is not None and columns < self.width:
+            raise ValueError("prefill_chunk_size: pass attention_mask too, without which padding is seen too late.")
+        self.width, self.real, self.awaits_mask = columns, real, False
 
     def lengths_of(self, batch: int, device: torch.device) -> Tensor:
         if self.lengths is not None:
@@ -66,6 +76,8 @@ class Pass:
     start: int = 0
     real: Tensor | None = None
     """(B, start + T) bool over the past and the chunk; None where only the prompt can hold padding."""
+    owner: Tensor | None = None
+    """(S,) the row that each packed sequence lies in; None where each row is one sequence."""
     adapter_names: list[str] | None = None
     training: bool = False
     _rows: dict[Any, EditedRows | None] = field(default_factory=dict)
@@ -86,27 +98,31 @@ class Pass:
         self, adapter: str, positions: Positions, batch: int, length: int, device: torch.device
     ) -> EditedRows | None:
         prompt = self.prompt
-        if prompt.width is None:
+        if prompt.width is None and prompt.lengths is None:
             prompt.width = self.start + length
-        if positions.scope in (None, "prompt") and self.start >= prompt.width:
+        if positions.scope in (None, "prompt") and prompt.width is not None and self.start >= prompt.width:
             return None  # a decode step: known on the host, so it costs no kernel
         if prompt.mid_sequence and positions.needs_prompt_end:
             raise ValueError(
                 f"positions={positions.text!r}: the call continues a cache of which it is not known where its prompt "
                 "ended. Pass prompt_lengths (one number of real prompt tokens a row), or use generate."
             )
+        sequences = batch if self.owner is None else len(self.owner)
         if self.training:
-            _check_prompt_end(prompt, positions, batch, device)
-        lengths, real = prompt.lengths_of(batch, device), self._real(batch, self.start + length, device)
+            _check_prompt_end(prompt, positions, sequences, device, packed=self.owner is not None)
+        lengths, real = prompt.lengths_of(sequences, device), self._real(sequences, self.start + length, device)
+        rows = torch.arange(batch, device=device) if self.owner is None else self.owner.to(device)
         chosen = self._rows_of(adapter, batch)
-        rows = torch.arange(batch, device=device)
         if chosen is not None:
             if not chosen:
                 return None
-            rows = torch.tensor(chosen, device=device)
-            lengths, real = lengths[rows], real[rows] if real is not None else None
+            picked = torch.isin(rows, torch.tensor(chosen, device=device)).nonzero().squeeze(1)
+            rows, lengths, real = rows[picked], lengths[picked], real[picked] if real is not None else None
         index, valid = positions.rows(lengths, length, self.start, real)
-        return EditedRows(rows.unsqueeze(1) * length + index, valid.unsqueeze(-1))
+        flat = rows.unsqueeze(1) * length + index
+        if self.owner is not None and positions.scope:  # (S, T), though each sequence holds few of the columns
+            flat, valid = flat[valid].unsqueeze(0), valid[valid].unsqueeze(0)
+        return EditedRows(flat, valid.unsqueeze(-1))
 
     def _rows_of(self, adapter: str, batch: int) -> list[int] | None:
         """Which rows of the batch use the adapter; None for all. Beams and returned sequences repeat a row in place."""
@@ -114,7 +130,9 @@ class Pass:
             return None
         times, rest = divmod(batch, len(self.adapter_names))
         if rest:
-            raise ValueError(f"adapter_names: {len(self.adapter_names)} names for a batch of {batch} rows; give one a row.")
+            raise ValueError(
+                f"adapter_names: {len(self.adapter_names)} names for a batch of {batch} rows; give one a row."
+            )
         return [i for i in range(batch) if self.adapter_names[i // times] == adapter]
 
     def _real(self, batch: int, columns: int, device: torch.device) -> Tensor | None:
@@ -127,7 +145,7 @@ class Pass:
         return torch.cat([real, generated], 1)
 
 
-def _check_prompt_end(prompt: Prompt, positions: Positions, batch: int, device: torch.device) -> None:
+def _check_prompt_end(prompt: Prompt, positions: Positions, batch: int, device: torch.device, packed: bool) -> None:
     if prompt.guessed and positions.needs_prompt_end:
         raise ValueError(
             f"positions={positions.text!r}: in training the end of the prompt must be known, but the model was called "
@@ -136,7 +154,8 @@ def _check_prompt_end(prompt: Prompt, positions: Positions, batch: int, device: 
         )
     if prompt.lengths is None or positions.scope in ("all", "generated") or torch.compiler.is_compiling():
         return
-    if not bool(prompt.lengths_of(batch, device).any()):
+    unsupervised = 1 if packed else 0  # the first token of a packed sequence follows nothing: it is never supervised
+    if not bool((prompt.lengths_of(batch, device) > unsupervised).any()):
         raise ValueError(
             f"positions={positions.text!r}: every prompt in the batch is empty, so nothing would be edited or learned. "
             "The labels supervise the first token; set them to -100 on the prompt (in TRL: a prompt-completion data set, "
@@ -194,19 +213,24 @@ class Passes:
     @contextmanager
     def generating(self, inputs: Any, kwargs: dict[str, Any]) -> Iterator[None]:
         """Remember the prompt that `generate` starts from; takes `prompt_lengths` out of its arguments."""
-        before = self.generation, self.decoder_generation
+        lengths = kwargs.pop("prompt_lengths", None)
+        if self.generation is not None:  # the model as its own assistant proposes for the same prompt
+            yield
+            return
         embeds = kwargs.get("inputs_embeds")
         source = embeds if embeds is not None else inputs if inputs is not None else kwargs.get("input_ids")
         mask = kwargs.get("attention_mask")
         real = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        width = source.shape[1] if isinstance(source, Tensor) and source.dim() >= 2 else None
-        lengths = as_lengths(kwargs.pop("prompt_lengths", None), width)
-        self.generation = Prompt(width, real, lengths, awaits_mask=real is None)
+        if real is not None:  # where a cache is continued the mask may cover more than the input
+            width = real.shape[1]
+        else:
+            width = source.shape[1] if isinstance(source, Tensor) and source.dim() >= 2 else None
+        self.generation = Prompt(width, real, as_lengths(lengths, width), awaits_mask=real is None)
         self.decoder_generation = Prompt()
         try:
             yield
         finally:
-            self.generation, self.decoder_generation = before
+            self.generation = self.decoder_generation = None
 
 
 class _Bound:
@@ -240,10 +264,35 @@ def as_real(mask: Any, columns: int | None) -> Tensor | None:
         mask = mask.get("full_attention", next(iter(mask.values()), None))
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
         return None
-    if mask.dim() == 4:  # what the last query may look at; additive masks hold 0 there
-        mask = mask[:, 0, -1, :]
-        mask = mask if mask.dtype == torch.bool else mask >= 0
+    if mask.dim() == 4:
+        mask = _seen_by_itself(mask[:, 0] >= 0 if mask.is_floating_point() else mask[:, 0].bool(), columns)
     return mask.bool() if columns is None else mask.bool()[:, :columns]
+
+
+def _seen_by_itself(allowed: Tensor, columns: int | None) -> Tensor:
+    """From (B, T, C), who may look at what: a real token at least at itself, a past one is seen by the last query."""
+    columns = min(allowed.shape[2], columns or allowed.shape[2])
+    own = allowed[:, :, :columns].diagonal(columns - allowed.shape[1], 1, 2)
+    return torch.cat([allowed[:, -1, : columns - allowed.shape[1]], own], 1)
+
+
+def find_packed(position_ids: Any) -> tuple[Tensor, Tensor] | None:
+    """Sequences packed one after another into rows, as transformers finds them: where a position does not follow the last.
+
+    Args:
+        position_ids: (B, T); rows that hold one sequence each are not packed.
+    Returns:
+        The row (S,) of each sequence and the columns (S, T) that it covers.
+    """
+    if not isinstance(position_ids, Tensor) or position_ids.dim() != 2 or torch.compiler.is_compiling():
+        return None
+    breaks = position_ids.diff(dim=1) != 1
+    if not bool(breaks.any()):
+        return None
+    number = torch.cat([torch.zeros_like(breaks[:, :1]), breaks], 1).long().cumsum(1)
+    one_hot = torch.arange(int(number.max()) + 1, device=number.device)[:, None] == number[:, None]
+    owner, sequence = one_hot.any(2).nonzero(as_tuple=True)
+    return owner, one_hot[owner, sequence]
 
 
 def as_lengths(lengths: Any, width: int | None = None) -> Tensor | None:
@@ -263,10 +312,12 @@ def as_lengths(lengths: Any, width: int | None = None) -> Tensor | None:
 
 
 def first_supervised(labels: Tensor, real: Tensor | None) -> Tensor:
-    """Real tokens (B,) before the first column of labels (B, T) that is not -100; all of them where there is none."""
-    supervised = (labels != -100).long().cumsum(1) > 0
-    before = ~supervised if real is None else ~supervised & real.to(labels.device)
-    return before.sum(1)
+    """Real tokens (B,) before the first of them whose label is not -100; all of them where there is none."""
+    supervised = labels != -100
+    if real is None:
+        return (supervised.cumsum(1) == 0).sum(1)
+    real = real.to(labels.device)
+    return ((supervised & real).cumsum(1).eq(0) & real).sum(1)
 
 
 def _repeated(rows: Tensor, batch: int) -> Tensor:

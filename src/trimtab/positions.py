@@ -99,7 +99,6 @@ class Positions:
         return Rows(torch.where(valid, index, 0), valid)
 
 
-@lru_cache(maxsize=1024)
 def parse_positions(text: str) -> Positions:
     """Parse `f7+l7` and its like.
 
@@ -108,6 +107,11 @@ def parse_positions(text: str) -> Positions:
     """
     if not isinstance(text, str):
         raise ValueError(f"positions={text!r}: must be a string, one of {GRAMMAR}.")
+    return _parse(text)
+
+
+@lru_cache(maxsize=1024)
+def _parse(text: str) -> Positions:
     if text in get_args(Scope):
         return Positions(text, scope=text)  # type: ignore[arg-type]
     counts: dict[str, int] = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import nn
 
@@ -39,6 +39,9 @@ def find_sites(model: nn.Module, site: str, layers: str | list[int]) -> list[Sit
     else:
         modules = _matching(model, site)
     chosen = modules if layers == "all" else [modules[i] for i in _checked_indices(layers, len(modules))]  # type: ignore[arg-type]
+    for name, module in chosen:
+        if isinstance(module, nn.ModuleList | nn.ModuleDict):
+            raise ValueError(f"site={site!r}: {name} only lists modules and never runs itself; name what it holds.")
     return [Site(name, module, _width(model, name, module)) for name, module in chosen]
 
 
@@ -108,7 +111,7 @@ def _part_of(name: str, block: nn.Module, site: str) -> tuple[str, nn.Module]:
     pattern, other = (_ATTENTION, _MLP) if site == "attention" else (_MLP, _ATTENTION)
     for child_name, child in block.named_modules():
         words = (child_name.rpartition(".")[2], type(child).__name__)
-        if any(map(pattern.search, words)) and not any(map(other.search, words)) and "norm" not in words[1].lower():
+        if any(map(pattern.search, words)) and not any(map(other.search, words)) and _mixes(child):
             return f"{name}.{child_name}", child
     raise ValueError(
         f"site={site!r}: found no {site} module in {name} ({type(block).__name__}, with "
@@ -116,21 +119,34 @@ def _part_of(name: str, block: nn.Module, site: str) -> tuple[str, nn.Module]:
     )
 
 
+def _mixes(module: nn.Module) -> bool:
+    """Whether it is more than a norm, a dropout or an activation: it has parts, or a weight matrix of its own."""
+    return any(True for _ in module.children()) or any(p.dim() > 1 for p in module.parameters())
+
+
 def _matching(model: nn.Module, pattern: str) -> list[tuple[str, nn.Module]]:
     try:
-        found = [(n, m) for n, m in model.named_modules() if n and ".reft" not in n and re.fullmatch(pattern, n)]
+        found = [(n, m) for n, m in model.named_modules() if n and not _ours(n) and re.fullmatch(pattern, n)]
     except re.error as error:
-        raise ValueError(f"site={pattern!r}: not a regular expression ({error}), nor block, attention or mlp.") from None
+        raise ValueError(
+            f"site={pattern!r}: not a regular expression ({error}), nor block, attention or mlp."
+        ) from None
     if not found:
-        some = ", ".join([n for n, _ in model.named_modules() if n and ".reft" not in n][:12])
+        some = ", ".join([n for n, _ in model.named_modules() if n and not _ours(n)][:12])
         raise ValueError(f"site={pattern!r}: matches no module name as a whole. The model's modules begin: {some}, ...")
     return found
+
+
+def _ours(name: str) -> bool:
+    return "reft" in name.split(".")
 
 
 def _checked_indices(layers: list[int], count: int) -> list[int]:
     outside = [i for i in layers if not -count <= i < count]
     if outside:
-        raise ValueError(f"layers={layers}: {outside} not there; the model has blocks 0 to {count - 1} (or -{count} to -1).")
+        raise ValueError(
+            f"layers={layers}: {outside} not there; the model has blocks 0 to {count - 1} (or -{count} to -1)."
+        )
     indices = sorted(i % count for i in layers)
     if len(set(indices)) < len(indices):
         raise ValueError(f"layers={layers}: names a block twice, once from each end.")
@@ -138,31 +154,48 @@ def _checked_indices(layers: list[int], count: int) -> list[int]:
 
 
 def _width(model: nn.Module, name: str, module: nn.Module) -> int:
-    """The config's hidden size where the module has a weight of that size, else the output size of its last layer."""
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    hidden = getattr(text, "hidden_size", None)
-    if isinstance(getattr(text, "depths", None), list | tuple):  # a pyramid: each stage has its own width
-        hidden = None
-    if isinstance(hidden, int) and any(hidden in parameter.shape for parameter in module.parameters()):
+    """A linear layer's output size; else the config's hidden size where the module has a weight of that size; else the
+    output size of its last layer."""
+    own = _output_size(module)
+    if own is not None:
+        return own
+    hidden = _hidden_size(model, name)
+    if hidden is not None and any(hidden in parameter.shape for parameter in module.parameters()):
         return hidden
-    if isinstance(hidden, int) and any(hasattr(m, "in_features") for m in module.modules()):
-        sizes = {getattr(m, k, None) for m in module.modules() for k in ("in_features", "out_features")}
-        if hidden in sizes:  # weights packed by quantization keep no such shape
-            return hidden
+    sizes = {getattr(m, k, None) for m in module.modules() for k in ("in_features", "out_features")}
+    if hidden in sizes - {None}:  # weights packed by quantization keep no such shape
+        return cast(int, hidden)
     for layer in reversed(list(module.modules())):
-        for attribute in ("out_features", "nf", "embed_dim"):
-            size = getattr(layer, attribute, None)
-            if isinstance(size, int):
-                return size
+        size = _output_size(layer)
+        if size is not None:
+            return size
         weight = getattr(layer, "weight", None)
         if isinstance(weight, nn.Parameter) and weight.dim() == 1:
             return weight.shape[0]
     raise ValueError(f"site: cannot tell the width of {name} ({type(module).__name__}): it holds no linear layer or norm.")
 
 
+def _output_size(layer: nn.Module) -> int | None:
+    sizes = (getattr(layer, attribute, None) for attribute in ("out_features", "nf"))
+    return next((size for size in sizes if isinstance(size, int)), None)
+
+
+def _hidden_size(model: nn.Module, name: str) -> int | None:
+    """By the config nearest to the module: a vision tower has one of its own. A pyramid's stages differ, so None."""
+    path = name.split(".")
+    ancestors = [model, *(model.get_submodule(".".join(path[:n])) for n in range(1, len(path) + 1))]
+    for ancestor in reversed(ancestors):
+        config: Any = getattr(ancestor, "config", None)
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        hidden = getattr(text, "hidden_size", None)
+        if isinstance(hidden, int):
+            return None if isinstance(getattr(text, "depths", None), list | tuple) else hidden
+    return None
+
+
 def host(module: nn.Module) -> nn.Module:
-    """Where the edit's parameters are kept: the module itself, or, as a container runs whatever it holds, its last layer."""
-    while isinstance(module, nn.Sequential | nn.ModuleList):
-        module = module[-1]
+    """Where the edit's parameters are kept: the module itself, or, as a Sequential runs all it holds, its first layer with
+    parameters (one without, such as a ReLU, may serve several blocks)."""
+    while isinstance(module, nn.Sequential):
+        module = next((layer for layer in module if any(True for _ in layer.parameters())), module[0])
     return module

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from trimtab.loading import loading
 from trimtab.methods import parameter_count
 from trimtab.rows import DataError, read_rows
 from trimtab.sites import find_sites
@@ -43,10 +44,11 @@ def look_at(name: str) -> ModelFacts:
     """Build the model without memory and measure it.
 
     Raises:
-        OSError: there is no such model folder or Hub name.
+        ModelError: there is no such model folder or Hub name.
         ValueError: the model has no blocks that trimtab could edit.
     """
-    config = AutoConfig.from_pretrained(name)
+    with loading(name):
+        config = AutoConfig.from_pretrained(name)
     generates = any(str(a).endswith(("ForCausalLM", "LMHeadModel")) for a in config.architectures or [])
     with torch.device("meta"):
         model: nn.Module = (AutoModelForCausalLM if generates else AutoModel).from_config(config)
@@ -64,7 +66,7 @@ def look_at(name: str) -> ModelFacts:
 
 
 def suggest(facts: ModelFacts) -> Suggestion:
-    """Starting values: the paper's for large models (its tables 5 to 8), higher rates and lower ranks for small ones."""
+    """Starting values: the paper's for large models (tables 5 to 8), higher rates and lower ranks for small ones."""
     if not facts.generates:
         return Suggestion(r=1 if facts.width < 512 else 2, positions="f3", learning_rate=1e-3, epochs=20)
     if facts.width < 512:
@@ -75,6 +77,7 @@ def suggest(facts: ModelFacts) -> Suggestion:
 
 
 def adapter_parameters(facts: ModelFacts, r: int) -> int:
+    """Of a tied LoReFT of rank r on every block."""
     return facts.blocks * parameter_count("loreft", facts.width, r)
 
 
@@ -110,7 +113,7 @@ training:
 
 tasks:
 """
-    body = [_generation if facts.generates else _classification][0]
+    body = _generation if facts.generates else _classification
     return head + "\n".join(body(name, data) for name, data in tasks.items())
 
 
@@ -130,7 +133,7 @@ def _generation(name: str, data: str) -> str:
       train: {json.dumps(data)}     # .jsonl, .json, .csv, .tsv or .parquet; without validation: a tenth of it validates
       # validation: ...
       # test: ...
-    prompt: "{{{prompt}}}"     # the row's fields in braces; the model's chat template goes around it (chat: false leaves it out)
+    prompt: "{{{prompt}}}"     # the row's fields in braces; the chat template goes around it (chat: false: none)
     answer: "{{{answer}}}"
     score: exact_match     # or number (the last number counts), or choice with choices: [yes, no]
     max_new_tokens: 32

@@ -1,8 +1,8 @@
 """Training the tasks of a recipe, one adapter each, on transformers' `Trainer`.
 
-Each task's folder, `output/<task>`, is an adapter that PEFT loads, with `metrics.json` (scores, cost) and `run.json` (what was
-run: the resolved recipe, versions, seed). A finished task is skipped and an interrupted one resumes from its last
-checkpoint, to the same adapter that an uninterrupted run gives.
+Each task's folder, `output/<task>`, is an adapter that PEFT loads, with `metrics.json` (scores, cost) and `run.json`
+(what was run: the resolved recipe, versions, seed). A finished task is skipped and an interrupted one resumes from its
+last checkpoint, to the same adapter that an uninterrupted run gives.
 """
 
 from __future__ import annotations
@@ -23,9 +23,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
@@ -38,6 +36,7 @@ from trimtab.adapters import inspect_adapter
 from trimtab.config import ReftConfig
 from trimtab.data import Collator, Encoded
 from trimtab.evaluation import evaluate
+from trimtab.loading import as_dtype, device, load_causal_lm, load_tokenizer, loading
 from trimtab.schema import Recipe, TrainingSpec
 from trimtab.tasks import Task, build_task
 
@@ -90,9 +89,7 @@ def train_recipe(
     runs = [Run(recipe, name) for name in names]
     for run in runs:
         run.task.examples("train"), run.task.examples("test")  # every data error before the first step
-        if not resume:
-            shutil.rmtree(run.folder, ignore_errors=True)
-        run.check_folder()
+        run.check_folder(resume)
     base = Base(recipe)
     return {run.name: run.finish(base, watch) for run in runs}
 
@@ -117,7 +114,7 @@ def evaluate_run(recipe: Recipe, only: list[str] | None = None, split: str = "te
         try:
             tuned = evaluate(adapted, base.tokenizer, run.task, examples)
         finally:
-            adapted.base_model.unload()
+            unload(adapted)
         results[name] = {
             "score": run.task.main_score,
             "examples": len(examples),
@@ -132,25 +129,25 @@ class Base:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(recipe.model)
+        self.tokenizer = load_tokenizer(recipe.model)
         self._causal: nn.Module | None = None
 
     def model_for(self, task: Task[Any]) -> nn.Module:
-        dtype = "auto" if self.recipe.dtype == "auto" else getattr(torch, self.recipe.dtype)
+        name, dtype = self.recipe.model, self.recipe.dtype
         if task.spec.type == "generation":
             if self._causal is None:
-                self._causal = AutoModelForCausalLM.from_pretrained(self.recipe.model, dtype=dtype).to(_device())
+                self._causal = load_causal_lm(name, dtype)
             return self._causal
-        set_seed(self.recipe.seed)  # the head is new
-        config = AutoConfig.from_pretrained(self.recipe.model, num_labels=task.num_labels)  # type: ignore[attr-defined]
-        if task.spec.type == "regression":
-            config.problem_type = "regression"
-        if config.pad_token_id is None:
-            config.pad_token_id = Collator(self.tokenizer).pad_id
-        model: nn.Module = AutoModelForSequenceClassification.from_pretrained(
-            self.recipe.model, config=config, dtype=dtype
-        )
-        return model.to(_device())
+        with loading(name):
+            config = AutoConfig.from_pretrained(name, num_labels=task.num_labels)  # type: ignore[attr-defined]
+            if task.spec.type == "regression":
+                config.problem_type = "regression"
+            if config.pad_token_id is None:
+                config.pad_token_id = Collator(self.tokenizer).pad_id
+            set_seed(self.recipe.seed)  # the head is new
+            model = AutoModelForSequenceClassification.from_pretrained(name, config=config, dtype=as_dtype(dtype))
+        moved: nn.Module = model.to(device())
+        return moved
 
 
 class Run:
@@ -174,8 +171,8 @@ class Run:
             "task": self.spec.model_dump(mode="json"),
         }
 
-    def check_folder(self) -> None:
-        """Refuse a folder that holds anything but an earlier go at this very run.
+    def check_folder(self, resume: bool) -> None:
+        """Refuse a folder that holds anything but an earlier go at this very run; unless resuming, empty trimtab's own.
 
         Raises:
             RunError: saying whose it is.
@@ -186,7 +183,9 @@ class Run:
             earlier = json.loads((self.folder / "run.json").read_text())["run"]
         except (OSError, ValueError, KeyError):
             raise RunError(f"{self.folder} is not empty and was not left by trimtab; give another output:.") from None
-        if earlier != self.description:
+        if not resume:
+            shutil.rmtree(self.folder)
+        elif earlier != self.description:
             differing = ", ".join(_differing(earlier, self.description))
             raise RunError(
                 f"{self.folder} holds a run with other settings ({differing}). Give another output: to keep it, "
@@ -215,7 +214,7 @@ class Run:
         untuned = evaluate(model, tokenizer, self.task, test)
         encoded, left_out = self.task.encode(tokenizer, self.task.examples("train"), training=True)
         set_seed(self.recipe.seed)
-        adapted = get_peft_model(model, ReftConfig(**self.spec.adapter_fields()))  # type: ignore[arg-type]
+        adapted = get_peft_model(model, ReftConfig(**self.spec.adapter_fields()))
         try:
             trainer = self._trainer(adapted, tokenizer, encoded, progress, watch)
             progress.state = "training"
@@ -226,7 +225,7 @@ class Run:
             save_adapter(adapted, self.folder)
             trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
         finally:
-            adapted.base_model.unload()
+            unload(adapted)
         metrics = {
             "task": self.name,
             "score": self.task.main_score,
@@ -260,7 +259,7 @@ class Run:
         trainer = Trainer(
             model=model,
             args=training_arguments(self.spec.training, self.checkpoints, self.recipe.seed, len(encoded)),
-            train_dataset=encoded,  # type: ignore[arg-type]
+            train_dataset=encoded,
             data_collator=_Counting(tokenizer, progress),
             callbacks=[_Report(progress, watch, look)],
         )
@@ -272,7 +271,7 @@ def training_arguments(spec: TrainingSpec, folder: Path, seed: int, examples: in
     """The recipe's training section in transformers' words."""
     a_step = spec.batch_size * spec.gradient_accumulation
     steps_an_epoch = max(1, -(-examples // a_step))
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         learning_rate=spec.learning_rate,
         num_train_epochs=spec.epochs or 1,
@@ -283,7 +282,6 @@ def training_arguments(spec: TrainingSpec, folder: Path, seed: int, examples: in
         warmup_steps=spec.warmup,  # below 1, a share of all steps
         weight_decay=spec.weight_decay,
         max_grad_norm=1.0,
-        gradient_checkpointing=spec.gradient_checkpointing,
         save_strategy="steps",
         save_steps=spec.checkpoint_every or max(20, steps_an_epoch),
         save_total_limit=2,
@@ -296,6 +294,9 @@ def training_arguments(spec: TrainingSpec, folder: Path, seed: int, examples: in
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+    if spec.gradient_checkpointing:  # naming it at all warns, since transformers is about to rename it
+        arguments.gradient_checkpointing = arguments.activation_checkpointing = True
+    return arguments
 
 
 class _Counting(Collator):
@@ -335,8 +336,8 @@ class _Report(TrainerCallback):
             self.progress.loss = logs["loss"]
             if logs["loss"] != logs["loss"]:
                 raise RunError(
-                    f"{self.progress.task}: the loss is NaN at step {state.global_step}. Lower training: learning_rate, "
-                    "or use dtype: float32."
+                    f"{self.progress.task}: the loss is NaN at step {state.global_step}. Lower training: learning_rate "
+                    "or set dtype: float32."
                 )
 
 
@@ -352,6 +353,12 @@ def _complete(checkpoint: Path) -> bool:
     except (OSError, ValueError):
         return False
     return (checkpoint / "adapter_model.safetensors").exists() and (checkpoint / "optimizer.pt").exists()
+
+
+def unload(model: PeftModel) -> None:
+    """Take the adapter off its base model, which is then as it was."""
+    tuner: Any = model.base_model
+    tuner.unload()
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
@@ -393,12 +400,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def versions() -> dict[str, str]:
+    """What a result depends on besides its settings."""
     packages = ("trimtab", "torch", "transformers", "peft", "safetensors")
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _differing(a: Any, b: Any, place: str = "") -> list[str]:

@@ -29,6 +29,7 @@ from trimtab.passes import (
     Prompt,
     as_lengths,
     as_real,
+    find_packed,
     first_supervised,
     named_arguments,
     past_length,
@@ -171,7 +172,9 @@ class ReftModel(BaseTuner):
         sites = find_sites(model, config.site, config.layers)
         for site in sites:
             if config.r > site.width:
-                raise ValueError(f"r={config.r}: larger than the width {site.width} of {site.name}; use a rank well below it.")
+                raise ValueError(
+                    f"r={config.r}: larger than the width {site.width} of {site.name}; use a rank well below it."
+                )
             if not isinstance(getattr(host(site.module), "reft", None), ReftLayer | None):
                 raise ValueError(f"{site.name} already has a submodule called 'reft'; choose another site.")
         self._sites = {site.name: site for site in sites}
@@ -199,27 +202,32 @@ class ReftModel(BaseTuner):
     def _open_pass(self, role: str, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         passes = self._passes
         passes.open(Pass(Prompt()))  # first, so that every close has its open even if what follows raises
-        if role == "model":
-            lengths = kwargs.pop("prompt_lengths", None)
+        lengths = kwargs.pop("prompt_lengths", None) if role in ("model", "pair") else None
+        arguments = named_arguments(module, args, kwargs)
+        if role in ("model", "pair"):
             if not torch.compiler.is_compiling():
                 self._upkeep()
                 for checkpointing in self._checkpointing:
                     passes.bind(checkpointing)
-            arguments = named_arguments(module, args, kwargs)
             passes.labels, passes.prompt_lengths = arguments.get("labels"), as_lengths(lengths)
-        else:
-            arguments = named_arguments(module, args, kwargs)
-        outer = passes.outer
-        passes.replace(outer if role == "inner" and outer is not None else self._pass(role, arguments))
+        if role == "inner" and passes.outer is not None:
+            passes.replace(passes.outer)
+        elif role != "pair":  # whose encoder and decoder open passes of their own
+            passes.replace(self._pass(role, arguments))
         return args, kwargs
 
     def _close_pass(self, role: str, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         passes = self._passes
         closed = passes.close()
-        past = kwargs.get("past_key_values") or getattr(output, "past_key_values", None)
-        if past is not None and role != "encoder" and not hasattr(past, "_reft_prompt"):
+        past = kwargs.get("past_key_values")
+        past = past if past is not None else getattr(output, "past_key_values", None)
+        if (
+            past is not None
+            and role in ("model", "decoder")
+            and (closed.start == 0 or not hasattr(past, "_reft_prompt"))
+        ):
             past._reft_prompt = closed.prompt  # later steps with this cache know where its prompt ended
-        if role == "model":
+        if role in ("model", "pair"):
             passes.labels = passes.prompt_lengths = None
 
     def _pass(self, role: str, arguments: dict[str, Any]) -> Pass:
@@ -231,35 +239,50 @@ class ReftModel(BaseTuner):
         mask = arguments.get("attention_mask")
         real = as_real(mask, columns)
         generation = {"encoder": None, "decoder": passes.decoder_generation}.get(role, passes.generation)
-        if generation is not None and generation.awaits_mask:
-            generation.width = columns if generation.width is None else generation.width
-            generation.real = real[:, : generation.width] if real is not None else None
-            generation.awaits_mask = False
+        if generation is not None and generation.awaits_mask and columns is not None:
+            generation.receive_mask(columns, real)
+        owner = None
+        if generation is None and start == 0 and not (isinstance(mask, Tensor) and mask.dim() == 2):
+            packed = find_packed(arguments.get("position_ids"))
+            if packed is not None:
+                owner, real = packed
         full = isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= (columns or 0)
         return Pass(
-            prompt=self._prompt(role, generation, past, start, Prompt(columns, real)),
+            prompt=self._prompt(role, generation, past, start, Prompt(columns, real), owner),
             start=start,
             real=real if full else None,
+            owner=owner,
             adapter_names=passes.adapter_names,
             training=self.model.training and torch.is_grad_enabled(),
         )
 
-    def _prompt(self, role: str, generation: Prompt | None, past: Any, start: int, whole: Prompt) -> Prompt:
+    def _prompt(
+        self, role: str, generation: Prompt | None, past: Any, start: int, whole: Prompt, owner: Tensor | None
+    ) -> Prompt:
         """Where the prompt ends: said outright, by `generate`, by the cache, by the labels, or by the mask."""
         passes = self._passes
-        lengths = passes.prompt_lengths
+        lengths: Tensor | None = passes.prompt_lengths
         if role == "encoder":
             generated = passes.generation.lengths if passes.generation is not None else None
             return Prompt(whole.width, whole.real, lengths if lengths is not None else generated)
         if lengths is not None and role != "decoder":
-            return Prompt(whole.width, whole.real, lengths)
-        known = generation if generation is not None else getattr(past, "_reft_prompt", None)
+            if self.model.training and whole.width is not None:  # otherwise this may be the first chunk of several
+                as_lengths(lengths, whole.width)
+            if owner is not None and len(lengths) != len(owner):
+                raise ValueError(
+                    f"prompt_lengths: {len(lengths)} given, but {len(owner)} sequences are packed into this batch (their "
+                    "position_ids start anew); give one a sequence."
+                )
+            return Prompt(None, whole.real, lengths)
+        known = generation if generation is not None else getattr(past, "_reft_prompt", None) if start > 0 else None
         if known is not None:
             return known
         labels = passes.labels
         if self._is_lm and isinstance(labels, Tensor) and labels.dim() == 2 and start == 0:
-            before = first_supervised(labels, None if role == "decoder" else whole.real)
-            return Prompt(whole.width, whole.real, before + 1 if role == "decoder" else before)
+            if role == "decoder":  # its input is a start token and then the labels
+                return Prompt(whole.width, whole.real, first_supervised(labels, None) + 1)
+            labels = labels if owner is None else labels[owner.to(labels.device)]
+            return Prompt(whole.width, whole.real, first_supervised(labels, whole.real))
         return Prompt(whole.width, whole.real, guessed=self._is_lm, mid_sequence=start > 0)
 
     @property
@@ -274,7 +297,7 @@ class ReftModel(BaseTuner):
     def _generate(self, original: Callable[..., Any], inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
         """`generate` of the base model, which also takes `prompt_lengths` (B,) and remembers where the prompt ends."""
         with self._passes.generating(inputs, kwargs):
-            return original(inputs, *args, **kwargs) if inputs is not None else original(*args, **kwargs)
+            return original(inputs, *args, **kwargs)
 
     def _upkeep(self) -> None:
         """Retract what an optimizer, or anyone, moved off the manifold since the last pass."""
@@ -387,7 +410,7 @@ def set_scale(model: nn.Module, adapter: str, scale: float) -> None:
 def _entrances(model: nn.Module) -> dict[str, nn.Module]:
     """The modules at which a forward may start: the model, what it wraps, and the halves of an encoder-decoder."""
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return {"model": model, "encoder": model.get_encoder(), "decoder": model.get_decoder()}  # type: ignore[operator]
+        return {"pair": model, "encoder": model.get_encoder(), "decoder": model.get_decoder()}  # type: ignore[operator]
     inner = getattr(model, getattr(model, "base_model_prefix", "") or " ", None)
     return {"model": model, "inner": inner} if isinstance(inner, nn.Module) and inner is not model else {"model": model}
 

@@ -1,0 +1,58 @@
+"""Base models and tokenizers by local folder or Hub name, with an error that says which could not be had."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+
+class ModelError(ValueError):
+    """A base model that cannot be loaded. The message names it and says what to check."""
+
+
+@contextmanager
+def loading(name: str) -> Iterator[None]:
+    """Around a `from_pretrained` of `name`.
+
+    Raises:
+        ModelError: instead of what transformers raises for a damaged folder, or a name that is no folder and not on the Hub.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        remedy = (
+            "is its config.json there and whole?"
+            if Path(name).is_dir()
+            else "it is no local folder; on the Hub, check name and network."
+        )
+        raise ModelError(f"cannot load the model {name!r}: {remedy}\n{reason}") from error
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Raises ModelError."""
+    with loading(name):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+        return tokenizer
+
+
+def load_causal_lm(name: str, dtype: str = "auto") -> Any:
+    """The model on the device there is, in `dtype` ("auto": as its weights are stored). Raises ModelError."""
+    with loading(name):
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=as_dtype(dtype))
+    return model.to(device())
+
+
+def as_dtype(name: str) -> Any:
+    """A recipe's `dtype:` as `from_pretrained` takes it."""
+    return "auto" if name == "auto" else getattr(torch, name)
+
+
+def device() -> str:
+    """The GPU where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,205 @@
+"""The commands as a person runs them: what they print, and what they say of wrong input."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from trimtab import cli
+
+ROOT = Path(__file__).parent.parent
+MODEL = str(ROOT / "models/tiny-llama")
+Command = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def trimtab(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    """Run a command; its exit code and all it printed."""
+
+    def run(*arguments: object, stdin: str = "") -> tuple[int, str]:
+        monkeypatch.setattr("sys.argv", ["trimtab", *map(str, arguments)])
+        answers = iter(stdin.splitlines())
+
+        def read(*_: object, **__: object) -> str:
+            try:
+                return next(answers)
+            except StopIteration:
+                raise EOFError from None
+
+        monkeypatch.setattr(cli.console, "input", read)
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capfd.readouterr()
+        return code, out + err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two small trained adapters, and the recipe that made them."""
+    from trimtab.recipe import load_recipe
+    from trimtab.training import train_recipe
+
+    folder = tmp_path_factory.mktemp("runs")
+    for task, rows in {
+        "plural": [("cat", "cats"), ("dog", "dogs"), ("horse", "horses"), ("river", "rivers")],
+        "kind": [("cat", "animal"), ("dog", "animal"), ("bread", "food"), ("horse", "animal")],
+    }.items():
+        lines = [json.dumps({"input": a, "output": b}) + "\n" for a, b in rows]
+        (folder / f"{task}.jsonl").write_text("".join(lines))
+    data = "data: {{train: {0}.jsonl, validation: {0}.jsonl}}"
+    (folder / "recipe.yaml").write_text(
+        f"model: {MODEL}\noutput: {folder / 'out'}\ndtype: float32\nadapter: {{r: 2, positions: f1+l2}}\n"
+        "training: {max_steps: 30, batch_size: 4}\ntasks:\n"
+        + "".join(
+            f'  {task}: {{type: generation, {data.format(task)}, prompt: "{{input}}", answer: "{{output}}"}}\n'
+            for task in ("plural", "kind")
+        )
+    )
+    train_recipe(load_recipe(folder / "recipe.yaml"))
+    return folder
+
+
+def test_init_writes_a_recipe_that_loads_and_compares_with_lora(trimtab: Command, tmp_path: Path, runs: Path) -> None:
+    out = tmp_path / "recipe.yaml"
+    code, text = trimtab(
+        "init", MODEL, "--task", f"a={runs / 'plural.jsonl'}", "--task", f"b={runs / 'kind.jsonl'}", "-o", out
+    )
+    assert code == 0 and "12,320" in text and "LoRA" in text
+    from trimtab.recipe import load_recipe
+
+    recipe = load_recipe(out)
+    assert list(recipe.tasks) == ["a", "b"]
+    assert recipe.tasks["a"].type == "generation" and recipe.tasks["a"].prompt == "{input}"
+    before = out.read_text()
+    code, text = trimtab("init", MODEL, "-o", out)
+    assert code == 2 and "there already" in text and out.read_text() == before
+
+
+def test_train_again_skips_and_prints_the_table(trimtab: Command, runs: Path) -> None:
+    code, text = trimtab("train", runs / "recipe.yaml")
+    assert code == 0
+    for word in ("plural", "kind", "untuned", "tuned", "parameters", "on disk", "seconds"):
+        assert word in text
+
+
+def test_eval(trimtab: Command, runs: Path) -> None:
+    code, text = trimtab("eval", runs / "recipe.yaml", "--task", "plural", "--split", "train")
+    assert code == 0 and "plural" in text and "kind" not in text
+
+
+def test_generate_answers_under_every_adapter_in_one_batch(trimtab: Command, runs: Path) -> None:
+    code, text = trimtab("generate", "dog", "-a", runs / "out")
+    assert code == 0
+    assert "dogs" in text and "animal" in text and "(base model)" in text
+
+
+def test_generate_without_adapters_is_the_base_model(trimtab: Command) -> None:
+    code, text = trimtab("generate", "cat", "--model", MODEL, "--max-new-tokens", 4)
+    assert code == 0 and "(base model)" in text
+
+
+def test_chat_switches_adapters(trimtab: Command, runs: Path) -> None:
+    stdin = "/use plural\ndog\n/new\n/use kind\ndog\n/use nobody\n/what\n/quit\n"
+    code, text = trimtab("chat", "-a", runs / "out", stdin=stdin)
+    assert code == 0
+    assert "dogs" in text and "animal" in text and "No adapter 'nobody'" in text
+
+
+def test_show(trimtab: Command, runs: Path) -> None:
+    code, text = trimtab("show", runs / "out/kind")
+    assert code == 0
+    assert "loreft, rank 2" in text and "f1+l2" in text and "model.layers.7" in text and "6,160" in text
+
+
+def damaged(runs: Path, tmp_path: Path, damage: Callable[[Path], object]) -> Path:
+    folder = tmp_path / "adapter"
+    shutil.copytree(runs / "out/plural", folder)
+    damage(folder)
+    return folder
+
+
+def rewrite(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        tensors = load_file(folder / "adapter_model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "adapter_model.safetensors")
+
+    return damage
+
+
+def reconfigure(**values: object) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps({**config, **values}))
+
+    return damage
+
+
+KEY = "base_model.model.model.layers.0.reft.reft_edit."
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "truncated": (
+        lambda f: (f / "adapter_model.safetensors").write_bytes((f / "adapter_model.safetensors").read_bytes()[:3000]),
+        "not a whole safetensors file",
+    ),
+    "pickle": (lambda f: torch.save({}, f / "adapter_model.safetensors"), "not a whole safetensors file"),
+    "bin": (
+        lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"),
+        "can run code",
+    ),
+    "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), "missing"),
+    "no config": (lambda f: (f / "adapter_config.json").unlink(), "no adapter"),
+    "config damaged": (lambda f: (f / "adapter_config.json").write_text('{"peft_'), "damaged"),
+    "lora": (reconfigure(peft_type="LORA"), "method LORA, not ReFT"),
+    "bad method": (reconfigure(method="lorefd"), "lorefd"),
+    "rank": (reconfigure(r=4), "r=4 asks for"),
+    "tied": (reconfigure(tied=False), "do not belong together"),
+    "nan": (rewrite(lambda t: t[KEY + "bias"].fill_(float("nan"))), "NaN"),
+    "not orthonormal": (rewrite(lambda t: t[KEY + "rotation"].mul_(2)), "not orthonormal"),
+    "tensor missing": (rewrite(lambda t: t.pop(KEY + "weight")), "do not belong together"),
+    "other weights": (
+        rewrite(lambda t: t.update({"base_model.model.x.lora_A.weight": torch.ones(1)})),
+        "another method",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_adapter_is_refused_in_one_screen(name: str, trimtab: Command, runs: Path, tmp_path: Path) -> None:
+    damage, message = DAMAGES[name]
+    folder = damaged(runs, tmp_path, damage)
+    for command in (("show", folder), ("generate", "cat", "-a", folder)):
+        code, text = trimtab(*command)
+        assert code == 2 and message in text.replace("\n", " "), text
+        assert str(folder) in text.replace("\n", "") and len(text.splitlines()) < 25 and "Traceback" not in text
+
+
+def test_an_adapter_of_another_base_model_is_refused(trimtab: Command, runs: Path) -> None:
+    code, text = trimtab("generate", "cat", "-a", runs / "out/plural", "--model", ROOT / "tests/golden/model")
+    assert code == 2 and "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "nowhere.yaml"], "cannot read the recipe nowhere.yaml"),
+        (["train", "{runs}/recipe.yaml", "--task", "plurals"], "not in the recipe"),
+        (["eval", "{runs}/recipe.yaml", "--split", "tset"], "must be one of train, validation, test"),
+        (["generate", "cat", "-a", "{runs}"], "no adapter there"),
+        (["generate", "cat"], "--model"),
+        (["init", "models/none-such", "-o", "{runs}/new.yaml"], "models/none-such"),
+        (["show", "{runs}"], "no adapter_config.json"),
+    ],
+)
+def test_wrong_arguments(arguments: list[str], message: str, trimtab: Command, runs: Path) -> None:
+    code, text = trimtab(*(a.replace("{runs}", str(runs)) for a in arguments))
+    assert code == 2 and message in text.replace("\n", " "), text
+    assert "Traceback" not in text

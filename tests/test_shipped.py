@@ -1,0 +1,48 @@
+"""What is shipped runs: every recipe loads, and README's Python and shell blocks do what they say."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trimtab.recipe import load_recipe
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+RECIPES = sorted(ROOT.glob("recipes/**/*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
+def test_every_recipe_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert load_recipe(path).tasks
+
+
+def python_blocks() -> list[str]:
+    return re.findall(r"(?<!-->\n)```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_readme_python(tmp_path: Path) -> None:
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    assert python_blocks()
+    for block in python_blocks():
+        subprocess.run([sys.executable, "-c", block], cwd=tmp_path, check=True, capture_output=True)
+
+
+def test_readme_commands_exist(capfd: pytest.CaptureFixture[str]) -> None:
+    """Every `trimtab` line of README parses: the command and its options are there (test_cli runs them)."""
+    from typer.main import get_command
+
+    from trimtab.cli import app
+
+    group = get_command(app)
+    shell = "".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL))
+    lines = [line.split("#")[0].strip() for line in shell.splitlines() if line.startswith("trimtab ")]
+    assert len(lines) >= 6
+    for line in lines:
+        _, name, *arguments = shlex.split(line)
+        command = group.commands[name]  # type: ignore[attr-defined]
+        command.make_context(name, arguments, resilient_parsing=False)

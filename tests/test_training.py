@@ -1,0 +1,139 @@
+"""Recipes trained for real on the bundled model: what a run leaves, skips, resumes and refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from trimtab.recipe import load_recipe
+from trimtab.training import RunError, evaluate_run, train_recipe
+
+ROOT = Path(__file__).parent.parent
+WORDS = [("cat", "cats"), ("dog", "dogs"), ("box", "boxes"), ("city", "cities"), ("man", "men"), ("leaf", "leaves")]
+
+
+def write_recipe(folder: Path, **training: object) -> Path:
+    rows = [{"input": a, "output": b} for a, b in WORDS]
+    for split, some in (("train", rows), ("test", rows[:3])):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in some))
+    settings = {"learning_rate": 0.004, "max_steps": 6, "batch_size": 2, "checkpoint_every": 2, **training}
+    recipe = {
+        "model": str(ROOT / "models/tiny-llama"),
+        "output": str(folder / "runs"),
+        "dtype": "float32",
+        "adapter": {"r": 2, "positions": "f1+l2", "dropout": 0.1},
+        "training": settings,
+        "tasks": {
+            "plural": {
+                "type": "generation",
+                "data": {"train": "train.jsonl", "validation": "test.jsonl", "test": "test.jsonl"},
+                "prompt": "{input}",
+                "answer": "{output}",
+                "max_new_tokens": 4,
+            }
+        },
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps(recipe))  # JSON is YAML
+    return path
+
+
+def test_a_run_leaves_an_adapter_that_peft_loads_and_its_scores(tmp_path: Path) -> None:
+    recipe = load_recipe(write_recipe(tmp_path))
+    seen: list[str] = []
+    metrics = train_recipe(recipe, watch=lambda p: seen.append(p.state))["plural"]
+    folder = tmp_path / "runs/plural"
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "metrics.json",
+        "predictions.json",
+        "run.json",
+    ]
+    assert (
+        metrics["parameters"]
+        == 8 * (2 * 2 * 192 + 2)
+        == sum(t.numel() for t in load_file(folder / "adapter_model.safetensors").values())
+    )
+    assert metrics["bytes"] == (folder / "adapter_model.safetensors").stat().st_size
+    assert {"untuned score", "training", "tuned score", "done"} <= set(seen)
+    assert evaluate_run(recipe)["plural"]["tuned"] == metrics["tuned"]["exact_match"]
+    run = json.loads((folder / "run.json").read_text())
+    assert run["run"]["seed"] == 0 and run["versions"]["torch"] == torch.__version__
+    base = AutoModelForCausalLM.from_pretrained(recipe.model, dtype=torch.float32)
+    assert isinstance(PeftModel.from_pretrained(base, str(folder)), PeftModel)
+
+
+def test_a_finished_run_is_skipped_and_other_settings_are_refused(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path)
+    train_recipe(load_recipe(path))
+    adapter = tmp_path / "runs/plural/adapter_model.safetensors"
+    before = adapter.stat().st_mtime_ns
+    train_recipe(load_recipe(path))
+    assert adapter.stat().st_mtime_ns == before
+    other = load_recipe(write_recipe(tmp_path, learning_rate=0.002))
+    with pytest.raises(RunError, match=r"other settings \(task.training.learning_rate\).*--no-resume"):
+        train_recipe(other)
+    assert adapter.stat().st_mtime_ns == before
+    train_recipe(other, resume=False)
+    assert adapter.stat().st_mtime_ns != before
+
+
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "runs/plural").mkdir(parents=True)
+    (tmp_path / "runs/plural/thesis.txt").write_text("mine")
+    with pytest.raises(RunError, match="not left by trimtab"):
+        train_recipe(load_recipe(write_recipe(tmp_path)))
+    with pytest.raises(RunError, match="not left by trimtab"):
+        train_recipe(load_recipe(write_recipe(tmp_path)), resume=False)
+    assert (tmp_path / "runs/plural/thesis.txt").read_text() == "mine"
+
+
+def test_after_kill_9_a_resumed_run_ends_in_the_same_adapter(tmp_path: Path) -> None:
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "killed").mkdir()
+    train_recipe(load_recipe(write_recipe(tmp_path / "whole", max_steps=40)))
+    path = write_recipe(tmp_path / "killed", max_steps=40)
+    command = [sys.executable, "-m", "trimtab.cli", "train", str(path)]
+    process = subprocess.Popen(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, stdout=subprocess.DEVNULL)
+    checkpoints = tmp_path / "killed/runs/plural/checkpoints"
+    deadline = time.monotonic() + 120
+    while not list(checkpoints.glob("checkpoint-*/trainer_state.json")) and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed/runs/plural/metrics.json").exists()
+    half_written = checkpoints / "checkpoint-38"  # what a kill in the middle of a save leaves
+    half_written.mkdir(exist_ok=True)
+    (half_written / "trainer_state.json").write_text('{"global_st')
+    train_recipe(load_recipe(path))
+    file = "runs/plural/adapter_model.safetensors"
+    whole, resumed = load_file(tmp_path / "whole" / file), load_file(tmp_path / "killed" / file)
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_a_classifier_saves_its_head(tmp_path: Path) -> None:
+    rows = [{"text": t, "label": i % 2} for i, t in enumerate(["a good day", "a bad day", "good", "bad"] * 4)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {ROOT / 'models/tiny-llama'}\noutput: {tmp_path / 'runs'}\ndtype: float32\n"
+        "training: {max_steps: 20, learning_rate: 4e-3}\nadapter: {positions: l1}\n"
+        "tasks:\n  mood: {type: classification, text: text, label: label,"
+        " data: {train: train.jsonl, test: train.jsonl}}\n"
+    )
+    metrics = train_recipe(load_recipe(recipe))["mood"]
+    assert any("score.weight" in key for key in load_file(tmp_path / "runs/mood/adapter_model.safetensors"))
+    assert metrics["tuned"]["accuracy"] == 1.0
+    assert evaluate_run(load_recipe(recipe))["mood"]["tuned"] == 1.0
