@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 WORDS = [("cat", "cats"), ("dog", "dogs"), ("box", "boxes"), ("city", "cities"), ("man", "men"), ("leaf", "leaves")]
 
 
-def write_recipe(folder: Path, **training: object) -> Path:
+def write_recipe(folder: Path, positions: str = "f1+l2", **training: object) -> Path:
     rows = [{"input": a, "output": b} for a, b in WORDS]
     for split, some in (("train", rows), ("test", rows[:3])):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in some))
@@ -30,7 +30,7 @@ def write_recipe(folder: Path, **training: object) -> Path:
         "model": str(ROOT / "models/tiny-llama"),
         "output": str(folder / "runs"),
         "dtype": "float32",
-        "adapter": {"r": 2, "positions": "f1+l2", "dropout": 0.1},
+        "adapter": {"r": 2, "positions": positions, "dropout": 0.1},
         "training": settings,
         "tasks": {
             "plural": {
@@ -99,11 +99,12 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "runs/plural/thesis.txt").read_text() == "mine"
 
 
-def test_after_kill_9_a_resumed_run_ends_in_the_same_adapter(tmp_path: Path) -> None:
+@pytest.mark.parametrize("positions", ["f1+l2", "l2"])
+def test_after_kill_9_a_resumed_run_ends_in_the_same_adapter(positions: str, tmp_path: Path) -> None:
     (tmp_path / "whole").mkdir()
     (tmp_path / "killed").mkdir()
-    train_recipe(load_recipe(write_recipe(tmp_path / "whole", max_steps=40)))
-    path = write_recipe(tmp_path / "killed", max_steps=40)
+    train_recipe(load_recipe(write_recipe(tmp_path / "whole", positions, max_steps=40)))
+    path = write_recipe(tmp_path / "killed", positions, max_steps=40)
     command = [sys.executable, "-m", "trimtab.cli", "train", str(path)]
     process = subprocess.Popen(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, stdout=subprocess.DEVNULL)
     checkpoints = tmp_path / "killed/runs/plural/checkpoints"
@@ -117,7 +118,8 @@ def test_after_kill_9_a_resumed_run_ends_in_the_same_adapter(tmp_path: Path) -> 
     half_written = checkpoints / "checkpoint-38"  # what a kill in the middle of a save leaves
     half_written.mkdir(exist_ok=True)
     (half_written / "trainer_state.json").write_text('{"global_st')
-    train_recipe(load_recipe(path))
+    metrics = train_recipe(load_recipe(path))["plural"]
+    assert bool(metrics["reuse"]["reused"]) == (positions == "l2")  # what is reused does not show in the bits
     file = "runs/plural/adapter_model.safetensors"
     whole, resumed = load_file(tmp_path / "whole" / file), load_file(tmp_path / "killed" / file)
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)

@@ -79,6 +79,10 @@ def train(
     if not console.is_terminal:
         console.print()  # Live ends without a line break there
     console.print(_results_table(metrics))
+    for name, m in metrics.items():
+        if m["reuse"]["reused"]:
+            share = m["reuse"]["tokens_saved"] / max(1, m["reuse"]["tokens"])
+            console.print(f"{name}: kept {m['reuse']['reused']}, {share:.0%} of all tokens' work.")
     console.print(f"Adapters in {recipe.output}/<task>. Try: trimtab generate PROMPT --adapter {recipe.output}")
 
 

@@ -105,6 +105,10 @@ class TrainingSpec(_Section):
     checkpoint_every: PositiveInt | None = None
     """In steps; None is once an epoch."""
     gradient_checkpointing: bool = False
+    reuse: bool = True
+    """Compute once what the frozen model makes the same at every step, where the adapter leaves any such part."""
+    reuse_memory_gb: NonNegativeFloat = 4.0
+    """What is kept for reuse beyond this goes to disk, in the task's folder."""
 
     @model_validator(mode="before")
     @classmethod

@@ -26,7 +26,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     PreTrainedTokenizerBase,
     PrinterCallback,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
     set_seed,
@@ -37,8 +36,10 @@ from trimtab.config import ReftConfig
 from trimtab.data import Collator, Encoded
 from trimtab.evaluation import evaluate
 from trimtab.loading import as_dtype, device, load_causal_lm, load_tokenizer, loading
+from trimtab.reuse import Reuse, Store, choose_reuse
 from trimtab.schema import Recipe, TrainingSpec
 from trimtab.tasks import Task, build_task
+from trimtab.trainer import NumberedCollator, ReftTrainer
 
 VALIDATION_LOOKS = 4
 """How often the validation score is taken during a run, to be shown; it chooses nothing."""
@@ -216,7 +217,9 @@ class Run:
         set_seed(self.recipe.seed)
         adapted = get_peft_model(model, ReftConfig(**self.spec.adapter_fields()))
         try:
-            trainer = self._trainer(adapted, tokenizer, encoded, progress, watch)
+            store = Store(int(self.spec.training.reuse_memory_gb * 1e9), self.folder / "reuse")
+            reuse = self._reuse(adapted, store)
+            trainer = self._trainer(adapted, tokenizer, encoded, progress, watch, reuse)
             progress.state = "training"
             result = trainer.train(resume_from_checkpoint=last_checkpoint(self.checkpoints))
             progress.state = "tuned score"
@@ -224,7 +227,11 @@ class Run:
             tuned = evaluate(adapted, tokenizer, self.task, test)
             save_adapter(adapted, self.folder)
             trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+            if trainer.reuse_refused:
+                reuse = trainer.reuse_refused
+            reused = reuse.summary() if isinstance(reuse, Reuse) else {"reused": None, "because": reuse}
         finally:
+            store.close()
             unload(adapted)
         metrics = {
             "task": self.name,
@@ -240,6 +247,7 @@ class Run:
             "train_loss": result.training_loss,
             "train_examples": len(encoded),
             "left_out_as_too_long": left_out,
+            "reuse": reused,
         }
         write_json(self.folder / "predictions.json", {"untuned": untuned.predictions, "tuned": tuned.predictions})
         write_json(self.folder / "metrics.json", metrics)
@@ -252,19 +260,27 @@ class Run:
         encoded: list[Encoded],
         progress: Progress,
         watch: Watch,
-    ) -> Trainer:
+        reuse: Reuse | str,
+    ) -> ReftTrainer:
         def look() -> float:
             return evaluate(model, tokenizer, self.task, self.task.examples("validation")[:100]).main
 
-        trainer = Trainer(
-            model=model,
-            args=training_arguments(self.spec.training, self.checkpoints, self.recipe.seed, len(encoded)),
-            train_dataset=encoded,
+        trainer = ReftTrainer(
+            model,
+            training_arguments(self.spec.training, self.checkpoints, self.recipe.seed, len(encoded)),
+            encoded,
+            reuse if isinstance(reuse, Reuse) else None,
             data_collator=_Counting(tokenizer, progress),
             callbacks=[_Report(progress, watch, look)],
         )
         trainer.remove_callback(PrinterCallback)
         return trainer
+
+    def _reuse(self, model: PeftModel, store: Store) -> Reuse | str:
+        training = self.spec.training
+        if not training.reuse:
+            return "reuse: false"
+        return choose_reuse(model, ReftConfig(**self.spec.adapter_fields()), store, training.gradient_checkpointing)
 
 
 def training_arguments(spec: TrainingSpec, folder: Path, seed: int, examples: int) -> TrainingArguments:
@@ -299,7 +315,7 @@ def training_arguments(spec: TrainingSpec, folder: Path, seed: int, examples: in
     return arguments
 
 
-class _Counting(Collator):
+class _Counting(NumberedCollator):
     """A collator that counts the real tokens it hands out."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> None:
@@ -307,7 +323,7 @@ class _Counting(Collator):
         self.progress = progress
 
     def __call__(self, batch: Any) -> dict[str, Tensor]:
-        self.progress.tokens += sum(len(e.input_ids) for e in batch)
+        self.progress.tokens += sum(len(e.input_ids) for _, e in batch)
         return super().__call__(batch)
 
 
