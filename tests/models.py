@@ -39,32 +39,37 @@ def _blocks(path: str, depth: int = DEPTH) -> tuple[str, ...]:
     return tuple(f"{path}.{i}" for i in range(depth))
 
 
-LLAMA_LIKE: dict[str, Any] = dict(
-    vocab_size=VOCAB,
-    hidden_size=WIDTH,
-    intermediate_size=48,
-    num_hidden_layers=DEPTH,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=128,
-    pad_token_id=PAD,
-    bos_token_id=1,
-    eos_token_id=2,
-)
-BERT_LIKE: dict[str, Any] = dict(
-    vocab_size=VOCAB,
-    hidden_size=WIDTH,
-    intermediate_size=48,
-    num_hidden_layers=DEPTH,
-    num_attention_heads=4,
-    max_position_embeddings=128,
-    pad_token_id=PAD,
-    bos_token_id=1,
-    eos_token_id=2,
-)
-VISION: dict[str, Any] = dict(
-    hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8
-)
+LLAMA_LIKE: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": WIDTH,
+    "intermediate_size": 48,
+    "num_hidden_layers": DEPTH,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": PAD,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+BERT_LIKE: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": WIDTH,
+    "intermediate_size": 48,
+    "num_hidden_layers": DEPTH,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "pad_token_id": PAD,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+VISION: dict[str, Any] = {
+    "hidden_size": 24,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 16,
+    "patch_size": 8,
+}
 
 
 def _of(
@@ -130,68 +135,147 @@ _LAYERS, _BERT = _blocks("model.layers"), "encoder.layer"
 _MIXTRAL = _of(hf.MixtralForCausalLM, hf.MixtralConfig, LLAMA_LIKE, num_local_experts=4, num_experts_per_tok=2)
 _GEMMA3 = _of(hf.Gemma3ForCausalLM, hf.Gemma3TextConfig, LLAMA_LIKE, head_dim=8, sliding_window=16)
 _QWEN3 = _of(hf.Qwen3ForCausalLM, hf.Qwen3Config, LLAMA_LIKE, head_dim=8)
-_GPT2: dict[str, Any] = dict(
-    vocab_size=VOCAB,
-    n_embd=WIDTH,
-    n_layer=DEPTH,
-    n_head=4,
-    n_positions=128,
-    bos_token_id=1,
-    eos_token_id=2,
-    pad_token_id=PAD,
+_QWEN3_MOE = _of(
+    hf.Qwen3MoeForCausalLM,
+    hf.Qwen3MoeConfig,
+    LLAMA_LIKE,
+    head_dim=8,
+    num_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=16,
 )
-_OPT: dict[str, Any] = dict(
-    vocab_size=VOCAB,
-    hidden_size=WIDTH,
-    ffn_dim=48,
-    num_hidden_layers=DEPTH,
-    num_attention_heads=4,
-    max_position_embeddings=128,
-    word_embed_proj_dim=WIDTH,
-    pad_token_id=PAD,
-    bos_token_id=1,
-    eos_token_id=2,
-)
-_T5: dict[str, Any] = dict(
-    vocab_size=VOCAB,
-    d_model=WIDTH,
-    d_kv=8,
-    d_ff=48,
-    num_layers=2,
-    num_decoder_layers=DEPTH,
-    num_heads=4,
-    pad_token_id=PAD,
-    eos_token_id=2,
-    decoder_start_token_id=PAD,
-)
+_GPT2: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "n_embd": WIDTH,
+    "n_layer": DEPTH,
+    "n_head": 4,
+    "n_positions": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": PAD,
+}
+_OPT: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": WIDTH,
+    "ffn_dim": 48,
+    "num_hidden_layers": DEPTH,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "word_embed_proj_dim": WIDTH,
+    "pad_token_id": PAD,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_T5: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "d_model": WIDTH,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_decoder_layers": DEPTH,
+    "num_heads": 4,
+    "pad_token_id": PAD,
+    "eos_token_id": 2,
+    "decoder_start_token_id": PAD,
+}
 _T5_BLOCKS = _blocks("encoder.block", 2) + _blocks("decoder.block")
 _MODERNBERT: dict[str, Any] = dict(BERT_LIKE, cls_token_id=1, sep_token_id=2, local_attention=8)
 
-# fmt: off
 MODELS: dict[str, Row] = {
-    "llama": Row(_of(hf.LlamaForCausalLM, hf.LlamaConfig, LLAMA_LIKE), "decoder", _LAYERS, "CAUSAL_LM", "self_attn", "mlp"),
+    "llama": Row(
+        _of(hf.LlamaForCausalLM, hf.LlamaConfig, LLAMA_LIKE), "decoder", _LAYERS, "CAUSAL_LM", "self_attn", "mlp"
+    ),
     "qwen3": Row(_QWEN3, "decoder", _LAYERS, "CAUSAL_LM", "self_attn", "mlp"),
     "gemma3": Row(_GEMMA3, "decoder", _LAYERS, "CAUSAL_LM", "self_attn", "mlp"),
-    "mistral": Row(_of(hf.MistralForCausalLM, hf.MistralConfig, LLAMA_LIKE, sliding_window=16), "decoder", _LAYERS, "CAUSAL_LM", "self_attn", "mlp"),
-    "phi3": Row(_of(hf.Phi3ForCausalLM, hf.Phi3Config, LLAMA_LIKE), "decoder", _LAYERS, "CAUSAL_LM", "self_attn", "mlp"),
+    "mistral": Row(
+        _of(hf.MistralForCausalLM, hf.MistralConfig, LLAMA_LIKE, sliding_window=16),
+        "decoder",
+        _LAYERS,
+        "CAUSAL_LM",
+        "self_attn",
+        "mlp",
+    ),
+    "phi3": Row(
+        _of(hf.Phi3ForCausalLM, hf.Phi3Config, LLAMA_LIKE), "decoder", _LAYERS, "CAUSAL_LM", "self_attn", "mlp"
+    ),
     "mixtral": Row(_MIXTRAL, "decoder", _LAYERS, "CAUSAL_LM", "self_attn", "mlp"),
-    "gpt2": Row(_of(hf.GPT2LMHeadModel, hf.GPT2Config, _GPT2), "decoder", _blocks("transformer.h"), "CAUSAL_LM", "attn", "mlp"),
-    "gpt_neox": Row(_of(hf.GPTNeoXForCausalLM, hf.GPTNeoXConfig, BERT_LIKE), "decoder", _blocks("gpt_neox.layers"), "CAUSAL_LM", "attention", "mlp"),
-    "opt": Row(_of(hf.OPTForCausalLM, hf.OPTConfig, _OPT), "decoder", _blocks("model.decoder.layers"), "CAUSAL_LM", "self_attn", None),
-    "bert": Row(_of(hf.BertModel, hf.BertConfig, BERT_LIKE), "encoder", _blocks(_BERT), "FEATURE_EXTRACTION", "attention", None),
-    "roberta": Row(_of(hf.RobertaModel, hf.RobertaConfig, BERT_LIKE), "encoder", _blocks(_BERT), "FEATURE_EXTRACTION", "attention", None),
-    "modernbert": Row(_of(hf.ModernBertModel, hf.ModernBertConfig, _MODERNBERT), "encoder", _blocks("layers"), "FEATURE_EXTRACTION", "attn", "mlp"),
-    "bert_seq_cls": Row(_of(hf.BertForSequenceClassification, hf.BertConfig, BERT_LIKE, num_labels=3), "seq_cls", _blocks(f"bert.{_BERT}"), "SEQ_CLS", "attention", None),
-    "llama_seq_cls": Row(_of(hf.LlamaForSequenceClassification, hf.LlamaConfig, LLAMA_LIKE, num_labels=3), "seq_cls", _LAYERS, "SEQ_CLS", "self_attn", "mlp"),
-    "roberta_token_cls": Row(_of(hf.RobertaForTokenClassification, hf.RobertaConfig, BERT_LIKE, num_labels=5), "token_cls", _blocks(f"roberta.{_BERT}"), "TOKEN_CLS", "attention", None),
-    "t5": Row(_of(hf.T5ForConditionalGeneration, hf.T5Config, _T5), "encoder_decoder", _T5_BLOCKS, "SEQ_2_SEQ_LM", "layer.0", "layer.1"),
+    "qwen3_moe": Row(_QWEN3_MOE, "decoder", _LAYERS, "CAUSAL_LM", "self_attn", "mlp"),
+    "gpt2": Row(
+        _of(hf.GPT2LMHeadModel, hf.GPT2Config, _GPT2), "decoder", _blocks("transformer.h"), "CAUSAL_LM", "attn", "mlp"
+    ),
+    "gpt_neox": Row(
+        _of(hf.GPTNeoXForCausalLM, hf.GPTNeoXConfig, BERT_LIKE),
+        "decoder",
+        _blocks("gpt_neox.layers"),
+        "CAUSAL_LM",
+        "attention",
+        "mlp",
+    ),
+    "opt": Row(
+        _of(hf.OPTForCausalLM, hf.OPTConfig, _OPT),
+        "decoder",
+        _blocks("model.decoder.layers"),
+        "CAUSAL_LM",
+        "self_attn",
+        None,
+    ),
+    "bert": Row(
+        _of(hf.BertModel, hf.BertConfig, BERT_LIKE), "encoder", _blocks(_BERT), "FEATURE_EXTRACTION", "attention", None
+    ),
+    "roberta": Row(
+        _of(hf.RobertaModel, hf.RobertaConfig, BERT_LIKE),
+        "encoder",
+        _blocks(_BERT),
+        "FEATURE_EXTRACTION",
+        "attention",
+        None,
+    ),
+    "modernbert": Row(
+        _of(hf.ModernBertModel, hf.ModernBertConfig, _MODERNBERT),
+        "encoder",
+        _blocks("layers"),
+        "FEATURE_EXTRACTION",
+        "attn",
+        "mlp",
+    ),
+    "bert_seq_cls": Row(
+        _of(hf.BertForSequenceClassification, hf.BertConfig, BERT_LIKE, num_labels=3),
+        "seq_cls",
+        _blocks(f"bert.{_BERT}"),
+        "SEQ_CLS",
+        "attention",
+        None,
+    ),
+    "llama_seq_cls": Row(
+        _of(hf.LlamaForSequenceClassification, hf.LlamaConfig, LLAMA_LIKE, num_labels=3),
+        "seq_cls",
+        _LAYERS,
+        "SEQ_CLS",
+        "self_attn",
+        "mlp",
+    ),
+    "roberta_token_cls": Row(
+        _of(hf.RobertaForTokenClassification, hf.RobertaConfig, BERT_LIKE, num_labels=5),
+        "token_cls",
+        _blocks(f"roberta.{_BERT}"),
+        "TOKEN_CLS",
+        "attention",
+        None,
+    ),
+    "t5": Row(
+        _of(hf.T5ForConditionalGeneration, hf.T5Config, _T5),
+        "encoder_decoder",
+        _T5_BLOCKS,
+        "SEQ_2_SEQ_LM",
+        "layer.0.SelfAttention",
+        "layer.1.DenseReluDense",
+    ),
     "vit": Row(_of(hf.ViTModel, hf.ViTConfig, VISION), "vision", _blocks("layers", 2), None, "attention", "mlp"),
     "clip": Row(_clip, "two_stacks", _blocks("text_model.encoder.layers"), None, "self_attn", "mlp"),
     "llava": Row(_llava, "two_stacks", _blocks("model.language_model.layers"), "CAUSAL_LM", "self_attn", "mlp"),
     "plain": Row(PlainModel, "plain", _blocks("blocks")),
     "sequential": Row(SequentialModel, "plain", _blocks("blocks")),
 }
-# fmt: on
 
 
 def names_of(*kinds: str) -> list[str]:
@@ -213,7 +297,7 @@ def tiny(name: str, **overrides: Any) -> nn.Module:
 
 
 def batch_for(name: str, batch: int = 2, length: int = 10) -> dict[str, Tensor]:
-    """Inputs for `tiny(name)`: the last row's prompt is 3 tokens shorter (padded on the right) where there is a mask."""
+    """Inputs for `tiny(name)`: the last row's prompt is 3 tokens shorter, padded on the right, if there is a mask."""
     kind = MODELS[name].kind
     random = torch.Generator().manual_seed(1)
     if kind == "vision":

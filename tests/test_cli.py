@@ -150,7 +150,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (f / "adapter_model.safetensors").write_bytes((f / "adapter_model.safetensors").read_bytes()[:3000]),
         "not a whole safetensors file",
     ),
-    "pickle": (lambda f: torch.save({}, f / "adapter_model.safetensors"), "not a whole safetensors file"),
+    "pickle": (lambda f: torch.save({}, f / "adapter_model.safetensors"), "a pickle"),
     "bin": (
         lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"),
         "can run code",

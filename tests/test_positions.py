@@ -47,7 +47,9 @@ def batches(draw: st.DrawFn, padded: bool = True) -> tuple[torch.Tensor | None, 
     return (real if padded else None), lengths if padded else lengths.clamp(max=width)
 
 
-def found(positions: Positions, lengths: torch.Tensor, width: int, start: int, real: torch.Tensor | None) -> list[list[int]]:
+def found(
+    positions: Positions, lengths: torch.Tensor, width: int, start: int, real: torch.Tensor | None
+) -> list[list[int]]:
     """What `rows` gives for a chunk, as columns of the whole row."""
     index, valid = positions.rows(lengths, width, start, real)
     assert index.shape == valid.shape and ((index >= 0) & (index < max(width, 1))).all()
@@ -108,12 +110,17 @@ def test_no_token_twice_and_slots_in_their_part(text: str, n: int) -> None:
         return
     ordinals, valid = positions.slots(torch.tensor([n]))
     chosen = ordinals[valid].tolist()
-    assert len(set(chosen)) == len(chosen) == min(n, positions.first + positions.last) or n < positions.first + positions.last
+    assert (
+        len(set(chosen)) == len(chosen) == min(n, positions.first + positions.last)
+        or n < positions.first + positions.last
+    )
     assert chosen == sorted(chosen)
     assert int(valid[0, : positions.first].sum()) <= positions.first
 
 
-@pytest.mark.parametrize(("n", "prefix", "suffix"), [(0, 0, 0), (1, 0, 1), (5, 2, 3), (13, 6, 7), (14, 7, 7), (40, 7, 7)])
+@pytest.mark.parametrize(
+    ("n", "prefix", "suffix"), [(0, 0, 0), (1, 0, 1), (5, 2, 3), (13, 6, 7), (14, 7, 7), (40, 7, 7)]
+)
 def test_short_prompts_share_their_tokens(n: int, prefix: int, suffix: int) -> None:
     _, valid = parse_positions("f7+l7").slots(torch.tensor([n]))
     assert (int(valid[0, :7].sum()), int(valid[0, 7:].sum())) == (prefix, suffix)
@@ -158,7 +165,9 @@ def test_unhashable() -> None:
         parse_positions(["f7"])  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("text", "needs"), [("f3", False), ("all", False), ("l1", True), ("f1+l1", True), ("prompt", True)])
+@pytest.mark.parametrize(
+    ("text", "needs"), [("f3", False), ("all", False), ("l1", True), ("f1+l1", True), ("prompt", True)]
+)
 def test_who_needs_the_end_of_the_prompt(text: str, needs: bool) -> None:
     assert parse_positions(text).needs_prompt_end is needs
 

@@ -81,7 +81,7 @@ def test_an_edit_takes_effect_at_each_block(name: str) -> None:
         before_it = MODELS[name].blocks[:i] if MODELS[name].kind != "encoder_decoder" else ()
         assert all(torch.equal(after[b], base[b]) for b in before_it)
         changed = (after[block] != base[block]).any(-1)
-        assert changed[:, :2].all() and not changed[:, 2:].any() or MODELS[name].kind == "encoder_decoder"
+        assert (changed[:, :2].all() and not changed[:, 2:].any()) or MODELS[name].kind == "encoder_decoder"
         assert changed.any()
 
 
@@ -125,7 +125,6 @@ def test_layers_that_are_not_there(layers: list[int], message: str) -> None:
         ("gpt2", r".*\.c_attn", 3 * WIDTH),
         ("bert", r"encoder\.layer\.\d+\.output", WIDTH),
         ("bert", r".*\.intermediate", 48),
-        ("opt", r".*\.fc2", WIDTH),
         ("llava", r".*vision_tower.*encoder\.layers\.\d|.*vision_tower\.layers\.\d|.*vision.*\.layers\.\d", 24),
         ("plain", r"blocks\.\d\.down", WIDTH),
         ("sequential", r"blocks\.\d\.0", 2 * WIDTH),
@@ -148,7 +147,7 @@ def test_patterns(name: str, pattern: str, width: int) -> None:
         ("no_such", r"site='no_such': matches no module name as a whole. The model's modules begin: model, "),
         ("layers", r"matches no module name as a whole"),
         ("(", r"site='\(': not a regular expression .* nor block, attention or mlp"),
-        (r"model\.layers", r"model.layers only lists modules and never runs itself"),
+        (r"model\.layers", r"model.layers only lists modules and never runs itself. .* site=r'model\\.layers\\.\\d\+'"),
         (r".*rotary_emb", r"cannot tell the width of model.rotary_emb"),
     ],
 )
@@ -157,14 +156,31 @@ def test_sites_that_are_not_there(site: str, message: str) -> None:
         get_peft_model(tiny("llama"), ReftConfig(site=site, task_type="CAUSAL_LM"))
 
 
-def test_a_second_adapter_does_not_find_the_edits_of_the_first() -> None:
-    model = edited("llama", site=r".*\.mlp")
-    model.add_adapter("b", ReftConfig(task_type="CAUSAL_LM", r=2, site=r".*"[:0] + r"model\.layers\.\d\..*proj.*|.*mlp"))
-    assert not [m.site.name for m in model.modules() if isinstance(m, ReftLayer) and "reft" in m.site.name]
+def test_a_site_that_mixes_rows_and_tokens_is_refused_when_it_runs() -> None:
+    """OPT flattens (batch, tokens) before its linear layers."""
+    model = edited("opt", site=r".*\.fc2")
+    with pytest.raises(RuntimeError, match=r"fc2 gives hidden states of shape \(20, 32\), but \(batch, tokens, 32\)"):
+        outputs_of(model, "opt")
+
+
+def test_a_second_adapter_never_lands_on_the_edits_of_the_first() -> None:
+    first = get_peft_model(tiny("plain"), ReftConfig(r=2, positions="f2"), adapter_name="attention").base_model.model
+    with pytest.raises(ValueError, match="found no attention module"):
+        find_sites(first, "attention", "all")
+    assert not [
+        site.name
+        for site in find_sites(first, r"blocks\.\d.*(up|down|projection|bias)|blocks\.\d", "all")
+        if "reft" in site.name
+    ]
+    assert [(site.name, site.width) for site in find_sites(first, "block", "all")] == [
+        (f"blocks.{i}", WIDTH) for i in range(DEPTH)
+    ]
 
 
 def test_no_blocks() -> None:
-    with pytest.raises(ValueError, match=r"site='block': Linear has no nn.ModuleList of blocks. Give site as a regular"):
+    with pytest.raises(
+        ValueError, match=r"site='block': Linear has no nn.ModuleList of blocks. Give site as a regular"
+    ):
         find_blocks(nn.Linear(4, 4))
 
 

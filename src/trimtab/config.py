@@ -117,7 +117,9 @@ class ReftConfig(PeftConfig):
         if self.activation and not METHODS[self.method].has_weight:
             raise ValueError(f"activation={self.activation!r}: method {self.method!r} has no W h + b to apply it to.")
         self._check(
-            isinstance(self.init_weights, bool) or self.init_weights == "paper", "init_weights", "True, False or 'paper'"
+            isinstance(self.init_weights, bool) or self.init_weights == "paper",
+            "init_weights",
+            "True, False or 'paper'",
         )
         self._check(
             self.modules_to_save is None

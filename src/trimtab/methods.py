@@ -63,7 +63,7 @@ class Edit(nn.Module):
             if self.subtracts and (self.activation or not self.has_weight):
                 warnings.warn(
                     f"{type(self).__name__}{' with an activation' if self.activation else ''} has no start that leaves "
-                    "the model unchanged: the untrained adapter already edits. init_weights='paper' starts as pyreft does.",
+                    "the model unchanged: an untrained adapter already edits. init_weights='paper' starts as pyreft's.",
                     stacklevel=2,
                 )
         if self.has_weight:
@@ -112,8 +112,8 @@ class Edit(nn.Module):
             expected = (self.r,) if name == "bias" else (self.r, self.width)
             if tuple(tensor.shape) != expected:
                 raise ValueError(
-                    f"{prefix}{name}: the file holds shape {tuple(tensor.shape)}, this model and config need {expected}: "
-                    "the adapter was trained on another base model or with another rank."
+                    f"{prefix}{name}: the file holds shape {tuple(tensor.shape)}, this model and config need "
+                    f"{expected}: the adapter was trained on another base model or with another rank."
                 )
             if not tensor.is_meta and not bool(tensor.isfinite().all()):
                 raise ValueError(f"{prefix}{name}: holds NaN or infinity: the adapter was saved from a diverged run.")

@@ -49,7 +49,8 @@ def retract(matrix: Tensor) -> Tensor:
         raise FloatingPointError(
             "the rows of a rotation became linearly dependent: the learning rate or the weight decay is far too high."
         )
-    return (vectors * squares.rsqrt().unsqueeze(-2) @ vectors.mT @ wide).to(matrix)
+    nearest: Tensor = vectors * squares.rsqrt().unsqueeze(-2) @ vectors.mT @ wide
+    return nearest.to(matrix)
 
 
 def _in_double(matrix: Tensor) -> Tensor:
@@ -69,10 +70,11 @@ class _TangentGradient(torch.autograd.Function):
         ctx.save_for_backward(output)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         (rotation,) = ctx.saved_tensors
         normal = grad @ rotation.mT
-        return grad - 0.5 * (normal + normal.mT) @ rotation
+        tangent: Tensor = grad - 0.5 * (normal + normal.mT) @ rotation
+        return tangent
 
 
 class Rotation(nn.Module):
@@ -130,7 +132,7 @@ def as_rotation(name: str, tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def restore(rotations: Iterable[Rotation]) -> None:
-    """Retract, in place, every rotation that an optimizer (or anyone) moved off the manifold; the others keep their bits.
+    """Retract, in place, every rotation that anyone moved off the manifold; the others keep their bits.
 
     Rotations of one shape and device share one batched computation and one look at the result from the host.
     """
@@ -151,9 +153,10 @@ def restore(rotations: Iterable[Rotation]) -> None:
 _LIVE: weakref.WeakSet[Rotation] = weakref.WeakSet()
 
 
-def _after_optimizer_step(*_: Any) -> None:
-    """What keeps R orthonormal where no forward pre-hook may run: inside a compiled model, or on a save after a step."""
-    restore([rotation for rotation in _LIVE if rotation.changed()])
+def _after_optimizer_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """What keeps R orthonormal where no forward pre-hook runs: inside a compiled model, or on a save after a step."""
+    own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    restore([rotation for rotation in _LIVE if id(rotation.halved) in own and rotation.changed()])
 
 
 register_optimizer_step_post_hook(_after_optimizer_step)

@@ -1,9 +1,9 @@
 """Passes: what is known of a running forward, and which of its rows an adapter edits.
 
-A `Pass` is opened when the model (or, in an encoder-decoder, its encoder or decoder) starts a forward, and closed when it
-ends; the hooks of `tuner.py` ask it for rows. Gradient checkpointing runs parts of the model again during the backward
-pass, long after the forward has ended and perhaps after another has begun, so `Passes.bind` hands each checkpointed call
-the pass it belongs to.
+A `Pass` is opened when the model (or, in an encoder-decoder, its encoder or decoder) starts a forward, and closed when
+it ends; the hooks of `tuner.py` ask it for rows. Gradient checkpointing runs parts of the model again during the
+backward pass, long after the forward has ended and perhaps after another has begun, so `Passes.bind` hands each
+checkpointed call the pass it belongs to.
 """
 
 from __future__ import annotations
@@ -51,6 +51,12 @@ class Prompt:
             raise ValueError("prefill_chunk_size: pass attention_mask too, without which padding is seen too late.")
         self.width, self.real, self.awaits_mask = columns, real, False
 
+    def is_over(self, start: int, columns: int | None) -> bool:
+        """Whether all from column `start` on follows the prompt; a prompt not yet seen is what the pass holds."""
+        if self.width is None and self.lengths is None:
+            self.width = columns
+        return self.width is not None and start >= self.width
+
     def lengths_of(self, batch: int, device: torch.device) -> Tensor:
         if self.lengths is not None:
             return _repeated(self.lengths.to(device), batch)
@@ -74,6 +80,8 @@ class Pass:
 
     prompt: Prompt
     start: int = 0
+    after_prompt: bool = False
+    """Whether the chunk follows the prompt of every row, as decode steps do: known on the host."""
     real: Tensor | None = None
     """(B, start + T) bool over the past and the chunk; None where only the prompt can hold padding."""
     owner: Tensor | None = None
@@ -97,32 +105,42 @@ class Pass:
     def _find_rows(
         self, adapter: str, positions: Positions, batch: int, length: int, device: torch.device
     ) -> EditedRows | None:
-        prompt = self.prompt
-        if prompt.width is None and prompt.lengths is None:
-            prompt.width = self.start + length
-        if positions.scope in (None, "prompt") and prompt.width is not None and self.start >= prompt.width:
-            return None  # a decode step: known on the host, so it costs no kernel
-        if prompt.mid_sequence and positions.needs_prompt_end:
+        if self.prompt.mid_sequence and positions.needs_prompt_end:
             raise ValueError(
                 f"positions={positions.text!r}: the call continues a cache of which it is not known where its prompt "
                 "ended. Pass prompt_lengths (one number of real prompt tokens a row), or use generate."
             )
-        sequences = batch if self.owner is None else len(self.owner)
-        if self.training:
-            _check_prompt_end(prompt, positions, sequences, device, packed=self.owner is not None)
-        lengths, real = prompt.lengths_of(sequences, device), self._real(sequences, self.start + length, device)
-        rows = torch.arange(batch, device=device) if self.owner is None else self.owner.to(device)
+        if self.after_prompt and positions.scope not in ("generated", "all"):
+            return None  # a decode step, which costs no kernel
         chosen = self._rows_of(adapter, batch)
-        if chosen is not None:
-            if not chosen:
-                return None
-            picked = torch.isin(rows, torch.tensor(chosen, device=device)).nonzero().squeeze(1)
-            rows, lengths, real = rows[picked], lengths[picked], real[picked] if real is not None else None
-        index, valid = positions.rows(lengths, length, self.start, real)
+        if chosen == []:
+            return None
+        picked = rows = torch.arange(batch, device=device) if chosen is None else torch.tensor(chosen, device=device)
+        if self.owner is not None:
+            owner = self.owner.to(device)
+            picked = torch.isin(owner, rows).nonzero().squeeze(1)
+            rows = owner[picked]
+        lengths, start, real = self._extent(positions, batch, length, device)
+        index, valid = positions.rows(lengths[picked], length, start, real[picked] if real is not None else None)
         flat = rows.unsqueeze(1) * length + index
         if self.owner is not None and positions.scope:  # (S, T), though each sequence holds few of the columns
             flat, valid = flat[valid].unsqueeze(0), valid[valid].unsqueeze(0)
         return EditedRows(flat, valid.unsqueeze(-1))
+
+    def _extent(
+        self, positions: Positions, batch: int, length: int, device: torch.device
+    ) -> tuple[Tensor, int, Tensor | None]:
+        """The prompts' lengths, where the chunk starts, and the real tokens up to its end."""
+        if self.after_prompt:  # nothing that came before matters, so a compiled decode step fits every step
+            real = None if self.real is None else _repeated(self.real[:, -length:].to(device), batch)
+            return torch.zeros(batch, dtype=torch.long, device=device), 0, real
+        prompt = self.prompt
+        if prompt.width is None and prompt.lengths is None:
+            prompt.width = self.start + length
+        sequences = batch if self.owner is None else len(self.owner)
+        if self.training:
+            _check_prompt_end(prompt, positions, sequences, device, packed=self.owner is not None)
+        return prompt.lengths_of(sequences, device), self.start, self._real(sequences, self.start + length, device)
 
     def _rows_of(self, adapter: str, batch: int) -> list[int] | None:
         """Which rows of the batch use the adapter; None for all. Beams and returned sequences repeat a row in place."""
@@ -149,8 +167,8 @@ def _check_prompt_end(prompt: Prompt, positions: Positions, batch: int, device: 
     if prompt.guessed and positions.needs_prompt_end:
         raise ValueError(
             f"positions={positions.text!r}: in training the end of the prompt must be known, but the model was called "
-            "with neither labels nor prompt_lengths. Pass labels with -100 on the prompt, or prompt_lengths (one number "
-            "of real prompt tokens a row) to the forward call; positions such as 'f7' or 'all' need neither."
+            "with neither labels nor prompt_lengths. Pass labels with -100 on the prompt, or prompt_lengths (one "
+            "number of real prompt tokens a row) to the forward call; positions such as 'f7' or 'all' need neither."
         )
     if prompt.lengths is None or positions.scope in ("all", "generated") or torch.compiler.is_compiling():
         return
@@ -158,8 +176,8 @@ def _check_prompt_end(prompt: Prompt, positions: Positions, batch: int, device: 
     if not bool((prompt.lengths_of(batch, device) > unsupervised).any()):
         raise ValueError(
             f"positions={positions.text!r}: every prompt in the batch is empty, so nothing would be edited or learned. "
-            "The labels supervise the first token; set them to -100 on the prompt (in TRL: a prompt-completion data set, "
-            "or completion_only_loss=True), or use positions='all'."
+            "The labels supervise the first token; set them to -100 on the prompt (in TRL: a prompt-completion data "
+            "set or completion_only_loss=True), or use positions='all'."
         )
 
 
@@ -221,10 +239,8 @@ class Passes:
         source = embeds if embeds is not None else inputs if inputs is not None else kwargs.get("input_ids")
         mask = kwargs.get("attention_mask")
         real = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        if real is not None:  # where a cache is continued the mask may cover more than the input
-            width = real.shape[1]
-        else:
-            width = source.shape[1] if isinstance(source, Tensor) and source.dim() >= 2 else None
+        widest = real if real is not None else source  # where a cache is continued the mask covers more than the input
+        width = widest.shape[1] if isinstance(widest, Tensor) and widest.dim() >= 2 else None
         self.generation = Prompt(width, real, as_lengths(lengths, width), awaits_mask=real is None)
         self.decoder_generation = Prompt()
         try:
@@ -254,19 +270,26 @@ def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def past_length(past: Any) -> int:
-    return int(past.get_seq_length()) if hasattr(past, "get_seq_length") else 0
+def past_length(past: Any) -> int | None:
+    """Columns that a cache holds; None for a recurrent state, which does not count what it has seen."""
+    if not hasattr(past, "get_seq_length"):
+        return 0
+    try:
+        return int(past.get_seq_length())
+    except ValueError:  # no layer of it is an attention
+        return None if past.has_previous_state() else 0
 
 
 def as_real(mask: Any, columns: int | None) -> Tensor | None:
-    """Which columns hold real tokens (B, columns), from a mask as models take it: 2-d, 4-d, or several by layer type."""
+    """Which columns hold real tokens (B, columns), from a mask as models take it: 2-d, 4-d, or one a layer type."""
     if isinstance(mask, dict):
         mask = mask.get("full_attention", next(iter(mask.values()), None))
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
         return None
     if mask.dim() == 4:
         mask = _seen_by_itself(mask[:, 0] >= 0 if mask.is_floating_point() else mask[:, 0].bool(), columns)
-    return mask.bool() if columns is None else mask.bool()[:, :columns]
+    real: Tensor = mask.bool()
+    return real[:, :columns]
 
 
 def _seen_by_itself(allowed: Tensor, columns: int | None) -> Tensor:
@@ -277,14 +300,14 @@ def _seen_by_itself(allowed: Tensor, columns: int | None) -> Tensor:
 
 
 def find_packed(position_ids: Any) -> tuple[Tensor, Tensor] | None:
-    """Sequences packed one after another into rows, as transformers finds them: where a position does not follow the last.
+    """Sequences packed one after another into rows, found as transformers does: where positions do not go on.
 
     Args:
         position_ids: (B, T); rows that hold one sequence each are not packed.
     Returns:
         The row (S,) of each sequence and the columns (S, T) that it covers.
     """
-    if not isinstance(position_ids, Tensor) or position_ids.dim() != 2 or torch.compiler.is_compiling():
+    if not isinstance(position_ids, Tensor) or position_ids.dim() != 2:
         return None
     breaks = position_ids.diff(dim=1) != 1
     if not bool(breaks.any()):
@@ -303,12 +326,14 @@ def as_lengths(lengths: Any, width: int | None = None) -> Tensor | None:
     """
     if lengths is None:
         return None
-    lengths = torch.as_tensor(lengths)
-    if lengths.dim() != 1 or lengths.is_floating_point() or lengths.dtype == torch.bool:
-        raise ValueError(f"prompt_lengths={lengths}: must be one whole number a row, the real tokens of its prompt.")
-    if not lengths.is_cuda and (bool((lengths < 0).any()) or (width is not None and bool((lengths > width).any()))):
-        raise ValueError(f"prompt_lengths={lengths.tolist()}: must lie between 0 and the {width} tokens given.")
-    return lengths
+    counts: Tensor = torch.as_tensor(lengths)
+    if counts.dim() != 1 or counts.is_floating_point() or counts.dtype == torch.bool:
+        raise ValueError(f"prompt_lengths={counts}: must be one whole number a row, the real tokens of its prompt.")
+    if not counts.is_cuda and bool((counts < 0).any()):
+        raise ValueError(f"prompt_lengths={counts.tolist()}: must not be negative.")
+    if not counts.is_cuda and width is not None and bool((counts > width).any()):
+        raise ValueError(f"prompt_lengths={counts.tolist()}: only {width} tokens were given.")
+    return counts
 
 
 def first_supervised(labels: Tensor, real: Tensor | None) -> Tensor:

@@ -1,8 +1,8 @@
 """Positions: which tokens of a row are edited (paper, section 4.1).
 
 A string is parsed once into an immutable `Positions`; `Positions.rows` answers, in tensor code without a loop over rows
-or tokens, for a whole batch, a cached step, or a chunk of a longer prompt. Tokens are counted among a row's real tokens:
-padding, on either side or in the middle, is neither counted nor edited.
+or tokens, for a whole batch, a cached step, or a chunk of a longer prompt. Tokens are counted among a row's real
+tokens: padding, on either side or in the middle, is neither counted nor edited.
 
     f7+l7      the first 7 and the last 7 tokens of the prompt
     f3, l1     the first 3 · the last one
@@ -27,10 +27,10 @@ _PART = re.compile(r"([fl])([0-9]+)")
 
 
 class Rows(NamedTuple):
-    """Edited tokens of a chunk, at most K a row; where `valid` is False there is no token and `index` is 0."""
+    """Edited tokens of a chunk, at most K a row; where `valid` is False there is no token and `columns` is 0."""
 
-    index: Tensor
-    """(B, K) columns of the chunk."""
+    columns: Tensor
+    """(B, K) of the chunk."""
     valid: Tensor
     """(B, K) bool."""
 

@@ -1,8 +1,8 @@
 """Sites: the modules whose output is edited, found on any architecture rather than tabled.
 
 The blocks of a model are its outermost `nn.ModuleList` of layers. Where a model has several (a vision tower beside a
-language model, say) the transformers config says which is meant; an encoder-decoder has two, and its blocks are numbered
-through, the encoder's first.
+language model, say) the transformers config says which is meant; an encoder-decoder has two, and its blocks are
+numbered through, the encoder's first.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 from torch import nn
 
 _ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
-_MLP = re.compile(r"mlp|feed_?forward|ffn|moe|layerff", re.IGNORECASE)
+_MLP = re.compile(r"mlp|feed_?forward|ffn|moe|layerff|DenseReluDense", re.IGNORECASE)
 
 
 class Site(NamedTuple):
@@ -41,7 +41,10 @@ def find_sites(model: nn.Module, site: str, layers: str | list[int]) -> list[Sit
     chosen = modules if layers == "all" else [modules[i] for i in _checked_indices(layers, len(modules))]  # type: ignore[arg-type]
     for name, module in chosen:
         if isinstance(module, nn.ModuleList | nn.ModuleDict):
-            raise ValueError(f"site={site!r}: {name} only lists modules and never runs itself; name what it holds.")
+            raise ValueError(
+                f"site={site!r}: {name} only lists modules and never runs itself. Name what it holds with a regular "
+                f"expression, for example site=r'{re.escape(name)}\\.\\d+'."
+            )
     return [Site(name, module, _width(model, name, module)) for name, module in chosen]
 
 
@@ -85,7 +88,8 @@ def _main_stack(model: nn.Module, stacks: list[Any]) -> Any:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     depth = getattr(text, "num_hidden_layers", None)
     fitting = [stack for stack in stacks if len(stack[1]) == depth] or stacks
-    decoder = model.get_decoder() if len(fitting) > 1 and hasattr(model, "get_decoder") else None
+    get_decoder: Any = getattr(model, "get_decoder", None)
+    decoder = get_decoder() if len(fitting) > 1 and get_decoder else None
     if isinstance(decoder, nn.Module):
         fitting = [stack for stack in fitting if _contains(decoder, stack[1])] or fitting
     sizes = sorted((_size(stack[1]) for stack in fitting), reverse=True)
@@ -107,21 +111,17 @@ def _size(module: nn.Module) -> int:
 
 
 def _part_of(name: str, block: nn.Module, site: str) -> tuple[str, nn.Module]:
-    """The first attention or MLP module of a block, by its name or its class."""
-    pattern, other = (_ATTENTION, _MLP) if site == "attention" else (_MLP, _ATTENTION)
-    for child_name, child in block.named_modules():
-        words = (child_name.rpartition(".")[2], type(child).__name__)
-        if any(map(pattern.search, words)) and not any(map(other.search, words)) and _mixes(child):
-            return f"{name}.{child_name}", child
+    """The first attention or MLP module of a block, by its name or else by its class."""
+    wanted, other = (_ATTENTION, _MLP) if site == "attention" else (_MLP, _ATTENTION)
+    parts = [(n, m) for n, m in block.named_modules() if any(True for _ in m.children()) and not _ours(n)]
+    for words in ([n.rpartition(".")[2] for n, _ in parts], [type(m).__name__ for _, m in parts]):
+        for word, (child_name, child) in zip(words, parts, strict=True):
+            if child_name and wanted.search(word) and not other.search(word):
+                return f"{name}.{child_name}", child
     raise ValueError(
         f"site={site!r}: found no {site} module in {name} ({type(block).__name__}, with "
         f"{', '.join(n for n, _ in block.named_children())}). Give site as a regular expression over module names."
     )
-
-
-def _mixes(module: nn.Module) -> bool:
-    """Whether it is more than a norm, a dropout or an activation: it has parts, or a weight matrix of its own."""
-    return any(True for _ in module.children()) or any(p.dim() > 1 for p in module.parameters())
 
 
 def _matching(model: nn.Module, pattern: str) -> list[tuple[str, nn.Module]]:
@@ -154,11 +154,11 @@ def _checked_indices(layers: list[int], count: int) -> list[int]:
 
 
 def _width(model: nn.Module, name: str, module: nn.Module) -> int:
-    """A linear layer's output size; else the config's hidden size where the module has a weight of that size; else the
-    output size of its last layer."""
-    own = _output_size(module)
-    if own is not None:
-        return own
+    """Of a linear layer, or a module with no matrix but that of one, its output size; else the config's hidden size
+    where the module has a weight of that size; else the output size of its last layer."""
+    linear = [size for size in map(_output_size, module.modules()) if size is not None]
+    if len(linear) == 1 and sum(parameter.dim() > 1 for parameter in module.parameters()) <= 1:
+        return linear[0]
     hidden = _hidden_size(model, name)
     if hidden is not None and any(hidden in parameter.shape for parameter in module.parameters()):
         return hidden
@@ -172,7 +172,9 @@ def _width(model: nn.Module, name: str, module: nn.Module) -> int:
         weight = getattr(layer, "weight", None)
         if isinstance(weight, nn.Parameter) and weight.dim() == 1:
             return weight.shape[0]
-    raise ValueError(f"site: cannot tell the width of {name} ({type(module).__name__}): it holds no linear layer or norm.")
+    raise ValueError(
+        f"site: cannot tell the width of {name} ({type(module).__name__}): it holds no linear layer or norm."
+    )
 
 
 def _output_size(layer: nn.Module) -> int | None:
@@ -194,8 +196,8 @@ def _hidden_size(model: nn.Module, name: str) -> int | None:
 
 
 def host(module: nn.Module) -> nn.Module:
-    """Where the edit's parameters are kept: the module itself, or, as a Sequential runs all it holds, its first layer with
-    parameters (one without, such as a ReLU, may serve several blocks)."""
+    """Where the edit's parameters are kept: the module itself, or, as a Sequential runs all it holds, its first layer
+    with parameters (one without, such as a ReLU, may serve several blocks)."""
     while isinstance(module, nn.Sequential):
         module = next((layer for layer in module if any(True for _ in layer.parameters())), module[0])
     return module

@@ -1,13 +1,13 @@
 """The PEFT tuner: edits hooked onto the blocks of a frozen model. The only file that registers hooks.
 
-Each edited block gets a submodule `reft` that holds the adapters' parameters, and one forward hook. No module of the base
-model is replaced, and no hook of anyone else is touched.
+Each edited block gets a submodule `reft` that holds the adapters' parameters, and one forward hook. No module of the
+base model is replaced, and no hook of anyone else is touched.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NoReturn
@@ -159,12 +159,16 @@ class ReftModel(BaseTuner):
         ]
         self._checkpointing = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
         if callable(getattr(model, "generate", None)):
-            model.generate = partial(self._generate, model.generate)  # type: ignore[assignment]
+            model.generate = partial(self._generate, model.generate)  # type: ignore[assignment, arg-type]
 
     # ---- placing edits -----------------------------------------------------------------------------------------
 
-    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
-        """Find the config's sites, and refuse what does not fit, before anything is touched."""
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        self._sites = self._checked_sites(model, self.peft_config[adapter_name], adapter_name)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _checked_sites(self, model: nn.Module, config: Any, adapter_name: str) -> dict[str, Site]:
+        """The config's sites by name; refuses what does not fit, before anything is touched."""
         if not isinstance(config, ReftConfig):
             raise ValueError(f"adapter {adapter_name!r}: expected a ReftConfig, got {type(config).__name__}.")
         if "." in adapter_name or adapter_name == BASE:
@@ -175,9 +179,10 @@ class ReftModel(BaseTuner):
                 raise ValueError(
                     f"r={config.r}: larger than the width {site.width} of {site.name}; use a rank well below it."
                 )
-            if not isinstance(getattr(host(site.module), "reft", None), ReftLayer | None):
+            there = getattr(host(site.module), "reft", None)
+            if there is not None and not (isinstance(there, ReftLayer) and there.site.module is site.module):
                 raise ValueError(f"{site.name} already has a submodule called 'reft'; choose another site.")
-        self._sites = {site.name: site for site in sites}
+        return {site.name: site for site in sites}
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         return peft_config
@@ -186,7 +191,14 @@ class ReftModel(BaseTuner):
         return key in self._sites
 
     def _create_and_replace(
-        self, peft_config: Any, adapter_name: str, target: nn.Module, *args: Any, current_key: str, **kwargs: Any
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
     ) -> None:
         """Despite the name PEFT gives it, this replaces nothing: it hooks `target`."""
         place = host(target)
@@ -206,7 +218,8 @@ class ReftModel(BaseTuner):
         arguments = named_arguments(module, args, kwargs)
         if role in ("model", "pair"):
             if not torch.compiler.is_compiling():
-                self._upkeep()
+                if passes.generation is None:  # which looked before its first step
+                    self._upkeep()
                 for checkpointing in self._checkpointing:
                     passes.bind(checkpointing)
             passes.labels, passes.prompt_lengths = arguments.get("labels"), as_lengths(lengths)
@@ -219,49 +232,49 @@ class ReftModel(BaseTuner):
     def _close_pass(self, role: str, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         passes = self._passes
         closed = passes.close()
-        past = kwargs.get("past_key_values")
-        past = past if past is not None else getattr(output, "past_key_values", None)
-        if (
-            past is not None
-            and role in ("model", "decoder")
-            and (closed.start == 0 or not hasattr(past, "_reft_prompt"))
-        ):
+        past = _cache_in(kwargs)
+        past = past if past is not None else _cache_in(vars(output) if hasattr(output, "__dict__") else {})
+        if role in ("model", "decoder") and hasattr(past, "__dict__") and not hasattr(past, "_reft_prompt"):
             past._reft_prompt = closed.prompt  # later steps with this cache know where its prompt ended
         if role in ("model", "pair"):
             passes.labels = passes.prompt_lengths = None
 
     def _pass(self, role: str, arguments: dict[str, Any]) -> Pass:
         passes = self._passes
-        past = arguments.get("past_key_values") if role != "encoder" else None
+        past = _cache_in(arguments) if role != "encoder" else None
         start = past_length(past)
+        if start == 0:
+            getattr(past, "__dict__", {}).pop("_reft_prompt", None)  # a cache that was emptied begins anew
         ids = next((arguments[k] for k in ("input_ids", "inputs_embeds") if arguments.get(k) is not None), None)
-        columns = start + ids.shape[1] if isinstance(ids, Tensor) and ids.dim() >= 2 else None
+        columns = start + ids.shape[1] if start is not None and isinstance(ids, Tensor) and ids.dim() >= 2 else None
         mask = arguments.get("attention_mask")
-        real = as_real(mask, columns)
+        flat_mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         generation = {"encoder": None, "decoder": passes.decoder_generation}.get(role, passes.generation)
         if generation is not None and generation.awaits_mask and columns is not None:
-            generation.receive_mask(columns, real)
+            generation.receive_mask(columns, as_real(mask, columns))
+        prompt = generation if generation is not None else getattr(past, "_reft_prompt", None) if start != 0 else None
         owner = None
-        if generation is None and start == 0 and not (isinstance(mask, Tensor) and mask.dim() == 2):
-            packed = find_packed(arguments.get("position_ids"))
-            if packed is not None:
-                owner, real = packed
-        full = isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= (columns or 0)
+        if prompt is None or (passes.prompt_lengths is not None and role != "decoder"):
+            real = as_real(mask, columns)
+            if start == 0 and flat_mask is None:
+                owner, real = find_packed(arguments.get("position_ids")) or (None, real)
+            prompt = self._prompt(role, start, Prompt(columns, real), owner)
         return Pass(
-            prompt=self._prompt(role, generation, past, start, Prompt(columns, real), owner),
-            start=start,
-            real=real if full else None,
+            prompt=prompt,
+            start=start or 0,
+            after_prompt=start is None or prompt.is_over(start, columns),
+            real=flat_mask.bool()[:, :columns]
+            if flat_mask is not None and flat_mask.shape[1] >= (columns or 0)
+            else None,
             owner=owner,
             adapter_names=passes.adapter_names,
             training=self.model.training and torch.is_grad_enabled(),
         )
 
-    def _prompt(
-        self, role: str, generation: Prompt | None, past: Any, start: int, whole: Prompt, owner: Tensor | None
-    ) -> Prompt:
-        """Where the prompt ends: said outright, by `generate`, by the cache, by the labels, or by the mask."""
+    def _prompt(self, role: str, start: int | None, whole: Prompt, owner: Tensor | None) -> Prompt:
+        """Where the prompt ends, if neither `generate` nor a cache knows: said outright, by labels or by the mask."""
         passes = self._passes
-        lengths: Tensor | None = passes.prompt_lengths
+        lengths = passes.prompt_lengths
         if role == "encoder":
             generated = passes.generation.lengths if passes.generation is not None else None
             return Prompt(whole.width, whole.real, lengths if lengths is not None else generated)
@@ -270,20 +283,17 @@ class ReftModel(BaseTuner):
                 as_lengths(lengths, whole.width)
             if owner is not None and len(lengths) != len(owner):
                 raise ValueError(
-                    f"prompt_lengths: {len(lengths)} given, but {len(owner)} sequences are packed into this batch (their "
-                    "position_ids start anew); give one a sequence."
+                    f"prompt_lengths: {len(lengths)} given, but {len(owner)} sequences are packed into this batch "
+                    "(their position_ids start anew); give one a sequence."
                 )
             return Prompt(None, whole.real, lengths)
-        known = generation if generation is not None else getattr(past, "_reft_prompt", None) if start > 0 else None
-        if known is not None:
-            return known
         labels = passes.labels
         if self._is_lm and isinstance(labels, Tensor) and labels.dim() == 2 and start == 0:
             if role == "decoder":  # its input is a start token and then the labels
                 return Prompt(whole.width, whole.real, first_supervised(labels, None) + 1)
             labels = labels if owner is None else labels[owner.to(labels.device)]
             return Prompt(whole.width, whole.real, first_supervised(labels, whole.real))
-        return Prompt(whole.width, whole.real, guessed=self._is_lm, mid_sequence=start > 0)
+        return Prompt(whole.width, whole.real, guessed=self._is_lm, mid_sequence=start != 0)
 
     @property
     def _is_lm(self) -> bool:
@@ -296,6 +306,7 @@ class ReftModel(BaseTuner):
 
     def _generate(self, original: Callable[..., Any], inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
         """`generate` of the base model, which also takes `prompt_lengths` (B,) and remembers where the prompt ends."""
+        self._upkeep()
         with self._passes.generating(inputs, kwargs):
             return original(inputs, *args, **kwargs)
 
@@ -308,8 +319,8 @@ class ReftModel(BaseTuner):
             for edit in layer.edits(name).values()
             if edit.orthonormal
         ]
-        if torch.is_grad_enabled():  # by value: writes through `.data` leave no trace in the version
-            restore([r for r in rotations if r.halved.requires_grad])
+        # Those in training by value: writes through `.data` leave no trace in the version.
+        restore([r for r in rotations if r.halved.requires_grad])
         restore([r for r in rotations if r.changed()])
 
     @contextmanager
@@ -354,7 +365,8 @@ class ReftModel(BaseTuner):
                 setattr(self.model.get_submodule(parent), child, module.original_module)
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
-        return self.model
+        model: nn.Module = self.model
+        return model
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise NotImplementedError(_NO_MERGE)
@@ -366,7 +378,7 @@ class ReftModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """PEFT's renaming, and a check that the file holds this adapter: all of it, and no edit that has no place here.
+        """PEFT's renaming, and a check that the file holds this adapter: all of it, and nothing that has no place here.
 
         Raises:
             ValueError: tensors are missing or left over; PEFT alone would load what fits and leave the rest random.
@@ -380,7 +392,7 @@ class ReftModel(BaseTuner):
             for tensor in edit.state_dict()
         }
         missing = sorted(expected - set(mapped))
-        left_over = sorted(k for k in set(mapped) - expected if ".reft_" in k or ".lora_" in k)
+        left_over = sorted(set(mapped) - expected - {name for name, _ in model.named_parameters()})
         if missing or left_over:
             raise ValueError(
                 f"adapter {adapter_name!r}: the file does not fit this model and config. "
@@ -413,6 +425,12 @@ def _entrances(model: nn.Module) -> dict[str, nn.Module]:
         return {"pair": model, "encoder": model.get_encoder(), "decoder": model.get_decoder()}  # type: ignore[operator]
     inner = getattr(model, getattr(model, "base_model_prefix", "") or " ", None)
     return {"model": model, "inner": inner} if isinstance(inner, nn.Module) and inner is not model else {"model": model}
+
+
+def _cache_in(values: Mapping[str, Any]) -> Any:
+    """Of attention, or else a recurrent model's state."""
+    past = values.get("past_key_values")
+    return past if past is not None else values.get("cache_params")
 
 
 def _some(names: list[str]) -> str:

@@ -1,0 +1,189 @@
+"""What a ReFT adapter costs while generating, and what thousands of them cost to keep.
+
+    python benchmarks/inference.py --adapters 10000 --out benchmarks/results/inference.json
+
+- decode: operations in one decode step, counted by the profiler, and its time, for the base model, a prompt-only ReFT
+  adapter and an unmerged LoRA on every linear layer; interleaved;
+- pool: memory of many adapters over that of their parameters, and the time to switch and to load one, beside PEFT's LoRA
+  hotswap.
+
+The model has random weights; no figure here depends on what it says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import described_machine
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.hotswap import hotswap_adapter
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from trimtab import ReftConfig
+from trimtab.pool import AdapterPool
+
+REFT: dict[str, Any] = dict(task_type="CAUSAL_LM", positions="f7+l7", r=8, init_weights="paper")
+
+
+def llama(width: int, blocks: int) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=width,
+            intermediate_size=3 * width,
+            num_hidden_layers=blocks,
+            num_attention_heads=width // 64,
+            num_key_value_heads=max(1, width // 256),
+            vocab_size=4096,
+            max_position_embeddings=1024,
+        )
+    ).eval()
+
+
+def lora(model: LlamaForCausalLM) -> PeftModel:
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear")).eval()
+
+
+class Decoding:
+    """A model past its prompt, ready for one decode step after another."""
+
+    def __init__(self, model: Any, batch: int, prompt: int = 64) -> None:
+        self.model = model
+        ids = torch.randint(3, 4096, (batch, prompt))
+        self.mask = torch.ones_like(ids)
+        with torch.no_grad():
+            self.cache = model(input_ids=ids, attention_mask=self.mask, use_cache=True).past_key_values
+        self.next = torch.randint(3, 4096, (batch, 1))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self.mask = torch.cat([self.mask, torch.ones_like(self.next)], 1)
+        self.model(input_ids=self.next, attention_mask=self.mask, past_key_values=self.cache, use_cache=True)
+
+    def operations(self) -> Counter[str]:
+        self.step()
+        with profile(activities=[ProfilerActivity.CPU]) as record:
+            self.step()
+        return Counter(event.name for event in record.events() if event.name.startswith("aten::"))
+
+
+def measure_decode(width: int, blocks: int, batches: list[int], rounds: int, steps: int) -> list[dict[str, Any]]:
+    rows = []
+    for batch in batches:
+        models = {
+            "base": llama(width, blocks),
+            "reft": get_peft_model(llama(width, blocks), ReftConfig(**REFT)).eval(),
+            "lora": lora(llama(width, blocks)),
+        }
+        running = {name: Decoding(model, batch) for name, model in models.items()}
+        counts = {name: decoding.operations() for name, decoding in running.items()}
+        times: dict[str, list[float]] = {name: [] for name in models}
+        for _ in range(rounds):
+            for name, decoding in running.items():
+                start = time.perf_counter()
+                for _ in range(steps):
+                    decoding.step()
+                times[name].append((time.perf_counter() - start) / steps)
+        for name in ("reft", "lora"):
+            ratios = [a / b for a, b in zip(times[name], times["base"], strict=True)]
+            rows.append(
+                {
+                    "method": name,
+                    "batch": batch,
+                    "extra_operations": sum((counts[name] - counts["base"]).values()),
+                    "base_operations": sum(counts["base"].values()),
+                    "time_ratio": spread(ratios),
+                    "base_seconds": statistics.median(times["base"]),
+                }
+            )
+    return rows
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
+
+
+def resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096
+
+
+def timed(action: Callable[[], object], rounds: int) -> dict[str, float]:
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - start)
+    return spread(times)
+
+
+def measure_pool(width: int, blocks: int, adapters: int, rounds: int) -> dict[str, Any]:
+    config = ReftConfig(**REFT)
+    model = get_peft_model(llama(width, blocks), config)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        size = (Path(folder) / "adapter_model.safetensors").stat().st_size
+        pool = AdapterPool(model, config, slots=8)
+        for i in range(20):  # whatever the first reads allocate once
+            pool.add(f"warm{i}", folder)
+        before = resident_bytes()
+        for i in range(adapters):
+            pool.add(str(i), folder)
+        each = (resident_bytes() - before) / adapters
+        numbers = iter(range(adapters))
+        loads = iter(range(rounds))
+        result = {
+            "adapters": adapters,
+            "parameter_bytes": 4 * pool.size,
+            "resident_bytes_each": each,
+            "ratio": each / (4 * pool.size),
+            "switch_seconds": timed(lambda: pool.slot(str(next(numbers))), rounds),
+            "load_seconds": timed(lambda: pool.add(f"load{next(loads)}", folder), rounds),
+            "file_bytes": size,
+        }
+        del pool, model
+    with tempfile.TemporaryDirectory() as folder:
+        other = lora(llama(width, blocks))
+        other.save_pretrained(folder)
+        result["lora_hotswap_seconds"] = timed(
+            lambda: hotswap_adapter(other, folder, adapter_name="default", torch_device="cpu"), rounds
+        )
+        result["lora_file_bytes"] = (Path(folder) / "adapter_model.safetensors").stat().st_size
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--blocks", type=int, default=8)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=10, help="decode steps timed together")
+    parser.add_argument("--adapters", type=int, default=10_000)
+    parser.add_argument("--out", type=Path, help="a JSON file to write; by default the result is only printed")
+    args = parser.parse_args()
+    result = {
+        **described_machine(),
+        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "decode": measure_decode(args.width, args.blocks, args.batches, args.rounds, args.steps),
+        "pool": measure_pool(args.width, args.blocks, args.adapters, args.rounds),
+    }
+    text = json.dumps(result, indent=2)
+    print(text)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
