@@ -356,6 +356,7 @@ class Adapters(Contender):
             prefix_positions=plan.first,
             suffix_positions=plan.last,
             tied_weights=True,
+            dropout=0.0,
             layers="all" if plan.layers is None else plan.layers,
         )
         self.base.add_adapter("reft", config=config)

@@ -54,6 +54,11 @@ def lora(model: LlamaForCausalLM) -> PeftModel:
     return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear")).eval()
 
 
+def reft(model: LlamaForCausalLM) -> PeftModel:
+    """Frozen, as `PeftModel.from_pretrained` loads it."""
+    return get_peft_model(model, ReftConfig(**REFT, inference_mode=True)).eval().requires_grad_(False)
+
+
 class Decoding:
     """A model past its prompt, ready for one decode step after another."""
 
@@ -82,7 +87,7 @@ def measure_decode(width: int, blocks: int, batches: list[int], rounds: int, ste
     for batch in batches:
         models = {
             "base": llama(width, blocks),
-            "reft": get_peft_model(llama(width, blocks), ReftConfig(**REFT)).eval(),
+            "reft": reft(llama(width, blocks)),
             "lora": lora(llama(width, blocks)),
         }
         running = {name: Decoding(model, batch) for name, model in models.items()}

@@ -77,12 +77,14 @@ class Worker:
 
     def memory(self, shape: str, device: str, name: str, plan: dict[str, Any], batch: Any, rounds: int) -> Any:
         """Peak memory of a step over the frozen model alone: adapter, optimizer state, activations, gradients."""
-        if shape != "toy":  # once on a small model, which imports and initialises all there is
-            self.memory("toy", device, name, {**plan, "layers": None}, batch, 1)
+        self._peaks("toy", device, name, Plan(**{**plan, "layers": None}), batch, 1)  # imports all that there is
+        return self._peaks(shape, device, name, Plan(**plan), batch, rounds)
+
+    def _peaks(self, shape: str, device: str, name: str, plan: Plan, batch: Any, rounds: int) -> dict[str, Any]:
         base = build_llama(shape, device)
         gc.collect()
         before = resident(device)
-        contender = build(name, base, Plan(**plan))
+        contender = build(name, base, plan)
         samples = [Sample(*s) for s in batch]
         prepared = contender.prepare({**collate(samples, device), "numbers": list(range(len(samples)))})
         contender.step(prepared)  # the optimizer's state is made by the first

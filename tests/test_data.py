@@ -181,7 +181,7 @@ def test_the_end_of_turn_is_the_templates(tokenizer: PreTrainedTokenizerBase, te
 def test_a_missing_or_refusing_template_says_what_to_set(tokenizer: PreTrainedTokenizerBase) -> None:
     other = copy.deepcopy(tokenizer)
     other.chat_template = None
-    with pytest.raises(DataError, match="no chat template; set chat: false"):
+    with pytest.raises(DataError, match="no chat template; in a recipe set chat: false"):
         encode(other, "a", chat=True)
     other.chat_template = "{{ raise_exception('no system role') }}"
     with pytest.raises(DataError, match=r"no system role.*remove system:"):

@@ -82,8 +82,9 @@ class Pass:
     start: int = 0
     after_prompt: bool = False
     """Whether the chunk follows the prompt of every row, as decode steps do: known on the host."""
-    real: Tensor | None = None
-    """(B, start + T) bool over the past and the chunk; None where only the prompt can hold padding."""
+    mask: Tensor | None = None
+    """(B, start + T) over the past and the chunk, 0 at padding; None where only the prompt can hold padding. Kept as it
+    came, since a decode step that edits nothing must not launch a kernel."""
     owner: Tensor | None = None
     """(S,) the row that each packed sequence lies in; None where each row is one sequence."""
     adapter_names: list[str] | None = None
@@ -132,7 +133,7 @@ class Pass:
     ) -> tuple[Tensor, int, Tensor | None]:
         """The prompts' lengths, where the chunk starts, and the real tokens up to its end."""
         if self.after_prompt:  # nothing that came before matters, so a compiled decode step fits every step
-            real = None if self.real is None else _repeated(self.real[:, -length:].to(device), batch)
+            real = None if self.mask is None else _repeated(self.mask[:, -length:].bool().to(device), batch)
             return torch.zeros(batch, dtype=torch.long, device=device), 0, real
         prompt = self.prompt
         if prompt.width is None and prompt.lengths is None:
@@ -154,8 +155,8 @@ class Pass:
         return [i for i in range(batch) if self.adapter_names[i // times] == adapter]
 
     def _real(self, batch: int, columns: int, device: torch.device) -> Tensor | None:
-        if self.real is not None:
-            return _repeated(self.real.to(device), batch)[:, :columns]
+        if self.mask is not None:
+            return _repeated(self.mask.bool().to(device), batch)[:, :columns]
         if self.prompt.real is None:
             return None
         real = _repeated(self.prompt.real.to(device), batch)[:, :columns]

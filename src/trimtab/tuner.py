@@ -263,9 +263,7 @@ class ReftModel(BaseTuner):
             prompt=prompt,
             start=start or 0,
             after_prompt=start is None or prompt.is_over(start, columns),
-            real=flat_mask.bool()[:, :columns]
-            if flat_mask is not None and flat_mask.shape[1] >= (columns or 0)
-            else None,
+            mask=flat_mask if flat_mask is not None and flat_mask.shape[1] >= (columns or 0) else None,
             owner=owner,
             adapter_names=passes.adapter_names,
             training=self.model.training and torch.is_grad_enabled(),
