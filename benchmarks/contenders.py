@@ -15,9 +15,8 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
 from samples import Sample
+from torch import Tensor, nn
 
 IGNORED = -100
 Batch = dict[str, Any]
@@ -96,7 +95,8 @@ class Contender:
         parameters = self.trainable()
         self.optimizer = self.make_optimizer(parameters) if parameters else None
 
-    def attach(self, **options: Any) -> None:
+    def attach(self, *args: Any, **options: Any) -> None:
+        """Put the adapter on `base`, freshly; the row's options arrive here."""
         raise NotImplementedError
 
     def loss(self, batch: Batch) -> Tensor:
@@ -246,7 +246,7 @@ class Trimtab(Contender):
     def set_edits(self, values: list[EditValues]) -> None:
         from peft import set_peft_model_state_dict
 
-        state = {}
+        state: dict[str, Tensor] = {}
         for block, each in zip(self.blocks, values[-len(self.blocks) :], strict=True):
             key = f"base_model.model.model.layers.{block}.reft.reft_edit."
             state |= {f"{key}rotation": each.rotation, f"{key}weight": each.weight, f"{key}bias": each.bias}
@@ -256,7 +256,7 @@ class Trimtab(Contender):
 class Lora(Contender):
     """PEFT's LoRA, alpha 2 r, no dropout; `supervised` as for trimtab, which any causal language model can do."""
 
-    def attach(self, targets: list[str] | str, supervised: bool = False) -> None:
+    def attach(self, targets: list[str], supervised: bool = False) -> None:
         from peft import LoraConfig, get_peft_model
 
         r = self.plan.r
@@ -330,6 +330,7 @@ def pyreft_model(base: Any, plan: Plan) -> Any:
 
 
 def pyreft_edits(model: Any) -> list[Any]:
+    """Its interventions, by block."""
     return [v[0] if isinstance(v, tuple | list) else v for v in model.interventions.values()]
 
 
@@ -342,7 +343,7 @@ def pyreft_loss(model: Any, batch: Batch) -> Tensor:
 
 
 class Adapters(Contender):
-    """LoReFT of AdapterHub's adapters. In training its suffix is the end of prompt plus answer, which costs the same."""
+    """LoReFT of AdapterHub's adapters. In training its suffix ends the answer, not the prompt; it costs the same."""
 
     has_edits = True
 
@@ -395,13 +396,14 @@ class Row:
 
 
 ATTENTION = ["q_proj", "v_proj"]
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CONTENDERS: dict[str, Row] = {
     "floor": Row(Floor, "both"),
     "base-forward": Row(BaseForward, "own"),
     "trimtab": Row(Trimtab, "own", {"supervised": True}),
     "trimtab-all-logits": Row(Trimtab, "own"),
     "peft-lora": Row(Lora, "own", {"targets": ATTENTION}),
-    "peft-lora-all": Row(Lora, "own", {"targets": "all-linear"}),
+    "peft-lora-all": Row(Lora, "own", {"targets": LINEAR}),
     "peft-lora-supervised": Row(Lora, "own", {"targets": ATTENTION, "supervised": True}),
     "pyreft": Row(Pyreft, "peers"),
     "adapters": Row(Adapters, "peers"),

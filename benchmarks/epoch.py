@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from common import as_table, described_machine, spread, versions, write_json
-from contenders import Plan, Where, pyreft_loss, pyreft_model
+from contenders import ATTENTION, LINEAR, Plan, Where, pyreft_loss, pyreft_model
 from samples import EOS, TOKENIZER, Pair, draw_pairs, encode
 from shapes import SHAPES, build_llama, dtype_of
 
@@ -150,7 +150,7 @@ def _write_tokenizer(folder: Path) -> None:
 # ---- LoRA ----------------------------------------------------------------------------------------------------------
 
 
-def train_lora(job: Job, targets: list[str] | str = "all-linear", trimmed: bool = False) -> Marks:
+def train_lora(job: Job, targets: list[str], trimmed: bool = False) -> Marks:
     """transformers' Trainer as its users run it; `trimmed` adds what trimtab does for itself to the batches.
 
     Which is: only supervised positions to the vocabulary, and batches of like lengths.
@@ -321,9 +321,9 @@ METHODS = {
     "trimtab": Row(train_trimtab, "own", {}),
     "trimtab-no-reuse": Row(train_trimtab, "own", {"reuse": False}, standard=False),
     "pyreft": Row(train_pyreft, "peers", {}),
-    "peft-lora": Row(train_lora, "own", {"targets": ["q_proj", "v_proj"]}),
-    "peft-lora-all": Row(train_lora, "own", {}, standard=False),
-    "peft-lora-trimmed": Row(train_lora, "own", {"targets": ["q_proj", "v_proj"], "trimmed": True}, standard=False),
+    "peft-lora": Row(train_lora, "own", {"targets": ATTENTION}),
+    "peft-lora-all": Row(train_lora, "own", {"targets": LINEAR}, standard=False),
+    "peft-lora-trimmed": Row(train_lora, "own", {"targets": ATTENTION, "trimmed": True}, standard=False),
 }
 STANDARD = [name for name, row in METHODS.items() if row.standard]
 
@@ -377,7 +377,10 @@ def measure_case(name: str, args: argparse.Namespace, pythons: dict[str, str]) -
             job = Job(method, args.shape, args.device, plan, pairs, args.batch, args.epochs, args.seed + turn)
             runs[method].append(as_child(job, pythons[METHODS[method].where], args.threads))
             taken = sum(runs[method][-1]["epoch_seconds"])
-            print(f"{name}, round {turn + 1}: {method} {args.examples * args.epochs / taken:.2f} examples/s", file=sys.stderr)
+            print(
+                f"{name}, round {turn + 1}: {method} {args.examples * args.epochs / taken:.2f} examples/s",
+                file=sys.stderr,
+            )
     lengths = [encode(pair) for pair in pairs]
     return {
         "case": name,

@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from common import described_machine, spread
 from contenders import Contender, Plan, build, collate, edit_values
 from samples import Sample
 from shapes import build_llama
+from torch import Tensor
 
 LARGE_BLOCKS_LEAVE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 """glibc's allocator gives freed memory back at once, so that resident memory is memory in use."""

@@ -3,9 +3,6 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["OMP_NUM_THREADS"] = (
-    "1"  # of processes that tests start, too: another number of threads sums in another order
-)
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
 import pytest

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from tests.models import tiny
 from torch.profiler import ProfilerActivity, profile
 
-from tests.models import tiny
 from trimtab import ReftConfig
 
 

@@ -150,14 +150,7 @@ def test_a_save_straight_after_a_step_loads_to_the_same_bits(tmp_path: Path, loo
     assert all(torch.equal(again[k], t) for k, t in saved.items())
 
 
-@pytest.mark.parametrize(
-    "loop",
-    [
-        "adamw",
-        "by_hand",
-        "by_hand_data",
-    ],
-)
+@pytest.mark.parametrize("loop", ["adamw", "by_hand", "by_hand_data"])
 def test_evaluation_after_a_step_sees_what_is_saved(tmp_path: Path, loop: str) -> None:
     model = trained_model(loop)
     before_the_save = outputs_of(model, "llama")

@@ -327,6 +327,22 @@ def test_modules_to_save_beside_the_edits(tmp_path: Path) -> None:
     assert torch.equal(outputs_of(base, "llama"), outputs_of(tiny("llama"), "llama"))
 
 
+@pytest.mark.xfail(strict=True, reason="tuner: buffers of modules_to_save count as tensors with no place")
+@pytest.mark.parametrize("lean", [False, True])
+def test_modules_to_save_with_buffers(lean: bool, tmp_path: Path) -> None:
+    def base() -> nn.Module:
+        model = tiny("plain")
+        torch.manual_seed(0)
+        model.head = nn.Sequential(nn.BatchNorm1d(10), nn.Linear(WIDTH, VOCAB))
+        return model.eval()
+
+    model = randomized(get_peft_model(base(), config_for("plain", modules_to_save=["head"])).train())
+    outputs_of(model, "plain")  # moves the running statistics
+    model.eval().save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base(), tmp_path, low_cpu_mem_usage=lean)
+    assert torch.equal(outputs_of(loaded, "plain"), outputs_of(model, "plain"))
+
+
 def test_other_hooks_are_untouched() -> None:
     base, calls = tiny("llama"), []
 

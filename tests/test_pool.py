@@ -6,8 +6,8 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-
 from tests.models import tiny
+
 from trimtab import ReftConfig
 from trimtab.pool import AdapterPool
 

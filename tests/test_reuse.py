@@ -9,14 +9,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
+from tests.models import names_of, tiny
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from tests.models import names_of, tiny
 from trimtab import ReftConfig
 from trimtab.data import IGNORED, Collator, Encoded
 from trimtab.reuse import LowerBlocksReuse, PrefixReuse, Reuse, Store, choose_reuse
-from trimtab.trainer import LengthGrouped, supervised_only, with_supervised
+from trimtab.trainer import LengthGrouped, pack, supervised_only, with_supervised
 
 TOKENIZER = AutoTokenizer.from_pretrained("models/tiny-llama")
 
@@ -106,6 +106,16 @@ def test_supervised_only_gives_the_same_loss_from_fewer_logits(name: str) -> Non
     assert all((a - b).norm() <= 1e-4 * b.norm() + 1e-8 for a, b in zip(slim_gradients, gradients, strict=True))
     count = int((batch["labels"][:, 1:] != IGNORED).sum())
     assert model(**slim).logits.shape[-2] == count
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "mixtral", "phi3"])
+@pytest.mark.parametrize("positions", ["f2+l3", "generated"])
+def test_packed_rows_give_the_gradients_of_padded_ones(name: str, positions: str) -> None:
+    model, _ = adapted(name, positions)
+    loss, gradients = loss_and_gradients(model, Collator(TOKENIZER)(examples()))
+    packed_loss, packed_gradients = loss_and_gradients(model, with_supervised(pack(examples())))
+    assert abs(loss - packed_loss) < 1e-5
+    assert all((a - b).norm() <= 1e-4 * b.norm() + 1e-8 for a, b in zip(packed_gradients, gradients, strict=True))
 
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=400), st.integers(1, 9), st.integers(0, 3))

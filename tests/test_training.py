@@ -125,6 +125,16 @@ def test_after_kill_9_a_resumed_run_ends_in_the_same_adapter(positions: str, tmp
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
+def test_packed_batches_train_as_padded_ones_do(tmp_path: Path) -> None:
+    losses = {}
+    for packing in (True, False):
+        (folder := tmp_path / str(packing)).mkdir()
+        path = write_recipe(folder, packing=packing)
+        path.write_text(path.read_text().replace('"dropout": 0.1', '"dropout": 0.0'))
+        losses[packing] = train_recipe(load_recipe(path))["plural"]["train_loss"]
+    assert losses[True] == pytest.approx(losses[False], rel=1e-4)
+
+
 def test_a_classifier_saves_its_head(tmp_path: Path) -> None:
     rows = [{"text": t, "label": i % 2} for i, t in enumerate(["a good day", "a bad day", "good", "bad"] * 4)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))

@@ -20,7 +20,7 @@ def loading(name: str) -> Iterator[None]:
     """Around a `from_pretrained` of `name`.
 
     Raises:
-        ModelError: instead of what transformers raises for a damaged folder, or a name that is no folder and not on the Hub.
+        ModelError: instead of what transformers raises for a damaged folder, or a name known neither here nor there.
     """
     try:
         yield
@@ -41,10 +41,13 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         return tokenizer
 
 
-def load_causal_lm(name: str, dtype: str = "auto") -> Any:
+def load_causal_lm(name: str, dtype: str = "auto", attention: str = "auto") -> Any:
     """The model on the device there is, in `dtype` ("auto": as its weights are stored). Raises ModelError."""
     with loading(name):
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=as_dtype(dtype))
+        implementation = None if attention == "auto" else attention
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            name, dtype=as_dtype(dtype), attn_implementation=implementation
+        )
     return model.to(device())
 
 

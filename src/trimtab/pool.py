@@ -1,11 +1,12 @@
 """`AdapterPool`: thousands of adapters beside one model, a few of them in use at a time.
 
-An adapter in the pool is one flat vector in memory, its parameters and nothing else. The model has a few slots, which are
-PEFT adapters like any other; putting an adapter into a slot points the slot's parameters at the vector, and moves no weight.
+An adapter in the pool is one flat vector in memory, its parameters and nothing else. The model has a few slots, which
+are PEFT adapters like any other; putting an adapter into a slot points the slot's parameters at the vector and moves
+nothing.
 
     pool = AdapterPool(model, config, slots=8)
     pool.add("emoji", "adapters/emoji")                                  # reads one file
-    model.generate(**batch, adapter_names=[pool.slot("emoji"), pool.slot("haiku"), "__base__"])
+    model.generate(**three_prompts, adapter_names=[pool.slot("emoji"), pool.slot("haiku"), "__base__"])
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import NamedTuple
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from trimtab.config import ReftConfig
 from trimtab.orthonormal import as_rotation
@@ -43,16 +44,21 @@ class AdapterPool:
         model: a model that already has a ReFT adapter.
         config: what every adapter of the pool is.
         slots: how many may be in use at a time, in one batch say.
+
+    Raises:
+        ValueError: slots is not positive.
     """
 
     def __init__(self, model: PeftModel, config: ReftConfig, slots: int = 8) -> None:
+        if slots < 1:
+            raise ValueError(f"slots={slots}: must be at least 1.")
         self._vectors: dict[str, Tensor] = {}
         self._resident: OrderedDict[str, str] = OrderedDict()  # adapter -> slot, the least recently used first
         self._free = [f"slot{i}" for i in range(slots)]
-        self._parameters: dict[str, list[nn.Parameter]] = {}
+        self._parameters: dict[str, list[Tensor]] = {}
         for slot in self._free:
             model.add_adapter(slot, config)
-        layers = {n: m for n, m in model.named_modules() if isinstance(m, ReftLayer) and slots and m.edits("slot0")}
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, ReftLayer) and m.edits("slot0")}
         self._pieces, self.size = _layout(layers)
         for slot in self._free:
             self._parameters[slot] = [
@@ -103,7 +109,7 @@ class AdapterPool:
             self._free.append(self._resident.pop(name))
 
     def slot(self, name: str) -> str:
-        """The slot, an adapter name of the model, that holds the adapter; if none does, the least recently used one gets it.
+        """The slot (an adapter name of the model) that holds the adapter; if none, the least recently used gets it.
 
         Raises:
             KeyError: it is not in the pool.

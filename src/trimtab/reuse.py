@@ -133,9 +133,8 @@ class PrefixReuse(Reuse):
         ordinals, valid = self.positions.slots(batch["prompt_lengths"])
         first = torch.where(valid, ordinals, ids.shape[1]).amin(1)  # (B,) tokens before the first edited one
         starts = first.tolist()
-        parts = [
-            self.part(i, ids[row : row + 1, :n]) if n else None for row, (i, n) in enumerate(zip(examples, starts))
-        ]
+        rows = list(zip(examples, ids.split(1), starts, strict=True))
+        parts = [self.part(i, row[:, :n]) if n else None for i, row, n in rows]
         self.tokens += int(lengths.sum())
         self.tokens_saved += sum(starts)
         width = int((lengths - first).max())
@@ -207,7 +206,7 @@ class LowerBlocksReuse(Reuse):
     @contextmanager
     def applied(self, batch: dict[str, Tensor], examples: Sequence[int]) -> Iterator[dict[str, Any]]:
         ids, lengths = batch["input_ids"], batch["attention_mask"].sum(1).tolist()
-        parts = [self.part(i, ids[row : row + 1, :n]) for row, (i, n) in enumerate(zip(examples, lengths))]
+        parts = [self.part(i, row[:, :n]) for i, row, n in zip(examples, ids.split(1), lengths, strict=True)]
         self.tokens += sum(lengths)
         self.tokens_saved += self.share * sum(lengths)
         hidden = nn.utils.rnn.pad_sequence(parts, batch_first=True)

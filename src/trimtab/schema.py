@@ -105,6 +105,8 @@ class TrainingSpec(_Section):
     checkpoint_every: PositiveInt | None = None
     """In steps; None is once an epoch."""
     gradient_checkpointing: bool = False
+    packing: Literal[True, False, "auto"] = "auto"
+    """Pack a batch into one row instead of padding it; auto: where attention is a flash kernel, which profits."""
     reuse: bool = True
     """Compute once what the frozen model makes the same at every step, where the adapter leaves any such part."""
     reuse_memory_gb: NonNegativeFloat = 4.0
@@ -232,6 +234,7 @@ class Recipe(_Section):
     output: str = "runs"
     seed: NonNegativeInt = 0
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"] = "auto"
     adapter: AdapterSpec = AdapterSpec()
     training: TrainingSpec = TrainingSpec()
     tasks: dict[Annotated[str, AfterValidator(_folder_name)], Annotated[TaskSpec, Field(discriminator="type")]] = Field(

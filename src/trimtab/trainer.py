@@ -1,7 +1,8 @@
 """`ReftTrainer`: transformers' `Trainer`, at the price of the frozen model and below it.
 
-It groups examples of like length, projects only supervised positions onto the vocabulary, and leaves out what a frozen
-model makes the same at every step (`reuse.py`). Any other trainer trains a ReFT adapter too, only dearer.
+It groups examples of like length (or packs them), projects only supervised positions onto the vocabulary, and leaves
+out what a frozen model makes the same at every step (`reuse.py`). Any other trainer trains a ReFT adapter too, only
+dearer.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Sampler
 from transformers import Trainer
 
@@ -27,8 +28,8 @@ NEAR = 50
 def supervised_only(collate: Callable[[Any], Batch]) -> Callable[[Any], Batch]:
     """A collator for any Trainer, after which only supervised positions are projected onto the vocabulary.
 
-    It adds `logits_to_keep` (B, T) and `shift_labels` (n,), which transformers' causal language models take; their logits
-    then have shape (n, vocabulary). The loss is the same.
+    It adds `logits_to_keep` (B, T) and `shift_labels` (n,), which transformers' causal language models take; their
+    logits then have shape (n, vocabulary). The loss is the same.
 
     Example:
         >>> Trainer(model, args, data_collator=supervised_only(collator), ...)
@@ -73,13 +74,31 @@ class LengthGrouped(Sampler[int]):
 
 
 class NumberedCollator(Collator):
-    """Collates (number, example) pairs; `example_ids` (B,) tells the trainer which examples a batch holds."""
+    """Collates (number, example) pairs; `example_ids` (B,) tells the trainer which examples a batch holds.
 
-    def __call__(self, batch: Sequence[Any]) -> dict[str, Tensor]:
-        return {
-            **super().__call__([encoded for _, encoded in batch]),
-            "example_ids": torch.tensor([number for number, _ in batch]),
-        }
+    Packed, the examples stand one after another in a single row without padding; `position_ids` tells them apart.
+    """
+
+    packed = False
+
+    def __call__(self, batch: Sequence[Any]) -> Batch:
+        examples = [encoded for _, encoded in batch]
+        collated = pack(examples) if self.packed else super().__call__(examples)
+        return {**collated, "example_ids": torch.tensor([number for number, _ in batch])}
+
+
+def pack(examples: Sequence[Encoded]) -> Batch:
+    """One row of examples: input_ids, position_ids and labels (1, total). Each example's prompt has its own end.
+
+    Without a cache, since transformers tells packed examples apart only then.
+    """
+    columns: dict[str, list[Any]] = {
+        "input_ids": [e.input_ids for e in examples],
+        "position_ids": [range(len(e.input_ids)) for e in examples],
+        "labels": [e.labels for e in examples],
+    }
+    tensors = {name: torch.tensor([[i for part in parts for i in part]]) for name, parts in columns.items()}
+    return {**tensors, "use_cache": False}
 
 
 class ReftTrainer(Trainer):

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -137,7 +137,7 @@ class Base:
         name, dtype = self.recipe.model, self.recipe.dtype
         if task.spec.type == "generation":
             if self._causal is None:
-                self._causal = load_causal_lm(name, dtype)
+                self._causal = load_causal_lm(name, dtype, self.recipe.attention)
             return self._causal
         with loading(name):
             config = AutoConfig.from_pretrained(name, num_labels=task.num_labels)  # type: ignore[attr-defined]
@@ -167,6 +167,7 @@ class Run:
         return {
             "model": self.recipe.model,
             "dtype": self.recipe.dtype,
+            "attention": self.recipe.attention,
             "seed": self.recipe.seed,
             "name": self.name,
             "task": self.spec.model_dump(mode="json"),
@@ -265,16 +266,25 @@ class Run:
         def look() -> float:
             return evaluate(model, tokenizer, self.task, self.task.examples("validation")[:100]).main
 
+        collate = _Counting(tokenizer, progress)
+        collate.packed = self.task.spec.type == "generation" and self._packs(model, reuse)
         trainer = ReftTrainer(
             model,
             training_arguments(self.spec.training, self.checkpoints, self.recipe.seed, len(encoded)),
             encoded,
             reuse if isinstance(reuse, Reuse) else None,
-            data_collator=_Counting(tokenizer, progress),
+            data_collator=collate,
             callbacks=[_Report(progress, watch, look)],
         )
         trainer.remove_callback(PrinterCallback)
         return trainer
+
+    def _packs(self, model: PeftModel, reuse: Reuse | str) -> bool:
+        if isinstance(reuse, Reuse):
+            return False  # what is kept belongs to an example of its own row
+        packing = self.spec.training.packing
+        base: Any = model.get_base_model()
+        return "flash" in str(base.config._attn_implementation) if packing == "auto" else packing
 
     def _reuse(self, model: PeftModel, store: Store) -> Reuse | str:
         training = self.spec.training
@@ -322,7 +332,7 @@ class _Counting(NumberedCollator):
         super().__init__(tokenizer)
         self.progress = progress
 
-    def __call__(self, batch: Any) -> dict[str, Tensor]:
+    def __call__(self, batch: Any) -> dict[str, Any]:
         self.progress.tokens += sum(len(e.input_ids) for _, e in batch)
         return super().__call__(batch)
 
