@@ -327,7 +327,6 @@ def test_modules_to_save_beside_the_edits(tmp_path: Path) -> None:
     assert torch.equal(outputs_of(base, "llama"), outputs_of(tiny("llama"), "llama"))
 
 
-@pytest.mark.xfail(strict=True, reason="tuner: buffers of modules_to_save count as tensors with no place")
 @pytest.mark.parametrize("lean", [False, True])
 def test_modules_to_save_with_buffers(lean: bool, tmp_path: Path) -> None:
     def base() -> nn.Module:

@@ -7,6 +7,7 @@ base model is replaced, and no hook of anyone else is touched.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -70,13 +71,16 @@ class ReftLayer(nn.Module, BaseTunerLayer):
     def add(self, adapter: str, config: ReftConfig) -> None:
         """Create the adapter's edits for this block, on the block's device."""
         for name in config.edit_names():
-            edit = METHODS[config.method](
-                self.site.width,
-                config.r,
-                dropout=config.dropout,
-                activation=config.activation,
-                init_weights=config.init_weights,
-            )
+            with warnings.catch_warnings():
+                if config.inference_mode:  # how an adapter starts does not matter when it is about to be loaded
+                    warnings.simplefilter("ignore")
+                edit = METHODS[config.method](
+                    self.site.width,
+                    config.r,
+                    dropout=config.dropout,
+                    activation=config.activation,
+                    init_weights=config.init_weights,
+                )
             getattr(self, f"reft_{name}")[adapter] = edit
         self.positions[adapter] = config.parsed_positions
         self.scaling[adapter] = 1.0
@@ -390,7 +394,7 @@ class ReftModel(BaseTuner):
             for tensor in edit.state_dict()
         }
         missing = sorted(expected - set(mapped))
-        left_over = sorted(set(mapped) - expected - {name for name, _ in model.named_parameters()})
+        left_over = sorted(set(mapped) - expected - set(model.state_dict()))
         if missing or left_over:
             raise ValueError(
                 f"adapter {adapter_name!r}: the file does not fit this model and config. "
