@@ -116,7 +116,7 @@ class Contender:
     def step(self, batch: Batch) -> Tensor:
         """Forward, loss, backward, optimizer step, zero_grad."""
         loss = self.loss(batch)
-        loss.backward()
+        torch.autograd.backward(loss)
         if self.optimizer is not None:
             self.optimizer.step()
             self.optimizer.zero_grad()

@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -241,7 +242,8 @@ def _encoded(pairs: list[Pair]) -> list[dict[str, list[int]]]:
 def _fast_tokenizer() -> Any:
     from transformers import PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast(
+    fast: Any = PreTrainedTokenizerFast
+    return fast(
         tokenizer_file=str(TOKENIZER),
         bos_token="<|bos|>",
         eos_token=EOS,
@@ -255,7 +257,7 @@ def _fast_tokenizer() -> Any:
 
 
 def train_pyreft(job: Job) -> Marks:
-    """pyreft's dataset, collator, model and loss; the loop does what its Trainer would: AdamW, clipping, linear decay."""
+    """pyreft's dataset, collator, model and loss; the loop does what its Trainer would: AdamW, clipping, decay."""
     from torch.utils.data import DataLoader
 
     torch.manual_seed(job.seed)
@@ -272,7 +274,7 @@ def train_pyreft(job: Job) -> Marks:
     for _ in range(job.epochs):
         for batch in loader:
             on_device = {k: v.to(job.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-            pyreft_loss(model, on_device).backward()
+            torch.autograd.backward(pyreft_loss(model, on_device))
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()
@@ -333,7 +335,7 @@ def run_job(job: Job) -> dict[str, Any]:
     row = METHODS[job.method]
     marks = row.train(job, **row.options)
     ends = [0.0, *(marks[(epoch + 1) * job.steps_an_epoch - 1] for epoch in range(job.epochs))]
-    return {"epoch_seconds": [b - a for a, b in zip(ends, ends[1:], strict=False)], "versions": versions()}
+    return {"epoch_seconds": [b - a for a, b in pairwise(ends)], "versions": versions()}
 
 
 def as_child(job: Job, python: str, threads: int) -> dict[str, Any]:
@@ -376,11 +378,8 @@ def measure_case(name: str, args: argparse.Namespace, pythons: dict[str, str]) -
         for method in draw.sample(methods, len(methods)):
             job = Job(method, args.shape, args.device, plan, pairs, args.batch, args.epochs, args.seed + turn)
             runs[method].append(as_child(job, pythons[METHODS[method].where], args.threads))
-            taken = sum(runs[method][-1]["epoch_seconds"])
-            print(
-                f"{name}, round {turn + 1}: {method} {args.examples * args.epochs / taken:.2f} examples/s",
-                file=sys.stderr,
-            )
+            speed = len(pairs) * args.epochs / sum(runs[method][-1]["epoch_seconds"])
+            print(f"{name}, round {turn + 1}: {method} {speed:.2f} examples/s", file=sys.stderr)
     lengths = [encode(pair) for pair in pairs]
     return {
         "case": name,
@@ -437,6 +436,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def arguments() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--shape", choices=list(SHAPES), default="60m")
@@ -457,6 +457,7 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def main() -> None:
+    """Measure, print, write."""
     args = arguments().parse_args()
     if args.worker:
         return serve()

@@ -76,6 +76,7 @@ def _title(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    """Draw each result beside its file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+")
     for path in parser.parse_args().results:

@@ -42,15 +42,18 @@ class Sample(NamedTuple):
 
 @lru_cache(maxsize=1)
 def tokenizer() -> Tokenizer:
+    """That of the repository's own model."""
     return Tokenizer.from_file(str(TOKENIZER))
 
 
 def tokens(text: str) -> list[int]:
+    """Token ids without bos or eos."""
     return list(tokenizer().encode(text, add_special_tokens=False).ids)
 
 
 def encode(pair: Pair) -> Sample:
-    return Sample(tokens(pair.prompt), [*tokens(pair.answer), tokenizer().token_to_id(EOS)])
+    """Text to token ids, prompt and answer apart."""
+    return Sample(tokens(pair.prompt), [*tokens(pair.answer), *tokens(EOS)])
 
 
 def commonsense(folder: Path) -> list[Pair]:
@@ -63,6 +66,7 @@ def commonsense(folder: Path) -> list[Pair]:
 
 
 def gsm8k(folder: Path) -> list[Pair]:
+    """School mathematics with worked solutions."""
     file = folder / "gsm8k" / "train.jsonl"
     if not file.exists():
         raise SystemExit(f"--data {folder}: no gsm8k/train.jsonl in it")

@@ -124,6 +124,7 @@ def peak_memory(pythons: dict[str, str], where: list[Place], args: argparse.Name
 
 @contextmanager
 def started(python: str, threads: int, extra: dict[str, str] | None = None) -> Iterator[WorkerProcess]:
+    """A worker that ends with the context."""
     worker = WorkerProcess(python, threads, extra)
     try:
         yield worker
@@ -132,6 +133,7 @@ def started(python: str, threads: int, extra: dict[str, str] | None = None) -> I
 
 
 def plan_of(args: argparse.Namespace) -> Plan:
+    """What all methods have in common."""
     return Plan(r=args.rank, first=args.first, last=args.last)
 
 
@@ -159,6 +161,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def load_arguments(args: argparse.Namespace, environment: str, where: list[Place], batches: Any) -> dict[str, Any]:
+    """What an environment's worker is told to load."""
     return {
         "shape": args.shape,
         "device": args.device,
@@ -243,6 +246,7 @@ def draw_plot(out: Path, peers_python: str | None) -> None:
 
 
 def arguments() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(SHAPES), default="60m")
     parser.add_argument("--batch", type=int, default=4)
@@ -264,6 +268,7 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def main() -> None:
+    """Measure, print, write and plot."""
     args = arguments().parse_args()
     result = run(args)
     print(table(result))

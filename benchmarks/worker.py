@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,6 @@ class Worker:
     def step(self, name: str, batch: int) -> dict[str, Any]:
         """One full training step, timed."""
         contender, prepared = self.contenders[name], self._prepared(name, batch)
-        gc.collect()
         self._wait()
         start = time.perf_counter()
         loss = float(contender.step(prepared))
@@ -150,21 +150,25 @@ def resident(device: str) -> int:
         torch.cuda.synchronize()
         return torch.cuda.memory_allocated()
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim:
-        trim(0)
+    _give_back()
     return _status("VmRSS")
 
 
+def _give_back() -> None:
+    """Have the allocator return what is free to the system."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:
+        trim(0)
+
+
 def reset_peak(device: str) -> None:
+    """Begin to look for the peak."""
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         return
-    resident(device)
-    try:
+    _give_back()
+    with suppress(OSError):  # where it is not allowed, the peak is that of the whole process
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass  # the peak is then the process's own, which the first step has set
 
 
 def peak(device: str) -> int:

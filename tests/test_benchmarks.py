@@ -49,7 +49,7 @@ def run(scripts: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def arguments(scripts: Any, *more: str) -> argparse.Namespace:
     words = ["--shape", "toy", "--lengths", "fixed:40", "--batch", "2", "--repeats", "2", "--threads", "1"]
-    return scripts.train.arguments().parse_args([*words, "--memory-repeats", "1", *more])
+    return scripts.train.arguments().parse_args([*words, "--memory-repeats", "0", *more])
 
 
 def test_all_methods_compute_the_same_and_the_result_is_whole(scripts: Any, run: Any) -> None:
@@ -93,6 +93,13 @@ def test_reused_steps_have_the_loss_of_plain_ones(scripts: Any, run: Any, method
     plain = method.removesuffix("-reuse")
     rows = {row["method"]: row for row in run(arguments(scripts, "--methods", plain, method))["methods"]}
     assert rows[method]["loss_with_given_edits"] == pytest.approx(rows[plain]["loss_with_given_edits"], abs=1e-4)
+
+
+def test_peak_memory_is_reported_beside_the_floors(scripts: Any, run: Any) -> None:
+    rows = run(arguments(scripts, "--methods", "trimtab", "--memory-repeats", "1"))["methods"]
+    assert [row["method"] for row in rows] == ["floor", "trimtab"]
+    assert rows[0]["peak_ratio_to_floor"] == 1
+    assert all(row["peak_bytes"]["n"] == 1 for row in rows)
 
 
 def test_the_floor_is_measured_wherever_a_method_is(scripts: Any) -> None:
