@@ -4,8 +4,8 @@
 
 - decode: operations in one decode step, counted by the profiler, and its time, for the base model, a prompt-only ReFT
   adapter and an unmerged LoRA on every linear layer; interleaved;
-- pool: memory of many adapters over that of their parameters, and the time to switch and to load one, beside PEFT's LoRA
-  hotswap.
+- pool: memory of many adapters over that of their parameters, and the time to switch and to load one, beside PEFT's
+  LoRA hotswap.
 
 The model has random weights; no figure here depends on what it says.
 """
@@ -13,7 +13,6 @@ The model has random weights; no figure here depends on what it says.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import described_machine
+from common import as_table, described_machine, spread, write_json
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
 from torch.profiler import ProfilerActivity, profile
@@ -32,10 +31,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trimtab import ReftConfig
 from trimtab.pool import AdapterPool
 
-REFT: dict[str, Any] = dict(task_type="CAUSAL_LM", positions="f7+l7", r=8, init_weights="paper")
+REFT: dict[str, Any] = {"task_type": "CAUSAL_LM", "positions": "f7+l7", "r": 8, "init_weights": "paper"}
 
 
 def llama(width: int, blocks: int) -> LlamaForCausalLM:
+    """A model with random weights."""
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -51,6 +51,7 @@ def llama(width: int, blocks: int) -> LlamaForCausalLM:
 
 
 def lora(model: LlamaForCausalLM) -> PeftModel:
+    """Not merged, as a server with many adapters has it."""
     return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear")).eval()
 
 
@@ -72,10 +73,12 @@ class Decoding:
 
     @torch.no_grad()
     def step(self) -> None:
+        """One token for each row."""
         self.mask = torch.cat([self.mask, torch.ones_like(self.next)], 1)
         self.model(input_ids=self.next, attention_mask=self.mask, past_key_values=self.cache, use_cache=True)
 
     def operations(self) -> Counter[str]:
+        """The operations of one decode step, by name."""
         self.step()
         with profile(activities=[ProfilerActivity.CPU]) as record:
             self.step()
@@ -83,6 +86,7 @@ class Decoding:
 
 
 def measure_decode(width: int, blocks: int, batches: list[int], rounds: int, steps: int) -> list[dict[str, Any]]:
+    """One row for each method and batch size."""
     rows = []
     for batch in batches:
         models = {
@@ -114,16 +118,14 @@ def measure_decode(width: int, blocks: int, batches: list[int], rounds: int, ste
     return rows
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
-
-
 def resident_bytes() -> int:
+    """Of this process."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * 4096
 
 
 def timed(action: Callable[[], object], rounds: int) -> dict[str, float]:
+    """Seconds of an action."""
     times = []
     for _ in range(rounds):
         start = time.perf_counter()
@@ -133,6 +135,7 @@ def timed(action: Callable[[], object], rounds: int) -> dict[str, float]:
 
 
 def measure_pool(width: int, blocks: int, adapters: int, rounds: int) -> dict[str, Any]:
+    """Memory of a pool of adapters read from one file, and times to switch and load."""
     config = ReftConfig(**REFT)
     model = get_peft_model(llama(width, blocks), config)
     with tempfile.TemporaryDirectory() as folder:
@@ -145,8 +148,7 @@ def measure_pool(width: int, blocks: int, adapters: int, rounds: int) -> dict[st
         for i in range(adapters):
             pool.add(str(i), folder)
         each = (resident_bytes() - before) / adapters
-        numbers = iter(range(adapters))
-        loads = iter(range(rounds))
+        numbers, loads = iter(range(adapters)), iter(range(rounds))
         result = {
             "adapters": adapters,
             "parameter_bytes": 4 * pool.size,
@@ -156,18 +158,46 @@ def measure_pool(width: int, blocks: int, adapters: int, rounds: int) -> dict[st
             "load_seconds": timed(lambda: pool.add(f"load{next(loads)}", folder), rounds),
             "file_bytes": size,
         }
-        del pool, model
+    return result | measure_hotswap(width, blocks, rounds)
+
+
+def measure_hotswap(width: int, blocks: int, rounds: int) -> dict[str, Any]:
+    """Seconds of PEFT's replacing one LoRA by another from a file."""
     with tempfile.TemporaryDirectory() as folder:
-        other = lora(llama(width, blocks))
-        other.save_pretrained(folder)
-        result["lora_hotswap_seconds"] = timed(
-            lambda: hotswap_adapter(other, folder, adapter_name="default", torch_device="cpu"), rounds
-        )
-        result["lora_file_bytes"] = (Path(folder) / "adapter_model.safetensors").stat().st_size
-    return result
+        model = lora(llama(width, blocks))
+        model.save_pretrained(folder)
+        return {
+            "lora_hotswap_seconds": timed(
+                lambda: hotswap_adapter(model, folder, adapter_name="default", torch_device="cpu"), rounds
+            ),
+            "lora_file_bytes": (Path(folder) / "adapter_model.safetensors").stat().st_size,
+        }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result for the terminal."""
+    decode = [
+        [
+            row["method"],
+            str(row["batch"]),
+            str(row["extra_operations"]),
+            "{median:.3f} ({min:.3f}-{max:.3f})".format(**row["time_ratio"]),
+        ]
+        for row in result["decode"]
+    ]
+    pool = result["pool"]
+    microseconds = {key: 1e6 * pool[f"{key}_seconds"]["median"] for key in ("switch", "load", "lora_hotswap")}
+    return "\n".join(
+        [
+            as_table(["method", "batch", "extra operations", "time of base"], decode),
+            f"{pool['adapters']} adapters: {pool['ratio']:.3f} bytes resident for each byte of parameters",
+            "microseconds: " + ", ".join(f"{key} {value:.0f}" for key, value in microseconds.items()),
+        ]
+    )
 
 
 def main() -> None:
+    """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--blocks", type=int, default=8)
@@ -179,15 +209,15 @@ def main() -> None:
     args = parser.parse_args()
     result = {
         **described_machine(),
-        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
-        "decode": measure_decode(args.width, args.blocks, args.batches, args.rounds, args.steps),
+        "model": {"width": args.width, "blocks": args.blocks, "weights": "random"},
+        "adapter": REFT,
+        # First: memory that other measurements freed would be reused, and so not counted.
         "pool": measure_pool(args.width, args.blocks, args.adapters, args.rounds),
+        "decode": measure_decode(args.width, args.blocks, args.batches, args.rounds, args.steps),
     }
-    text = json.dumps(result, indent=2)
-    print(text)
+    print(table(result))
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(text + "\n")
+        write_json(args.out, result)
 
 
 if __name__ == "__main__":
