@@ -1,4 +1,4 @@
-"""Models whose input is audio: their masks count frames, and Whisper's `generate` decodes several prompts in one call."""
+"""Models whose input is audio: masks count frames, and Whisper's `generate` decodes several prompts in one call."""
 
 from __future__ import annotations
 

@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +16,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from trimtab.evaluation import predict
 from trimtab.recipe import load_recipe
-from trimtab.training import RunError, evaluate_run, train_recipe
+from trimtab.tasks import build_task
+from trimtab.training import Base, RunError, evaluate_run, train_recipe
 
 ROOT = Path(__file__).parent.parent
 WORDS = [("cat", "cats"), ("dog", "dogs"), ("box", "boxes"), ("city", "cities"), ("man", "men"), ("leaf", "leaves")]
@@ -97,6 +101,33 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="not left by trimtab"):
         train_recipe(load_recipe(write_recipe(tmp_path)), resume=False)
     assert (tmp_path / "runs/plural/thesis.txt").read_text() == "mine"
+
+
+def test_a_run_killed_before_its_first_file_was_whole_starts_again(tmp_path: Path) -> None:
+    (tmp_path / "runs/plural").mkdir(parents=True)
+    (tmp_path / "runs/plural/.run.json.saving").write_text("{")
+    assert train_recipe(load_recipe(write_recipe(tmp_path)))["plural"]["steps"] == 6
+
+
+def test_a_classifier_takes_the_attention_and_the_padding_of_the_recipe(tmp_path: Path) -> None:
+    """A config that calls another token padding would have the head read at a padded column."""
+    shutil.copytree(ROOT / "models/tiny-llama", tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps({**config, "pad_token_id": 77}))
+    rows = [{"text": t, "label": i % 2} for i, t in enumerate(["a good day", "bad"] * 4)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (tmp_path / "recipe.yaml").write_text(
+        f"model: {tmp_path / 'model'}\nattention: eager\ntasks:\n"
+        "  mood: {type: classification, text: text, label: label, data: {train: train.jsonl}}\n"
+    )
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    base, task = Base(recipe), build_task("mood", recipe.tasks["mood"])
+    model: Any = base.model_for(task)
+    assert model.config._attn_implementation == "eager"
+    encoded, _ = task.encode(base.tokenizer, task.examples("train"), training=False)
+    together = predict(model, base.tokenizer, encoded)
+    alone = predict(model, base.tokenizer, encoded, batch_size=1)
+    torch.testing.assert_close(torch.tensor(together), torch.tensor(alone))
 
 
 @pytest.mark.parametrize("positions", ["f1+l2", "l2"])

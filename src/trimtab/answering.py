@@ -53,7 +53,9 @@ class Answerer:
         """
         infos = {name: inspect_adapter(path) for name, path in adapters.items()}
         bases = {info.base_model for info in infos.values()}
-        if model is None and len(bases) != 1:
+        if model is None and not bases:
+            raise AdapterError("nothing to answer with: give an adapter's folder with --adapter, or a --model.")
+        if model is None and len(bases) > 1:
             raise AdapterError(
                 f"the adapters name {len(bases)} base models ({', '.join(map(str, bases))}); say --model."
             )

@@ -35,7 +35,7 @@ from trimtab.adapters import inspect_adapter
 from trimtab.config import ReftConfig
 from trimtab.data import Collator, Encoded
 from trimtab.evaluation import evaluate
-from trimtab.loading import as_dtype, device, load_causal_lm, load_tokenizer, loading
+from trimtab.loading import as_attention, as_dtype, device, load_causal_lm, load_tokenizer, loading
 from trimtab.reuse import Reuse, Store, choose_reuse
 from trimtab.schema import Recipe, TrainingSpec
 from trimtab.tasks import Task, build_task
@@ -143,10 +143,11 @@ class Base:
             config = AutoConfig.from_pretrained(name, num_labels=task.num_labels)  # type: ignore[attr-defined]
             if task.spec.type == "regression":
                 config.problem_type = "regression"
-            if config.pad_token_id is None:
-                config.pad_token_id = Collator(self.tokenizer).pad_id
+            config.pad_token_id = Collator(self.tokenizer).pad_id  # by which the head of a decoder finds the last token
             set_seed(self.recipe.seed)  # the head is new
-            model = AutoModelForSequenceClassification.from_pretrained(name, config=config, dtype=as_dtype(dtype))
+            model = AutoModelForSequenceClassification.from_pretrained(
+                name, config=config, dtype=as_dtype(dtype), attn_implementation=as_attention(self.recipe.attention)
+            )
         moved: nn.Module = model.to(device())
         return moved
 
@@ -179,7 +180,7 @@ class Run:
         Raises:
             RunError: saying whose it is.
         """
-        if not self.folder.exists() or not any(self.folder.iterdir()):
+        if not self.folder.exists() or not [f for f in self.folder.iterdir() if not f.name.endswith(".saving")]:
             return
         try:
             earlier = json.loads((self.folder / "run.json").read_text())["run"]
