@@ -207,6 +207,7 @@ def test_an_adapter_of_another_base_model_is_refused(trimtab: Command, runs: Pat
         (["eval", "{runs}/recipe.yaml", "--split", "tset"], "must be one of train, validation, test"),
         (["generate", "cat", "-a", "{runs}"], "no adapter there"),
         (["generate", "cat"], "give an adapter's folder with --adapter, or a --model"),
+        (["init", MODEL, "-o", "{runs}/recipe.yaml/new.yaml"], "recipe.yaml: "),
         (["init", "models/none-such", "-o", "{runs}/new.yaml"], "models/none-such"),
         (["show", "{runs}"], "no adapter_config.json"),
     ],

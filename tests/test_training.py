@@ -16,6 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from trimtab.data import DataError
 from trimtab.evaluation import predict
 from trimtab.recipe import load_recipe
 from trimtab.tasks import build_task
@@ -86,11 +87,29 @@ def test_a_finished_run_is_skipped_and_other_settings_are_refused(tmp_path: Path
     train_recipe(load_recipe(path))
     assert adapter.stat().st_mtime_ns == before
     other = load_recipe(write_recipe(tmp_path, learning_rate=0.002))
-    with pytest.raises(RunError, match=r"other settings \(task.training.learning_rate\).*--no-resume"):
+    with pytest.raises(RunError, match=r"other settings \(task.training.learning_rate\).*--no-resume --task plural"):
         train_recipe(other)
     assert adapter.stat().st_mtime_ns == before
     train_recipe(other, resume=False)
     assert adapter.stat().st_mtime_ns != before
+
+
+def test_no_task_starts_when_another_cannot(tmp_path: Path) -> None:
+    """And what was mended is not held against the run, of which there is nothing yet."""
+    path = write_recipe(tmp_path)
+    recipe = json.loads(path.read_text())
+    recipe["tasks"]["long"] = {**recipe["tasks"]["plural"], "training": {"max_length": 2}}
+    path.write_text(json.dumps(recipe))
+    earlier = tmp_path / "runs/plural/run.json"
+    earlier.parent.mkdir(parents=True)
+    earlier.write_text('{"run": {"seed": 5}}')
+    for resume in (True, False):
+        with pytest.raises(DataError, match="long: none of 6 training examples fits in max_length 2"):
+            train_recipe(load_recipe(path), resume=resume)
+        assert list(earlier.parent.iterdir()) == [earlier]
+    recipe["tasks"]["long"]["training"] = {}
+    path.write_text(json.dumps(recipe))
+    assert train_recipe(load_recipe(path), ["plural"])["plural"]["steps"] == 6
 
 
 def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:

@@ -61,7 +61,10 @@ class Answerer:
             )
         for name, info in infos.items():
             if info.config.task_type not in (None, "CAUSAL_LM"):
-                raise AdapterError(f"{adapters[name]}: trained for {info.config.task_type}; it does not generate text.")
+                raise AdapterError(
+                    f"{adapters[name]}: trained for {info.config.task_type}; it does not generate text. Name only "
+                    "those that do, each with --adapter."
+                )
         self.base_name = model if model is not None else str(bases.pop())
         self.tokenizer = load_tokenizer(self.base_name)
         self.prompts = {name: _prompting(path) for name, path in adapters.items()}
