@@ -20,7 +20,7 @@ from trimtab.data import DataError
 from trimtab.evaluation import predict
 from trimtab.recipe import load_recipe
 from trimtab.tasks import build_task
-from trimtab.training import Base, RunError, evaluate_run, train_recipe
+from trimtab.training import Base, RunError, evaluate_run, last_checkpoint, train_recipe
 
 ROOT = Path(__file__).parent.parent
 WORDS = [("cat", "cats"), ("dog", "dogs"), ("box", "boxes"), ("city", "cities"), ("man", "men"), ("leaf", "leaves")]
@@ -153,7 +153,7 @@ def test_a_classifier_takes_the_attention_and_the_padding_of_the_recipe(tmp_path
 def test_after_kill_9_a_resumed_run_ends_in_the_same_adapter(positions: str, tmp_path: Path) -> None:
     (tmp_path / "whole").mkdir()
     (tmp_path / "killed").mkdir()
-    train_recipe(load_recipe(write_recipe(tmp_path / "whole", positions, max_steps=40)))
+    uninterrupted = train_recipe(load_recipe(write_recipe(tmp_path / "whole", positions, max_steps=40)))["plural"]
     path = write_recipe(tmp_path / "killed", positions, max_steps=40)
     command = [sys.executable, "-m", "trimtab.cli", "train", str(path)]
     process = subprocess.Popen(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, stdout=subprocess.DEVNULL)
@@ -168,7 +168,10 @@ def test_after_kill_9_a_resumed_run_ends_in_the_same_adapter(positions: str, tmp
     half_written = checkpoints / "checkpoint-38"  # what a kill in the middle of a save leaves
     half_written.mkdir(exist_ok=True)
     (half_written / "trainer_state.json").write_text('{"global_st')
+    state = json.loads(Path(last_checkpoint(checkpoints) or "", "trainer_state.json").read_text())
     metrics = train_recipe(load_recipe(path))["plural"]
+    assert metrics["train_loss"] == pytest.approx(uninterrupted["train_loss"])
+    assert metrics["seconds"] > state["log_history"][-1]["seconds"] > 0  # what was trained before the kill counts
     assert bool(metrics["reuse"]["reused"]) == (positions == "l2")  # what is reused does not show in the bits
     file = "runs/plural/adapter_model.safetensors"
     whole, resumed = load_file(tmp_path / "whole" / file), load_file(tmp_path / "killed" / file)

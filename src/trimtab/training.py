@@ -237,7 +237,8 @@ class Run:
             reuse = self._reuse(adapted, store)
             trainer = self._trainer(adapted, tokenizer, progress, watch, reuse)
             progress.state = "training"
-            result = trainer.train(resume_from_checkpoint=last_checkpoint(self.checkpoints))
+            trainer.train(resume_from_checkpoint=last_checkpoint(self.checkpoints))
+            losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]  # resumed or not
             progress.state = "tuned score"
             watch(progress)
             tuned = evaluate(adapted, tokenizer, self.task, test)
@@ -260,7 +261,7 @@ class Run:
             "bytes": (self.folder / "adapter_model.safetensors").stat().st_size,
             "seconds": round(progress.seconds, 2),
             "steps": trainer.state.global_step,
-            "train_loss": result.training_loss,
+            "train_loss": sum(losses) / len(losses),
             "train_examples": len(self.encoded),
             "left_out_as_too_long": self.left_out,
             "reuse": reused,
@@ -360,6 +361,8 @@ class _Report(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.progress.steps = state.max_steps
+        earlier = state.log_history[-1] if state.log_history else {}  # of a run that is resumed
+        self.progress.seconds, self.progress.tokens = earlier.get("seconds", 0.0), earlier.get("tokens", 0)
         self._last = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -374,6 +377,7 @@ class _Report(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
             self.progress.loss = logs["loss"]
+            state.log_history[-1].update(seconds=self.progress.seconds, tokens=self.progress.tokens)
             if logs["loss"] != logs["loss"]:
                 raise RunError(
                     f"{self.progress.task}: the loss is NaN at step {state.global_step}. Lower training: learning_rate "
