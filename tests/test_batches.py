@@ -12,6 +12,14 @@ import torch
 from models import CLASSIFIERS, DECODERS, ENCODERS, PAD, VOCAB, batch_for, logits_of, outputs_of, tiny
 from peft import PeftModel, get_peft_model
 from torch import Tensor
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    LongformerConfig,
+    LongformerModel,
+    XLNetConfig,
+    XLNetModel,
+)
 
 from trimtab import ReftConfig, set_scale
 from trimtab.tuner import ReftLayer
@@ -177,6 +185,29 @@ def test_encoders_and_classifiers(name: str) -> None:
         assert (row_together - alone).abs().max() < TOLERANCE
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("positions", ["f2+l1", "all"])
+def test_a_model_that_pads_by_itself(positions: str) -> None:
+    """Longformer, to a multiple of its window."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    base = LongformerModel(LongformerConfig(vocab_size=VOCAB, attention_window=8, pad_token_id=PAD, **sizes))
+    model = get_peft_model(base.eval(), ReftConfig(r=2, positions=positions, init_weights="paper")).eval()
+    rows = prompts()
+    together = logits_of(model(**without_positions(padded(rows, "right"))))
+    for row, states in zip(rows, together, strict=True):
+        alone = logits_of(model(input_ids=row[None], attention_mask=torch.ones(1, len(row)).long()))[0]
+        assert (states[: len(row)] - alone).abs().max() < TOLERANCE
+
+
+def test_states_that_do_not_stand_one_a_token() -> None:
+    """XLNet's are (tokens, batch, width), which a batch of one would hide."""
+    base = XLNetModel(XLNetConfig(vocab_size=VOCAB, d_model=32, n_layer=2, n_head=4, d_inner=48))
+    model = get_peft_model(base, ReftConfig(r=2, positions="l1"))
+    with pytest.raises(RuntimeError, match=r"shape \(13, 1, 32\) for 13 tokens a row"):
+        model(input_ids=prompts()[2][None])
+
+
 # ---- generate --------------------------------------------------------------------------------------------------------
 
 
@@ -227,6 +258,17 @@ def test_caches_and_chunked_prefill(name: str, positions: str, special: dict[str
     model, rows = adapted(name, a={"r": 2, "positions": positions}), prompts()
     out = model.generate(**without_positions(padded(rows)), **search(**special))
     check_generated(model, out, rows, ["a"] * 3)
+
+
+@pytest.mark.parametrize("positions", ["generated", "all"])
+def test_a_mask_over_the_free_places_of_a_static_cache(positions: str) -> None:
+    """Bloom's, which its ALiBi is worked out from."""
+    torch.manual_seed(0)
+    base = BloomForCausalLM(BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4, pad_token_id=PAD))
+    model = get_peft_model(base.eval(), ReftConfig(r=2, positions=positions, init_weights="paper")).eval()
+    rows = prompts()
+    out = model.generate(**without_positions(padded(rows)), **search(cache_implementation="static"))
+    check_generated(model, out, rows, ["default"] * 3)
 
 
 @pytest.mark.parametrize("assistant", ["lookup", "model", "itself"])

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as hf
 from safetensors.torch import load_file, save_file
 
 from trimtab import cli
+from trimtab.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
 MODEL = str(ROOT / "models/tiny-llama")
@@ -45,7 +47,6 @@ def trimtab(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two small trained adapters, and the recipe that made them."""
-    from trimtab.recipe import load_recipe
     from trimtab.training import train_recipe
 
     folder = tmp_path_factory.mktemp("runs")
@@ -74,14 +75,25 @@ def test_init_writes_a_recipe_that_loads_and_compares_with_lora(trimtab: Command
         "init", MODEL, "--task", f"a={runs / 'plural.jsonl'}", "--task", f"b={runs / 'kind.jsonl'}", "-o", out
     )
     assert code == 0 and "12,320" in text and "LoRA" in text
-    from trimtab.recipe import load_recipe
-
     recipe = load_recipe(out)
     assert list(recipe.tasks) == ["a", "b"]
     assert recipe.tasks["a"].type == "generation" and recipe.tasks["a"].prompt == "{input}"
     before = out.read_text()
     code, text = trimtab("init", MODEL, "-o", out)
     assert code == 2 and "there already" in text and out.read_text() == before
+
+
+def test_init_quotes_what_yaml_would_misread(trimtab: Command, tmp_path: Path) -> None:
+    """Fields and task names from real files, for a model that does not generate, into a folder that is not there."""
+    hf.BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4).save_pretrained(tmp_path / "bert")
+    data = tmp_path / "two words.tsv"
+    data.write_text("#1 String\t#2 String\tclass\n" + "a\tb\t1\nc\td\t0\n" * 4)
+    out = tmp_path / "new/recipe.yaml"
+    code, text = trimtab("init", tmp_path / "bert", "--task", data, "--task", f"2024={data}", "-o", out)
+    assert code == 0, text
+    tasks = load_recipe(out).tasks
+    assert list(tasks) == ["two_words", "2024"]
+    assert tasks["2024"].text == ["#1 String"] and tasks["2024"].label == "class"
 
 
 def test_train_again_skips_and_prints_the_table(trimtab: Command, runs: Path) -> None:
@@ -194,7 +206,8 @@ def test_an_adapter_of_another_base_model_is_refused(trimtab: Command, runs: Pat
         (["train", "{runs}/recipe.yaml", "--task", "plurals"], "not in the recipe"),
         (["eval", "{runs}/recipe.yaml", "--split", "tset"], "must be one of train, validation, test"),
         (["generate", "cat", "-a", "{runs}"], "no adapter there"),
-        (["generate", "cat"], "--model"),
+        (["generate", "cat"], "give an adapter's folder with --adapter, or a --model"),
+        (["init", MODEL, "-o", "{runs}/recipe.yaml/new.yaml"], "recipe.yaml: "),
         (["init", "models/none-such", "-o", "{runs}/new.yaml"], "models/none-such"),
         (["show", "{runs}"], "no adapter_config.json"),
     ],
@@ -202,4 +215,4 @@ def test_an_adapter_of_another_base_model_is_refused(trimtab: Command, runs: Pat
 def test_wrong_arguments(arguments: list[str], message: str, trimtab: Command, runs: Path) -> None:
     code, text = trimtab(*(a.replace("{runs}", str(runs)) for a in arguments))
     assert code == 2 and message in text.replace("\n", " "), text
-    assert "Traceback" not in text
+    assert text.startswith("error: ") and "Traceback" not in text  # no table before it

@@ -118,6 +118,8 @@ def test_labels_are_names_or_numbers(make: Make) -> None:
     derived = make(MOOD, train=[{"text": "a", "label": v} for v in (10, 2.0, "9", 10)], validation=rows)
     assert derived.labels == ["2", "9", "10"]
     assert [e.label for e in derived.examples("train")] == [2, 0, 1, 2]
+    with pytest.raises(DataError, match="label is '0', not one of the labels 2, 9, 10"):
+        derived.label(0, "row 1")  # not the first class
     assert make(MOOD, train=[{"text": "a", "label": v} for v in (True, False)]).labels == ["false", "true"]
 
 

@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +16,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from trimtab.data import DataError
+from trimtab.evaluation import predict
 from trimtab.recipe import load_recipe
-from trimtab.training import RunError, evaluate_run, train_recipe
+from trimtab.tasks import build_task
+from trimtab.training import Base, RunError, evaluate_run, last_checkpoint, train_recipe
 
 ROOT = Path(__file__).parent.parent
 WORDS = [("cat", "cats"), ("dog", "dogs"), ("box", "boxes"), ("city", "cities"), ("man", "men"), ("leaf", "leaves")]
@@ -82,11 +87,29 @@ def test_a_finished_run_is_skipped_and_other_settings_are_refused(tmp_path: Path
     train_recipe(load_recipe(path))
     assert adapter.stat().st_mtime_ns == before
     other = load_recipe(write_recipe(tmp_path, learning_rate=0.002))
-    with pytest.raises(RunError, match=r"other settings \(task.training.learning_rate\).*--no-resume"):
+    with pytest.raises(RunError, match=r"other settings \(task.training.learning_rate\).*--no-resume --task plural"):
         train_recipe(other)
     assert adapter.stat().st_mtime_ns == before
     train_recipe(other, resume=False)
     assert adapter.stat().st_mtime_ns != before
+
+
+def test_no_task_starts_when_another_cannot(tmp_path: Path) -> None:
+    """And what was mended is not held against the run, of which there is nothing yet."""
+    path = write_recipe(tmp_path)
+    recipe = json.loads(path.read_text())
+    recipe["tasks"]["long"] = {**recipe["tasks"]["plural"], "training": {"max_length": 2}}
+    path.write_text(json.dumps(recipe))
+    earlier = tmp_path / "runs/plural/run.json"
+    earlier.parent.mkdir(parents=True)
+    earlier.write_text('{"run": {"seed": 5}}')
+    for resume in (True, False):
+        with pytest.raises(DataError, match="long: none of 6 training examples fits in max_length 2"):
+            train_recipe(load_recipe(path), resume=resume)
+        assert list(earlier.parent.iterdir()) == [earlier]
+    recipe["tasks"]["long"]["training"] = {}
+    path.write_text(json.dumps(recipe))
+    assert train_recipe(load_recipe(path), ["plural"])["plural"]["steps"] == 6
 
 
 def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
@@ -99,11 +122,38 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "runs/plural/thesis.txt").read_text() == "mine"
 
 
+def test_a_run_killed_before_its_first_file_was_whole_starts_again(tmp_path: Path) -> None:
+    (tmp_path / "runs/plural").mkdir(parents=True)
+    (tmp_path / "runs/plural/.run.json.saving").write_text("{")
+    assert train_recipe(load_recipe(write_recipe(tmp_path)))["plural"]["steps"] == 6
+
+
+def test_a_classifier_takes_the_attention_and_the_padding_of_the_recipe(tmp_path: Path) -> None:
+    """A config that calls another token padding would have the head read at a padded column."""
+    shutil.copytree(ROOT / "models/tiny-llama", tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps({**config, "pad_token_id": 77}))
+    rows = [{"text": t, "label": i % 2} for i, t in enumerate(["a good day", "bad"] * 4)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (tmp_path / "recipe.yaml").write_text(
+        f"model: {tmp_path / 'model'}\nattention: eager\ntasks:\n"
+        "  mood: {type: classification, text: text, label: label, data: {train: train.jsonl}}\n"
+    )
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    base, task = Base(recipe), build_task("mood", recipe.tasks["mood"])
+    model: Any = base.model_for(task)
+    assert model.config._attn_implementation == "eager"
+    encoded, _ = task.encode(base.tokenizer, task.examples("train"), training=False)
+    together = predict(model, base.tokenizer, encoded)
+    alone = predict(model, base.tokenizer, encoded, batch_size=1)
+    torch.testing.assert_close(torch.tensor(together), torch.tensor(alone))
+
+
 @pytest.mark.parametrize("positions", ["f1+l2", "l2"])
 def test_after_kill_9_a_resumed_run_ends_in_the_same_adapter(positions: str, tmp_path: Path) -> None:
     (tmp_path / "whole").mkdir()
     (tmp_path / "killed").mkdir()
-    train_recipe(load_recipe(write_recipe(tmp_path / "whole", positions, max_steps=40)))
+    uninterrupted = train_recipe(load_recipe(write_recipe(tmp_path / "whole", positions, max_steps=40)))["plural"]
     path = write_recipe(tmp_path / "killed", positions, max_steps=40)
     command = [sys.executable, "-m", "trimtab.cli", "train", str(path)]
     process = subprocess.Popen(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, stdout=subprocess.DEVNULL)
@@ -118,7 +168,10 @@ def test_after_kill_9_a_resumed_run_ends_in_the_same_adapter(positions: str, tmp
     half_written = checkpoints / "checkpoint-38"  # what a kill in the middle of a save leaves
     half_written.mkdir(exist_ok=True)
     (half_written / "trainer_state.json").write_text('{"global_st')
+    state = json.loads(Path(last_checkpoint(checkpoints) or "", "trainer_state.json").read_text())
     metrics = train_recipe(load_recipe(path))["plural"]
+    assert metrics["train_loss"] == pytest.approx(uninterrupted["train_loss"])
+    assert metrics["seconds"] > state["log_history"][-1]["seconds"] > 0  # what was trained before the kill counts
     assert bool(metrics["reuse"]["reused"]) == (positions == "l2")  # what is reused does not show in the bits
     file = "runs/plural/adapter_model.safetensors"
     whole, resumed = load_file(tmp_path / "whole" / file), load_file(tmp_path / "killed" / file)

@@ -53,13 +53,18 @@ class Answerer:
         """
         infos = {name: inspect_adapter(path) for name, path in adapters.items()}
         bases = {info.base_model for info in infos.values()}
-        if model is None and len(bases) != 1:
+        if model is None and not bases:
+            raise AdapterError("nothing to answer with: give an adapter's folder with --adapter, or a --model.")
+        if model is None and len(bases) > 1:
             raise AdapterError(
                 f"the adapters name {len(bases)} base models ({', '.join(map(str, bases))}); say --model."
             )
         for name, info in infos.items():
             if info.config.task_type not in (None, "CAUSAL_LM"):
-                raise AdapterError(f"{adapters[name]}: trained for {info.config.task_type}; it does not generate text.")
+                raise AdapterError(
+                    f"{adapters[name]}: trained for {info.config.task_type}; it does not generate text. Name only "
+                    "those that do, each with --adapter."
+                )
         self.base_name = model if model is not None else str(bases.pop())
         self.tokenizer = load_tokenizer(self.base_name)
         self.prompts = {name: _prompting(path) for name, path in adapters.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 import warnings
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,7 +42,9 @@ def init(
     if output.exists():
         raise FileExistsError(f"{output} is there already; give another --output, or remove it.")
     facts = look_at(model)
-    output.write_text(recipe_text(facts, parse_tasks(task or [])), encoding="utf-8")
+    text = recipe_text(facts, parse_tasks(task or []))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(text, encoding="utf-8")
     weight = adapter_parameters(facts, suggest(facts).r)
     table = Table(
         "", "parameters", "share", "file (float32)", title=f"{model}: {facts.blocks} blocks of width {facts.width}"
@@ -69,21 +70,28 @@ def train(
     recipe = load_recipe(file)
     names = task or list(recipe.tasks)
     rows = {name: Progress(name) for name in names}
-    with Live(_progress_table(rows), console=console, refresh_per_second=4) as live:
+    live = Live(console=console, refresh_per_second=4)
 
-        def watch(progress: Progress) -> None:
-            rows[progress.task] = progress
-            live.update(_progress_table(rows))
+    def watch(progress: Progress) -> None:
+        rows[progress.task] = progress
+        live.start()  # not before, so that a mistake in the recipe or its data is told without a table
+        live.update(_progress_table(rows))
 
+    try:
         metrics = train_recipe(recipe, names, resume=resume, watch=watch)
-    if not console.is_terminal:
-        console.print()  # Live ends without a line break there
+    finally:
+        if live.is_started:
+            live.stop()
+            if not console.is_terminal:
+                console.print()  # Live ends without a line break there
     console.print(_results_table(metrics))
     for name, m in metrics.items():
         if m["reuse"]["reused"]:
             share = m["reuse"]["tokens_saved"] / max(1, m["reuse"]["tokens"])
             console.print(f"{name}: kept {m['reuse']['reused']}, {share:.0%} of all tokens' work.")
-    console.print(f"Adapters in {recipe.output}/<task>. Try: trimtab generate PROMPT --adapter {recipe.output}")
+    talks = next((name for name in metrics if recipe.tasks[name].type == "generation"), None)
+    hint = f" Try: trimtab generate PROMPT --adapter {recipe.output}/{talks}" if talks else ""
+    console.print(f"Adapters in {recipe.output}/<task>.{hint}")
 
 
 @app.command(name="eval")
@@ -195,7 +203,7 @@ def _progress_table(rows: dict[str, Any]) -> Table:
             "" if p.loss is None else f"{p.loss:.4f}",
             "" if p.score is None or p.state == "done" else f"{p.score:.3f}",
             f"{rate:,.0f}" if rate else "",
-            time.strftime("%M:%S", time.gmtime(left)) if p.state == "training" else "",
+            f"{left // 60:.0f}:{left % 60:02.0f}" if p.state == "training" else "",
         )
     return table
 
@@ -226,7 +234,8 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError, FloatingPointError) as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+        said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(said)}", soft_wrap=True, highlight=False)
         sys.exit(2)
 
 

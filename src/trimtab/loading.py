@@ -25,9 +25,9 @@ def loading(name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         remedy = (
-            "is its config.json there and whole?"
+            "are its config.json, weights and tokenizer files there and whole?"
             if Path(name).is_dir()
             else "it is no local folder; on the Hub, check name and network."
         )
@@ -44,9 +44,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 def load_causal_lm(name: str, dtype: str = "auto", attention: str = "auto") -> Any:
     """The model on the device there is, in `dtype` ("auto": as its weights are stored). Raises ModelError."""
     with loading(name):
-        implementation = None if attention == "auto" else attention
         model: Any = AutoModelForCausalLM.from_pretrained(
-            name, dtype=as_dtype(dtype), attn_implementation=implementation
+            name, dtype=as_dtype(dtype), attn_implementation=as_attention(attention)
         )
     return model.to(device())
 
@@ -54,6 +53,11 @@ def load_causal_lm(name: str, dtype: str = "auto", attention: str = "auto") -> A
 def as_dtype(name: str) -> Any:
     """A recipe's `dtype:` as `from_pretrained` takes it."""
     return "auto" if name == "auto" else getattr(torch, name)
+
+
+def as_attention(name: str) -> str | None:
+    """A recipe's `attention:` as `from_pretrained` takes it."""
+    return None if name == "auto" else name
 
 
 def device() -> str:

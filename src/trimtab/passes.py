@@ -38,6 +38,8 @@ class Prompt:
     """Nobody said where the prompt ends: the whole input is taken for it."""
     mid_sequence: bool = False
     """Guessed, and on top of a cache, so that even without training the guess would be wrong."""
+    blurred: bool = False
+    """There is padding, but the mask counts the model's audio samples, not its hidden states."""
     awaits_mask: bool = False
     """`generate` was given no mask; the first pass brings the one it made."""
 
@@ -85,6 +87,8 @@ class Pass:
     mask: Tensor | None = None
     """(B, start + T) over the past and the chunk, 0 at padding; None where only the prompt can hold padding. Kept as it
     came, since a decode step that edits nothing must not launch a kernel."""
+    length: int = 0
+    """Columns of the chunk that the model was given; 0 where it was not given tokens."""
     owner: Tensor | None = None
     """(S,) the row that each packed sequence lies in; None where each row is one sequence."""
     adapter_names: list[str] | None = None
@@ -98,6 +102,11 @@ class Pass:
             ValueError: in training, the end of the prompt matters and nobody said where it is.
         """
         batch, length, _ = hidden.shape
+        if length < self.length:
+            raise RuntimeError(
+                f"hidden states of shape {tuple(hidden.shape)} for {self.length} tokens a row: the model pools its "
+                "tokens or does not put the batch first, so which are meant is not known. Choose another site."
+            )
         key = (adapter if self.adapter_names else None, positions, batch, length, hidden.device)
         if key not in self._rows:
             self._rows[key] = self._find_rows(adapter, positions, batch, length, hidden.device)
@@ -110,6 +119,12 @@ class Pass:
             raise ValueError(
                 f"positions={positions.text!r}: the call continues a cache of which it is not known where its prompt "
                 "ended. Pass prompt_lengths (one number of real prompt tokens a row), or use generate."
+            )
+        if self.prompt.blurred and positions.last:
+            raise ValueError(
+                f"positions={positions.text!r}: the batch is padded, and its mask counts other things than hidden "
+                "states, so each row's last ones are not known. Pass prompt_lengths (one number of hidden states a "
+                "row), rows of one length, or use positions such as 'f7'."
             )
         if self.after_prompt and positions.scope not in ("generated", "all"):
             return None  # a decode step, which costs no kernel
@@ -156,7 +171,8 @@ class Pass:
 
     def _real(self, batch: int, columns: int, device: torch.device) -> Tensor | None:
         if self.mask is not None:
-            return _repeated(self.mask.bool().to(device), batch)[:, :columns]
+            real = _repeated(self.mask.bool().to(device), batch)[:, :columns]
+            return nn.functional.pad(real, (0, columns - real.shape[1]))  # Longformer pads further by itself
         if self.prompt.real is None:
             return None
         real = _repeated(self.prompt.real.to(device), batch)[:, :columns]

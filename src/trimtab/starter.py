@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,7 +128,7 @@ def _generation(name: str, data: str) -> str:
     others = [f for f in fields if f != prompt] or ["output"]
     answer = next((f for f in ("output", "answer", "completion", "response") if f in others), others[-1])
     return f"""\
-  {name}:
+  {json.dumps(name)}:
     type: generation
     data:
       train: {json.dumps(data)}     # .jsonl, .json, .csv, .tsv or .parquet; without validation: a tenth of it validates
@@ -145,14 +146,14 @@ def _classification(name: str, data: str) -> str:
     label = next((f for f in ("label", "labels", "class", "score") if f in fields), (fields or ["label"])[-1])
     texts = [f for f in fields if f not in (label, "id", "idx", "index")] or ["sentence"]
     return f"""\
-  {name}:
+  {json.dumps(name)}:
     type: classification   # or regression, for a number
     data:
       train: {json.dumps(data)}     # .jsonl, .json, .csv, .tsv or .parquet; without validation: a tenth of it validates
       # validation: ...
       # test: ...
-    text: {texts[0]}          # a field, or [first, second] for a pair
-    label: {label}
+    text: {json.dumps(texts[0])}          # a field, or [first, second] for a pair
+    label: {json.dumps(label)}
     score: accuracy        # or f1, mcc
 """
 
@@ -167,7 +168,7 @@ def parse_tasks(pairs: list[str]) -> dict[str, str]:
     for pair in pairs or ["first=data/first.train.jsonl", "second=data/second.train.jsonl"]:
         name, sep, path = pair.partition("=")
         if not sep:
-            name, path = Path(pair).stem, pair
+            name, path = re.sub(r"[^A-Za-z0-9_]+", "_", Path(pair).stem), pair
         if name in tasks:
             raise DataError(f"--task {pair}: there is a task {name!r} already; write other_name={path}")
         tasks[name] = path

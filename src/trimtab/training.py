@@ -35,7 +35,7 @@ from trimtab.adapters import inspect_adapter
 from trimtab.config import ReftConfig
 from trimtab.data import Collator, Encoded
 from trimtab.evaluation import evaluate
-from trimtab.loading import as_dtype, device, load_causal_lm, load_tokenizer, loading
+from trimtab.loading import as_attention, as_dtype, device, load_causal_lm, load_tokenizer, loading
 from trimtab.reuse import Reuse, Store, choose_reuse
 from trimtab.schema import Recipe, TrainingSpec
 from trimtab.tasks import Task, build_task
@@ -88,10 +88,13 @@ def train_recipe(
     if unknown:
         raise RunError(f"task {unknown[0]!r} is not in the recipe; it has {', '.join(recipe.tasks)}.")
     runs = [Run(recipe, name) for name in names]
-    for run in runs:
-        run.task.examples("train"), run.task.examples("test")  # every data error before the first step
-        run.check_folder(resume)
     base = Base(recipe)
+    for run in runs:  # every error in data or folders before the first step, and before anything is removed
+        run.check_folder(resume)
+        run.encode(base.tokenizer, resume)
+    for run in runs:
+        if not resume and run.folder.exists():
+            shutil.rmtree(run.folder)
     return {run.name: run.finish(base, watch) for run in runs}
 
 
@@ -143,10 +146,11 @@ class Base:
             config = AutoConfig.from_pretrained(name, num_labels=task.num_labels)  # type: ignore[attr-defined]
             if task.spec.type == "regression":
                 config.problem_type = "regression"
-            if config.pad_token_id is None:
-                config.pad_token_id = Collator(self.tokenizer).pad_id
+            config.pad_token_id = Collator(self.tokenizer).pad_id  # by which the head of a decoder finds the last token
             set_seed(self.recipe.seed)  # the head is new
-            model = AutoModelForSequenceClassification.from_pretrained(name, config=config, dtype=as_dtype(dtype))
+            model = AutoModelForSequenceClassification.from_pretrained(
+                name, config=config, dtype=as_dtype(dtype), attn_implementation=as_attention(self.recipe.attention)
+            )
         moved: nn.Module = model.to(device())
         return moved
 
@@ -160,6 +164,9 @@ class Run:
         self.task: Task[Any] = build_task(name, self.spec)
         self.folder = Path(recipe.output) / name
         self.checkpoints = self.folder / "checkpoints"
+        self.encoded: list[Encoded] = []
+        self.left_out = 0
+        """Training examples that are too long."""
 
     @property
     def description(self) -> dict[str, Any]:
@@ -174,25 +181,34 @@ class Run:
         }
 
     def check_folder(self, resume: bool) -> None:
-        """Refuse a folder that holds anything but an earlier go at this very run; unless resuming, empty trimtab's own.
+        """Refuse a folder that holds what is not trimtab's or, when resuming, work under other settings.
 
         Raises:
             RunError: saying whose it is.
         """
-        if not self.folder.exists() or not any(self.folder.iterdir()):
+        if not self.folder.exists() or not [f for f in self.folder.iterdir() if not f.name.endswith(".saving")]:
             return
         try:
             earlier = json.loads((self.folder / "run.json").read_text())["run"]
         except (OSError, ValueError, KeyError):
             raise RunError(f"{self.folder} is not empty and was not left by trimtab; give another output:.") from None
-        if not resume:
-            shutil.rmtree(self.folder)
-        elif earlier != self.description:
+        started = (self.folder / "metrics.json").exists() or self.checkpoints.exists()
+        if resume and started and earlier != self.description:
             differing = ", ".join(_differing(earlier, self.description))
             raise RunError(
                 f"{self.folder} holds a run with other settings ({differing}). Give another output: to keep it, "
-                "or --no-resume to replace it."
+                f"or --no-resume --task {self.name} to replace it."
             )
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase, resume: bool) -> None:
+        """Read the data and, unless the task is done, tokenise it.
+
+        Raises:
+            DataError: it cannot be read, or no example fits.
+        """
+        train, _ = self.task.examples("train"), self.task.examples("test")
+        if not resume or not (self.folder / "metrics.json").exists():
+            self.encoded, self.left_out = self.task.encode(tokenizer, train, training=True)
 
     def finish(self, base: Base, watch: Watch) -> dict[str, Any]:
         """Train what is left to train, score, and write the folder; returns the metrics."""
@@ -214,15 +230,15 @@ class Run:
         model, tokenizer = base.model_for(self.task), base.tokenizer
         test = self.task.examples("test")
         untuned = evaluate(model, tokenizer, self.task, test)
-        encoded, left_out = self.task.encode(tokenizer, self.task.examples("train"), training=True)
         set_seed(self.recipe.seed)
         adapted = get_peft_model(model, ReftConfig(**self.spec.adapter_fields()))
         try:
             store = Store(int(self.spec.training.reuse_memory_gb * 1e9), self.folder / "reuse")
             reuse = self._reuse(adapted, store)
-            trainer = self._trainer(adapted, tokenizer, encoded, progress, watch, reuse)
+            trainer = self._trainer(adapted, tokenizer, progress, watch, reuse)
             progress.state = "training"
-            result = trainer.train(resume_from_checkpoint=last_checkpoint(self.checkpoints))
+            trainer.train(resume_from_checkpoint=last_checkpoint(self.checkpoints))
+            losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]  # resumed or not
             progress.state = "tuned score"
             watch(progress)
             tuned = evaluate(adapted, tokenizer, self.task, test)
@@ -245,9 +261,9 @@ class Run:
             "bytes": (self.folder / "adapter_model.safetensors").stat().st_size,
             "seconds": round(progress.seconds, 2),
             "steps": trainer.state.global_step,
-            "train_loss": result.training_loss,
-            "train_examples": len(encoded),
-            "left_out_as_too_long": left_out,
+            "train_loss": sum(losses) / len(losses),
+            "train_examples": len(self.encoded),
+            "left_out_as_too_long": self.left_out,
             "reuse": reused,
         }
         write_json(self.folder / "predictions.json", {"untuned": untuned.predictions, "tuned": tuned.predictions})
@@ -258,7 +274,6 @@ class Run:
         self,
         model: PeftModel,
         tokenizer: PreTrainedTokenizerBase,
-        encoded: list[Encoded],
         progress: Progress,
         watch: Watch,
         reuse: Reuse | str,
@@ -270,8 +285,8 @@ class Run:
         collate.packed = self.task.spec.type == "generation" and self._packs(model, reuse)
         trainer = ReftTrainer(
             model,
-            training_arguments(self.spec.training, self.checkpoints, self.recipe.seed, len(encoded)),
-            encoded,
+            training_arguments(self.spec.training, self.checkpoints, self.recipe.seed, len(self.encoded)),
+            self.encoded,
             reuse if isinstance(reuse, Reuse) else None,
             data_collator=collate,
             callbacks=[_Report(progress, watch, look)],
@@ -346,6 +361,8 @@ class _Report(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.progress.steps = state.max_steps
+        earlier = state.log_history[-1] if state.log_history else {}  # of a run that is resumed
+        self.progress.seconds, self.progress.tokens = earlier.get("seconds", 0.0), earlier.get("tokens", 0)
         self._last = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -360,6 +377,7 @@ class _Report(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
             self.progress.loss = logs["loss"]
+            state.log_history[-1].update(seconds=self.progress.seconds, tokens=self.progress.tokens)
             if logs["loss"] != logs["loss"]:
                 raise RunError(
                     f"{self.progress.task}: the loss is NaN at step {state.global_step}. Lower training: learning_rate "

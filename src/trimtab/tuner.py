@@ -252,7 +252,16 @@ class ReftModel(BaseTuner):
         ids = next((arguments[k] for k in ("input_ids", "inputs_embeds") if arguments.get(k) is not None), None)
         columns = start + ids.shape[1] if start is not None and isinstance(ids, Tensor) and ids.dim() >= 2 else None
         mask = arguments.get("attention_mask")
+        blurred = None  # a mask over audio samples or frames, of which a hidden state covers several
+        if ids is None and isinstance(mask, Tensor):
+            blurred, mask = mask, None
         flat_mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        if flat_mask is not None and columns is not None and flat_mask.shape[1] > columns:
+            flat_mask = flat_mask[:, :columns]  # Bloom's goes on over the free places of a static cache
+        if passes.decoder_generation is not None and (
+            role == "encoder" or (role == "decoder" and past is not None and start == 0)
+        ):
+            passes.decoder_generation = Prompt()  # Whisper's `generate` decodes a prompt for each segment, and others
         generation = {"encoder": None, "decoder": passes.decoder_generation}.get(role, passes.generation)
         if generation is not None and generation.awaits_mask and columns is not None:
             generation.receive_mask(columns, as_real(mask, columns))
@@ -263,11 +272,14 @@ class ReftModel(BaseTuner):
             if start == 0 and flat_mask is None:
                 owner, real = find_packed(arguments.get("position_ids")) or (None, real)
             prompt = self._prompt(role, start, Prompt(columns, real), owner)
+            if role == "model" and blurred is not None and prompt.lengths is None:
+                prompt.blurred = not bool(blurred.all())
         return Pass(
             prompt=prompt,
             start=start or 0,
             after_prompt=start is None or prompt.is_over(start, columns),
             mask=flat_mask if flat_mask is not None and flat_mask.shape[1] >= (columns or 0) else None,
+            length=columns - (start or 0) if columns is not None else 0,
             owner=owner,
             adapter_names=passes.adapter_names,
             training=self.model.training and torch.is_grad_enabled(),
@@ -306,11 +318,12 @@ class ReftModel(BaseTuner):
             return bool(getattr(self.model, "can_generate", lambda: False)())
         return task in (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
 
-    def _generate(self, original: Callable[..., Any], inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """`generate` of the base model, which also takes `prompt_lengths` (B,) and remembers where the prompt ends."""
         self._upkeep()
+        inputs = args[0] if args else kwargs.get("inputs")
         with self._passes.generating(inputs, kwargs):
-            return original(inputs, *args, **kwargs)
+            return original(*args, **kwargs)
 
     def _upkeep(self) -> None:
         """Retract what an optimizer, or anyone, moved off the manifold since the last pass."""

@@ -67,11 +67,11 @@ class ClassificationTask(TextTask[ClassificationSpec]):
         return len(self.labels)
 
     def label(self, value: Any, where: str) -> int:
-        """The class of a name or, where no class is named so, of a number counting from 0."""
+        """The class of a name or, where no class is named by a number, of a number counting from 0."""
         name = label_name(value)
         if name in self.labels:
             return self.labels.index(name)
-        if name.isdecimal() and int(name) < len(self.labels):
+        if name.isdecimal() and int(name) < len(self.labels) and not any(n.isdecimal() for n in self.labels):
             return int(name)
         raise DataError(
             f"{where}: {self.spec.label} is {name[:60]!r}, not one of the labels {', '.join(self.labels[:20])}"
