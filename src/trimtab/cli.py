@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -189,6 +190,32 @@ def show(adapter: Annotated[Path, typer.Argument(help="An adapter's folder.")]) 
     for module, norm in info.edit_norms.items():
         norms.add_row(module, f"{norm:.4f}", "█" * round(24 * norm / largest))
     console.print(norms)
+
+
+@app.command(
+    name="lm-eval",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def lm_eval(context: typer.Context) -> None:
+    """Score an adapter with lm-evaluation-harness, whose options these are (docs/lm-eval.md)."""
+    if find_spec("lm_eval") is None:
+        raise ValueError("lm-evaluation-harness is not installed: pip install 'trimtab[lm-eval]'.")
+    from trimtab.interop.lm_eval import main
+
+    main(context.args)
+
+
+@app.command()
+def mmlu(
+    data: Annotated[Path, typer.Argument(help="The folder that holds MMLU's dev/ and test/ with CSV files.")],
+    output: Annotated[Path, typer.Argument(help="The folder to write to.")],
+) -> None:
+    """Make MMLU's files into tasks for `trimtab lm-eval`, to run without the Hub."""
+    from trimtab.interop.mmlu import write_mmlu
+
+    write_mmlu(data, output)
+    console.print(f"Run it: trimtab lm-eval --include_path {output} --tasks mmlu_local ...", soft_wrap=True)
 
 
 def _progress_table(rows: dict[str, Any]) -> Table:

@@ -1,0 +1,1 @@
+"""trimtab beside other tools."""
