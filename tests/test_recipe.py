@@ -96,6 +96,56 @@ def test_anchors_and_merges_work(folder: Path) -> None:
     assert load_recipe(write(folder, text)).tasks["mood"].data.limit.train == 3
 
 
+def test_settings_replace_what_the_file_says(folder: Path) -> None:
+    settings = [
+        "model=a",
+        "adapter.r=3",
+        "tasks.plural.training={batch_size: 7}",
+        "tasks.mood.labels=[no, yes]",
+        "seed=5",
+    ]
+    recipe = load_recipe(write(folder, GOOD), settings)
+    plural, mood = recipe.tasks["plural"], recipe.tasks["mood"]
+    assert (recipe.model, recipe.seed, plural.adapter.r, mood.adapter.r) == ("a", 5, 3, 3)
+    assert (plural.training.batch_size, mood.training.batch_size, plural.training.epochs) == (7, 16, 5)
+    assert mood.type == "classification" and mood.labels == ["no", "yes"]
+    assert list(recipe.tasks) == ["plural", "mood"]
+
+
+def test_a_setting_changes_one_place_where_an_alias_shows_two(folder: Path) -> None:
+    text = GOOD.replace("    prompt", "    training: &t {epochs: 1, batch_size: 2}\n    prompt", 1)
+    text = text.replace("    text", "    training: *t\n    text").replace("  mood:", "  mood: ")
+    recipe = load_recipe(write(folder, text), ["tasks.mood.training.epochs=4"])
+    assert [(t.training.epochs, t.training.batch_size) for t in recipe.tasks.values()] == [(1, 2), (4, 2)]
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("training.epoch=3", "command line, training.epoch: is not a known key; did you mean 'epochs'"),
+        ("adapter.r=0", "command line, adapter.r: r=0"),
+        ("training.max_steps=3", "command line, training: epochs and max_steps are both given"),
+        ("tasks.plural.data={train: none.jsonl}", "command line, tasks.plural.data.train: no file 'none.jsonl'"),
+        ("tasks.plural.prompt={a: b}", "command line, tasks.plural.prompt"),
+        ("model.x=3", "command line: 'model.x=3': there is no mapping to set 'x' in"),
+        ("model", "command line: 'model' is no setting; write key.path=value"),
+        ("seed=[", "command line: not valid YAML"),
+    ],
+)
+def test_a_bad_setting_is_told_so(folder: Path, setting: str, said: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write(folder, GOOD), [setting])
+    assert said in str(caught.value)
+
+
+def test_data_files_come_from_the_folder_named(folder: Path) -> None:
+    (folder / "else").mkdir()
+    (folder / "else/rows.jsonl").write_text('{"input": "cat", "output": "cats"}\n')
+    path = write(folder, GOOD)
+    assert load_recipe(path, data=folder / "else").tasks["plural"].data.train == str(folder / "else/rows.jsonl")
+    assert load_recipe(path).tasks["plural"].data.train == str(folder / "rows.jsonl")
+
+
 FIRST_DATA = "train: rows.jsonl}\n    prompt"
 
 # A change to GOOD, then what the message must hold.
@@ -118,6 +168,16 @@ BAD = [
     ("type: generation", "type: generate", ["line 7, tasks.plural", "classification or regression", "'generate'"]),
     ("type: generation", "type: regression", ["tasks.plural.prompt", "belongs to type: generation", "text: is"]),
     (FIRST_DATA, "train: row.jsonl}\n    prompt", ["line 9", "data.train", "did you mean rows.jsonl"]),
+    (FIRST_DATA, "train: rows.jsonl, test: {a: rows.jsonl, b: x}}\n    prompt", ["line 9", "data.test.b: no file"]),
+    (FIRST_DATA, "train: rows.jsonl, test: {a: {file: row.jsonl}}}\n    prompt", ["line 9", "test.a.file", "mean"]),
+    (FIRST_DATA, "train: rows.jsonl, test: {a: {fil: x}}}\n    prompt", ["test.a.fil:", "mean 'file'", "missing"]),
+    (FIRST_DATA, "train: rows.jsonl, test: {a: 3}}\n    prompt", ["line 9", "data.test.a", "mapping of keys"]),
+    (FIRST_DATA, "train: rows.jsonl, test: {}}\n    prompt", ["line 9", "data.test", "at least 1"]),
+    (FIRST_DATA, "train: rows.jsonl, test: {exact_match: rows.jsonl}}\n    prompt", ["line 7", "as the score is"]),
+    (FIRST_DATA, "train: rows.jsonl, test: {a: {file: rows.jsonl, score: choice}}}\n    prompt", ["test.a", "choices"]),
+    ("rows.jsonl}\n    text", "rows.jsonl, test: {a: {file: rows.jsonl, answer: x}}}\n    text", ["line 12"]),
+    (FIRST_DATA, "train: rows.jsonl, validation: false}\n    prompt", ["line 9", "give test"]),
+    ('"{input}"', '["{input}", "{"]', ["line 10, tasks.plural.prompt.1", "doubled"]),
     (FIRST_DATA, "name: x, tran: y}\n    prompt", ["line 9", "data.tran", "'train'", "is missing"]),
     (FIRST_DATA, "train: rows.jsonl, config: a}\n    prompt", ["line 9", "config goes with a Hub"]),
     ('"{input}"', '"{input"', ["line 10, tasks.plural.prompt", "'{input'", "doubled"]),

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from trimtab.data import DataError
 from trimtab.schema import TaskSpec
 from trimtab.tasks import TASKS, Task, build_task
-from trimtab.tasks.scoring import accuracy, f1, last_number, mcc, named_choice, pearson, ranks, spearman
+from trimtab.tasks.scoring import accuracy, f1, last_number, mcc, named_choice, overlap, pearson, ranks, spearman
 
 MODEL = Path(__file__).parents[1] / "models/tiny-llama"
 PLURAL = {"type": "generation", "prompt": "{input}", "answer": "{output}"}
@@ -235,3 +235,90 @@ def test_correlations_agree_with_scipy(items: list[tuple[int, int]]) -> None:
     if len(set(a)) > 1 and len(set(b)) > 1:
         assert pearson(a, b) == pytest.approx(stats.pearsonr(a, b).statistic, abs=1e-9)
         assert spearman(a, b) == pytest.approx(stats.spearmanr(a, b).statistic, abs=1e-9)
+
+
+def test_several_test_sets_have_a_score_each_and_their_plain_mean(make: Make, tmp_path: Path) -> None:
+    sets = {"short": words(1), "long": words(3), "sums": [{"input": "a", "output": "-", "answer": "so 7"}] * 2}
+    for name, rows in sets.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    test: dict[str, Any] = {name: str(tmp_path / f"{name}.jsonl") for name in sets}
+    test["sums"] = {"file": test["sums"], "answer": "{answer}", "score": "number"}
+    task = make(PLURAL, {"test": test, "limit": {"test": 2}}, train=words(4))
+    examples = task.examples("test")
+    assert [e.set for e in examples] == ["short", "long", "long", "sums", "sums"]
+    assert (task.main_score, task.test_is_validation) == ("exact_match", False)
+    predictions = ["out0", "out0", "wrong", "7.0", "8"]
+    assert task.per_item(predictions, examples) == [1.0, 1.0, 0.0, 1.0, 0.0]
+    scores = task.score(predictions, examples)
+    assert list(scores) == ["exact_match", "short", "long", "sums"]
+    assert scores == {"exact_match": pytest.approx(2 / 3), "short": 1.0, "long": 0.5, "sums": 0.5}
+    assert task.score(["out3"], task.examples("validation")) == {"exact_match": 1.0}
+    assert task.score(predictions[::-1], examples[::-1])["exact_match"] == pytest.approx(2 / 3)
+
+
+def test_sets_of_a_classification_share_the_classes_of_train(make: Make, tmp_path: Path) -> None:
+    rows = [{"text": "a", "label": v} for v in ("neg", "pos", "odd")]
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows[1:])))
+    task = make(MOOD, {"test": {name: str(tmp_path / f"{name}.jsonl") for name in ("one", "two")}}, train=rows)
+    assert [e.label for e in task.examples("test")] == [2, 1, 2, 1]
+    assert task.score([2, 1, 2, 2], task.examples("test")) == {"accuracy": 0.75, "one": 1.0, "two": 0.5}
+
+
+def test_sets_of_a_hub_dataset_are_its_splits(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def load(name: str, split: str, *, config: str) -> list[dict[str, Any]]:
+        asked.append((name, split, config))
+        return words(2)
+
+    monkeypatch.setattr("trimtab.tasks.base.read_rows", load)
+    sets = {"matched": "validation_matched", "other": {"file": "validation_other", "answer": "{input}"}}
+    task = make(PLURAL, {"name": "some/data", "config": "c", "train": "train", "validation": False, "test": sets})
+    assert [(e.set, e.answer) for e in task.examples("test")] == [
+        ("matched", "out0"),
+        ("matched", "out1"),
+        ("other", "in0"),
+        ("other", "in1"),
+    ]
+    assert asked == [("some/data", "validation_matched", "c"), ("some/data", "validation_other", "c")]
+
+
+def test_without_validation_every_row_trains(make: Make) -> None:
+    task = make(PLURAL, {"validation": False}, train=words(3), test=words(1))
+    assert len(task.examples("train")) == 3
+    with pytest.raises(DataError, match="no validation split"):
+        task.examples("validation")
+
+
+def test_rows_of_train_that_cannot_be_used_are_left_out_on_request(make: Make) -> None:
+    rows = [*words(2), {"input": "a", "output": ""}]
+    task = make(PLURAL, {"skip_bad_rows": True}, train=rows, validation=rows)
+    assert (len(task.examples("train")), task.skipped) == (2, 1)
+    with pytest.raises(DataError, match="row 3"):
+        task.examples("validation")
+    with pytest.raises(DataError, match="no field 'output'"):
+        make(PLURAL, {"skip_bad_rows": True}, train=[{"input": "a"}] * 3, validation=rows).examples("train")
+
+
+def test_of_several_prompts_the_first_that_is_filled_is_used(make: Make) -> None:
+    rows = [{"input": "a", "note": note, "output": "b"} for note in ("n", "", None)] + [{"input": "a", "output": "b"}]
+    task = make(PLURAL | {"prompt": ["{input} ({note})", "{input}."]}, train=rows, validation=rows)
+    assert prompts(task, "train") == ["a (n)", "a.", "a.", "a."]
+
+
+def test_answers_can_be_cut_to_the_length(make: Make) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    rows = [*words(1), {"input": "x", "output": "long " * 99}, {"input": "long " * 99, "output": "x"}]
+    task = make(PLURAL | {"training": {"max_length": 40, "too_long": "cut"}}, train=rows, validation=rows)
+    encoded, too_long = task.encode(tokenizer, task.examples("train"), training=True)
+    assert (len(encoded), too_long) == (2, 2)
+    assert len(encoded[1].input_ids) == 40 == len(encoded[1].labels or [])  # type: ignore[arg-type]
+    whole, _ = make(PLURAL, train=rows, validation=rows).encode(tokenizer, task.examples("train"), training=True)
+    assert whole[1].input_ids[:40] == encoded[1].input_ids
+
+
+def test_the_overlap_of_words() -> None:
+    assert overlap("The red fish.", "the fish is red") == pytest.approx(2 * 3 / 7)
+    assert overlap("a a", "a") == pytest.approx(2 / 3)
+    assert overlap("", "a") == overlap("a", "") == 0.0

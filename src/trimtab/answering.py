@@ -112,7 +112,10 @@ _PLAIN: dict[str, Any] = {"prompt": "{prompt}", "chat": "auto", "system": None, 
 def _prompting(folder: Path) -> dict[str, Any]:
     """How a run of trimtab wrote its prompts; the chat template alone for adapters from elsewhere."""
     task = _run_of(folder).get("task")
-    return {key: task[key] for key in _PLAIN} if task else _PLAIN
+    if not task:
+        return _PLAIN
+    prompts = task["prompt"] if isinstance(task["prompt"], list) else [task["prompt"]]
+    return {**{key: task[key] for key in _PLAIN}, "prompt": prompts[-1]}  # of several, the one of the fewest fields
 
 
 def _dtype(folders: list[Path]) -> str:

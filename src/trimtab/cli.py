@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import warnings
 from importlib.util import find_spec
@@ -12,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -22,11 +23,22 @@ app = typer.Typer(
 )
 console = Console()
 
-RecipeFile = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", metavar="FILE")]
+RecipeFile = Annotated[
+    Path, typer.Argument(help="The recipe: a YAML file, or the name of one that comes with trimtab.", metavar="RECIPE")
+]
 TaskNames = Annotated[list[str] | None, typer.Option("--task", help="Only this task; may be repeated.")]
 Folders = Annotated[
     list[str] | None,
     typer.Option("--adapter", "-a", help="An adapter's folder, or one that holds several; may be repeated."),
+]
+RecipeModel = Annotated[str | None, typer.Option("--model", help="The base model, instead of the recipe's.")]
+DataFolder = Annotated[
+    Path | None, typer.Option("--data", help="The folder that relative data files are in, instead of the recipe's.")
+]
+OutputFolder = Annotated[str | None, typer.Option("--output", help="Where runs go, instead of where the recipe says.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="key.path=value, instead of what the recipe says (training.epochs=3); may be repeated."),
 ]
 ModelName = Annotated[str | None, typer.Option(help="The base model, where it is not the one the adapter names.")]
 
@@ -59,16 +71,19 @@ def init(
 @app.command()
 def train(
     file: RecipeFile,
+    model: RecipeModel = None,
+    data: DataFolder = None,
+    output: OutputFolder = None,
+    settings: Settings = None,
     task: TaskNames = None,
     resume: Annotated[
         bool, typer.Option(help="Skip what is done and go on where a run stopped; --no-resume starts over.")
     ] = True,
 ) -> None:
     """Train an adapter for every task of a recipe."""
-    from trimtab.recipe import load_recipe
     from trimtab.training import Progress, train_recipe
 
-    recipe = load_recipe(file)
+    recipe = _recipe(file, model, data, output, settings, task)
     names = task or list(recipe.tasks)
     rows = {name: Progress(name) for name in names}
     live = Live(console=console, refresh_per_second=4)
@@ -98,20 +113,41 @@ def train(
 @app.command(name="eval")
 def evaluate_recipe(
     file: RecipeFile,
+    model: RecipeModel = None,
+    data: DataFolder = None,
+    output: OutputFolder = None,
+    settings: Settings = None,
     task: TaskNames = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
 ) -> None:
     """Score the trained adapters of a recipe, and the base model beside them."""
-    from trimtab.recipe import load_recipe
     from trimtab.training import evaluate_run
 
-    recipe = load_recipe(file)
+    recipe = _recipe(file, model, data, output, settings, task)
     table = Table("task", "score", "examples", "untuned", "tuned", title=f"{split} split")
     for name, result in evaluate_run(recipe, task, split).items():
-        table.add_row(
-            name, result["score"], str(result["examples"]), *(f"{result[k]:.3f}" for k in ("untuned", "tuned"))
-        )
+        for label, row in {name: result, **_indented(result["sets"])}.items():
+            scores = (f"{row[which]:.3f}" for which in ("untuned", "tuned"))
+            table.add_row(label, _score(row), str(row["examples"]), *scores)
     console.print(table)
+
+
+@app.command()
+def outputs(
+    run: Annotated[Path, typer.Argument(help="The folder that a task's run left.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path("outputs.json"),
+    generator: Annotated[
+        str | None, typer.Option(help="What the answers go under; the model and task by default.")
+    ] = None,
+    untuned: Annotated[bool, typer.Option("--untuned", help="The base model's answers instead.")] = False,
+) -> None:
+    """Write a run's answers to its test prompts as AlpacaEval reads them."""
+    from trimtab.outputs import alpaca_eval
+    from trimtab.training import write_json
+
+    rows = alpaca_eval(run, generator, untuned=untuned)
+    write_json(output, rows)
+    console.print(f"Wrote {len(rows)} answers by {rows[0]['generator']!r} to {output}.")
 
 
 @app.command()
@@ -236,11 +272,39 @@ def _progress_table(rows: dict[str, Any]) -> Table:
 
 
 def _results_table(metrics: dict[str, dict[str, Any]]) -> Table:
-    table = Table("task", "score", "untuned", "tuned", "parameters", "on disk", "seconds")
+    name_column = Column("task", overflow="fold")  # never cut
+    table = Table(name_column, "score", "untuned", "tuned", "parameters", "on disk", "seconds")
     for name, m in metrics.items():
         scores = (f"{m[which][m['score']]:.3f}" for which in ("untuned", "tuned"))
-        table.add_row(name, m["score"], *scores, f"{m['parameters']:,}", _size(m["bytes"]), f"{m['seconds']:.1f}")
+        table.add_row(name, _score(m), *scores, f"{m['parameters']:,}", _size(m["bytes"]), f"{m['seconds']:.1f}")
+        for label, row in _indented(m.get("sets", {})).items():
+            table.add_row(label, row["score"], f"{row['untuned']:.3f}", f"{row['tuned']:.3f}")
     return table
+
+
+def _score(result: dict[str, Any]) -> str:
+    """What the main score is: over several test sets their mean."""
+    return f"mean of {len(result['sets'])}" if result.get("sets") else str(result["score"])
+
+
+def _indented(sets: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {f" {name}": row for name, row in sets.items()}
+
+
+def _recipe(
+    file: Path,
+    model: str | None,
+    data: Path | None,
+    output: str | None,
+    settings: list[str] | None,
+    tasks: list[str] | None,
+) -> Any:
+    """The recipe as the options change it; only the files of `tasks` have to be there."""
+    from trimtab.recipe import load_recipe
+
+    own = {"model": model, "output": output}
+    given = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in own.items() if value is not None]
+    return load_recipe(file, [*given, *(settings or [])], data=data, only=tasks)
 
 
 def _size(count: float) -> str:

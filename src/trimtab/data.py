@@ -8,7 +8,7 @@ batch = Collator(tokenizer)([encoded])                # input_ids, attention_mas
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -22,6 +22,7 @@ __all__ = [
     "DataError",
     "Encoded",
     "Row",
+    "cut",
     "encode",
     "encode_messages",
     "encode_texts",
@@ -70,6 +71,12 @@ def encode(
     end = _turn_end(tokenizer) if templated else _ids(tokenizer, tokenizer.eos_token or "")
     answer_ids = _ids(tokenizer, answer) + end
     return Encoded(ids + answer_ids, len(ids), [IGNORED] * len(ids) + answer_ids)
+
+
+def cut(encoded: Encoded, length: int) -> Encoded:
+    """The example's first `length` tokens, of a prompt with an answer."""
+    labels = encoded.labels[:length] if isinstance(encoded.labels, list) else encoded.labels
+    return replace(encoded, input_ids=encoded.input_ids[:length], labels=labels)
 
 
 def encode_messages(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> Encoded:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from trimtab.data import Collator, Encoded
+from trimtab.schema import TaskSpec
 from trimtab.tasks import Example, Task
 
 
@@ -36,21 +37,24 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     task: Task[Any],
     examples: Sequence[Example],
-    batch_size: int = 64,
 ) -> Evaluation:
-    """Score the model on examples of the task.
+    """Score the model on examples of the task, in batches of `training.eval_batch_size`.
 
     Raises:
         DataError: an example cannot be tokenised for this model.
     """
     encoded, _ = task.encode(tokenizer, examples, training=False)
-    max_new_tokens = getattr(task.spec, "max_new_tokens", None)
-    predictions = predict(model, tokenizer, encoded, batch_size, max_new_tokens=max_new_tokens)
+    predictions = predict(model, tokenizer, encoded, task.spec.training.eval_batch_size, **decoding(task.spec))
     if task.spec.type == "regression":
         predictions = [p[0] for p in predictions]
     elif task.spec.type == "classification":
         predictions = [max(range(len(p)), key=p.__getitem__) for p in predictions]
     return Evaluation(task.score(predictions, examples), predictions, task.per_item(predictions, examples))
+
+
+def decoding(spec: TaskSpec) -> dict[str, Any]:
+    """A task's arguments of `predict`: how it generates; none for a classifier."""
+    return spec.model_dump(include={"max_new_tokens", "repetition_penalty", "no_repeat_ngram_size"})
 
 
 @torch.no_grad()
@@ -62,11 +66,13 @@ def predict(
     *,
     max_new_tokens: int | None = None,
     adapter_names: Sequence[str] | None = None,
+    **repetition: Any,
 ) -> list[Any]:
     """Greedy continuations as texts, or, where `max_new_tokens` is None, the logits of a classifier's head as lists.
 
     Args:
         adapter_names: one adapter (or `__base__`) for each example.
+        repetition: `repetition_penalty` and `no_repeat_ngram_size`, as transformers' `generate` takes them.
     """
     collate, device = Collator(tokenizer), next(model.parameters()).device
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].input_ids), reverse=True)
@@ -79,22 +85,19 @@ def predict(
             if max_new_tokens is None:
                 outputs = model(**batch, **extra).logits.float().tolist()
             else:
-                outputs = _generate(model, tokenizer, collate.pad_id, batch, max_new_tokens, extra)
+                how = {"max_new_tokens": max_new_tokens, "pad_token_id": collate.pad_id, **repetition}
+                outputs = _generate(model, tokenizer, batch, **how, **extra)
             for i, output in zip(chosen, outputs, strict=True):
                 results[i] = output
     return results
 
 
-def _generate(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    pad_id: int,
-    batch: dict[str, Tensor],
-    max_new_tokens: int,
-    extra: dict[str, Any],
-) -> list[str]:
-    out = model.generate(**batch, **extra, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad_id)
-    texts: list[str] = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+def _generate(model: Any, tokenizer: PreTrainedTokenizerBase, batch: dict[str, Tensor], **how: Any) -> list[str]:
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    first = ids.gather(1, mask.argmax(1, keepdim=True))
+    filled = ids.where(mask.bool(), first)  # a penalty on repetition sees padding: a row's own first token adds nothing
+    out = model.generate(**{**batch, "input_ids": filled}, **how, do_sample=False)
+    texts: list[str] = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
     return texts
 
 

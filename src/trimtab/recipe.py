@@ -1,6 +1,7 @@
 """`load_recipe`: the YAML that `trimtab train` reads, with one-screen errors that name the line.
 
 recipe = load_recipe("words.yaml")
+recipe = load_recipe("commonsense", ["training.epochs=3"], data="LLM-Adapters")     # one that comes with trimtab
 recipe.tasks["plural"].training.learning_rate     # the task's own value, else the file's, else the default
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +26,25 @@ from trimtab.schema import (
     Limits,
     Recipe,
     RegressionSpec,
+    SetSpec,
     TaskSpec,
     TrainingSpec,
 )
 from trimtab.yaml_lines import YamlError, find, parse_yaml
 
-__all__ = ["ClassificationSpec", "GenerationSpec", "Recipe", "RecipeError", "RegressionSpec", "TaskSpec", "load_recipe"]
+__all__ = [
+    "SHIPPED",
+    "ClassificationSpec",
+    "GenerationSpec",
+    "Recipe",
+    "RecipeError",
+    "RegressionSpec",
+    "TaskSpec",
+    "load_recipe",
+]
 
+SHIPPED = {path.stem: path for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
+"""The recipes that come with trimtab, by name."""
 SHOWN = 10  # problems listed before "and N more"
 Place = tuple[str | int, ...]
 
@@ -39,34 +53,52 @@ class RecipeError(ValueError):
     """A recipe that cannot be run. The message lists the problems, each with its line, place, value and remedy."""
 
 
-def load_recipe(path: str | Path) -> Recipe:
+def load_recipe(
+    path: str | Path,
+    settings: Sequence[str] = (),
+    *,
+    data: str | Path | None = None,
+    only: Collection[str] | None = None,
+) -> Recipe:
     """Read and check a recipe, its adapters' values and the presence of its data files included.
 
     A relative `model` is looked for in the working directory, then beside the file; data files the other way round.
 
+    Args:
+        path: a file, or the name of one of `SHIPPED`.
+        settings: `key.path=value` each, which replaces what the file says.
+        data: the folder where relative data files are, instead of the one beside the file.
+        only: the tasks whose data files have to be there; all by default.
+
     Raises:
         RecipeError: listing what is wrong, each problem with its line, its place and what to do.
     """
-    path = Path(path)
+    path = Path(path) if Path(path).is_file() else SHIPPED.get(str(path), Path(path))
+    if data is not None and not Path(data).is_dir():
+        raise RecipeError(f"the data folder {str(data)!r} is no folder.")
     try:
-        raw, node = parse_yaml(path.read_text(encoding="utf-8-sig"))
+        raw, node = parse_yaml(path.read_text(encoding="utf-8-sig"), settings)
     except OSError as error:
-        raise RecipeError(f"cannot read the recipe {path}: {error.strerror}") from None
+        shipped = f"; the recipes that go by a name are {', '.join(SHIPPED)}"
+        raise RecipeError(f"cannot read the recipe {path}: {error.strerror}{shipped}") from None
     except UnicodeDecodeError:
         raise RecipeError(f"{path} is not UTF-8 text; a recipe is a YAML file") from None
     except YamlError as error:
-        raise RecipeError(f"{path}, line {error.line}: {error}") from None
+        raise RecipeError(f"{path}, {_line(error.line)}: {error}") from None
     if not isinstance(raw, dict):
         raise RecipeError(
             f"{path} is {'empty' if raw is None else 'not a mapping'}; a recipe starts with model: and tasks:"
         )
-    problems = _find_files(raw, path.parent) + _adapter_problems(raw)
+    folder = path.parent if data is None else Path(data)
+    missing = _find_files(raw, folder, only)
+    problems = _find_model(raw, path.parent) + missing + _adapter_problems(raw)
+    looked = f"\nLooked in {folder} and the working directory. {raw.get('source') or ''}".rstrip() if missing else ""
     try:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
-        raise RecipeError(_report(path, node, problems + _schema_problems(error, node))) from None
+        raise RecipeError(_report(path, node, problems + _schema_problems(error, node)) + looked) from None
     if problems:
-        raise RecipeError(_report(path, node, problems))
+        raise RecipeError(_report(path, node, problems) + looked)
     return recipe
 
 
@@ -75,24 +107,38 @@ def _section(raw: Any, key: str) -> dict[Any, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _find_files(raw: dict[Any, Any], folder: Path) -> list[tuple[Place, str]]:
-    """Replace the paths in `raw` by those of existing files; return what could not be found."""
-    problems: list[tuple[Place, str]] = []
+def _find_model(raw: dict[Any, Any], folder: Path) -> list[tuple[Place, str]]:
+    """Replace a model's path in `raw` by that of the folder beside the file, if it is there."""
     model = raw.get("model")
     if isinstance(model, str) and not Path(model).expanduser().exists():
         if (folder / model).exists():
             raw["model"] = str(folder / model)
         elif model.startswith((".", "/", "~")) or model.count("/") > 1:
-            problems.append((("model",), f"no folder {model!r} in the working directory or beside this file"))
+            return [(("model",), f"no folder {model!r} in the working directory or beside this file")]
+    return []
+
+
+def _find_files(raw: dict[Any, Any], folder: Path, only: Collection[str] | None) -> list[tuple[Place, str]]:
+    """Replace the paths in `raw` by those of existing files; return what could not be found."""
+    problems: list[tuple[Place, str]] = []
     for name, task in _section(raw, "tasks").items():
-        data = _section(task, "data")
-        for split in () if "name" in data else SPLITS:
-            if isinstance(data.get(split), str):
-                try:
-                    data[split] = str(locate(data[split], folder))
-                except DataError as error:
-                    problems.append((("tasks", name, "data", split), str(error)))
+        for holder, key, place in _files(_section(task, "data")) if only is None or name in only else ():
+            try:
+                holder[key] = str(locate(holder[key], folder))
+            except DataError as error:
+                problems.append((("tasks", name, "data", *place), str(error)))
     return problems
+
+
+def _files(data: dict[Any, Any]) -> Iterator[tuple[dict[Any, Any], Any, Place]]:
+    """The paths in a task's data: the mapping that each is in, its key there, and its place."""
+    if data.get("name") is not None:
+        return  # those are splits of a dataset on the Hub
+    sets = _section(data, "test")
+    yield from ((data, split, (split,)) for split in SPLITS if isinstance(data.get(split), str))
+    yield from ((sets, name, ("test", name)) for name, one in sets.items() if isinstance(one, str))
+    inner = ((one, name) for name, one in sets.items() if isinstance(one, dict) and isinstance(one.get("file"), str))
+    yield from ((one, "file", ("test", name, "file")) for one, name in inner)
 
 
 def _adapter_problems(raw: dict[Any, Any]) -> list[tuple[Place, str]]:
@@ -145,7 +191,7 @@ def _schema_problems(error: ValidationError, node: Any) -> list[tuple[Place, str
 
 def _explain(error: ErrorDetails) -> str:
     kind, loc = error["type"], error["loc"]
-    model = SECTIONS.get(loc[-2], Recipe) if len(loc) > 1 else Recipe
+    model = SetSpec if loc[-3:-2] == ("sets",) else SECTIONS.get(loc[-2], Recipe) if len(loc) > 1 else Recipe
     if kind == "missing":
         return f"is missing: give {model.model_fields[str(loc[-1])].description}".rstrip()
     if kind == "extra_forbidden":
@@ -175,8 +221,12 @@ def _unknown_key(key: str, model: type[BaseModel]) -> str:
     return f"is not a known key; there are {', '.join(model.model_fields)}"
 
 
+def _line(number: int) -> str:
+    return f"line {number}" if number else "command line"
+
+
 def _report(path: Path, node: Any, problems: list[tuple[Place, str]]) -> str:
     lines = sorted({(find(node, place)[0], ".".join(map(str, place)), text) for place, text in problems})
-    shown = [f"  line {line}, {place or 'the whole file'}: {text}" for line, place, text in lines[:SHOWN]]
+    shown = [f"  {_line(line)}, {place or 'the whole file'}: {text}" for line, place, text in lines[:SHOWN]]
     more = [f"  and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
     return "\n".join([f"{path} has {len(lines)} problem{'s' if len(lines) > 1 else ''}:", *shown, *more])

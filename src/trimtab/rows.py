@@ -38,11 +38,17 @@ def locate(path: str | Path, folder: str | Path = ".") -> Path:
 
 
 def read_rows(
-    source: str | Path, split: str | None = None, *, config: str | None = None, columns: Sequence[str] | None = None
+    source: str | Path,
+    split: str | None = None,
+    *,
+    config: str | None = None,
+    columns: Sequence[str] | None = None,
+    skip_bad_rows: bool = False,
 ) -> list[Row]:
     """Read a .json, .jsonl, .csv, .tsv or .parquet file or, when `split` is given, a split of a dataset on the Hub.
 
-    `columns` names the fields of a CSV or TSV file that has no header line.
+    `columns` names the fields of a CSV or TSV file that has no header line; `skip_bad_rows` leaves out the lines of
+    one that have too many or too few cells.
 
     Raises DataError for a file that is missing, empty, damaged or of another kind, and when the Hub cannot be reached.
     """
@@ -54,7 +60,7 @@ def read_rows(
         raise DataError(f"{path}: unknown suffix {path.suffix!r}; use one of {', '.join(READERS)}")
     if columns and path.suffix.lower() not in (".csv", ".tsv"):
         raise DataError(f"{path}: columns are for .csv and .tsv files; this one names its own fields, remove columns")
-    rows = reader(path, columns)
+    rows = reader(path, columns, skip_bad_rows)
     if not rows:
         raise DataError(f"{path}: the file holds no rows")
     return rows
@@ -96,7 +102,7 @@ BINARY = {
 }
 
 
-def _read_json(path: Path, _: Sequence[str] | None) -> list[Row]:
+def _read_json(path: Path, *_: Any) -> list[Row]:
     text = _text(path)
     try:
         data = json.loads(text)
@@ -113,7 +119,7 @@ def _read_json(path: Path, _: Sequence[str] | None) -> list[Row]:
     return rows
 
 
-def _read_jsonl(path: Path, _: Sequence[str] | None) -> list[Row]:
+def _read_jsonl(path: Path, *_: Any) -> list[Row]:
     return _json_lines(path, _text(path))
 
 
@@ -135,7 +141,7 @@ def _json_lines(path: Path, text: str) -> list[Row]:
     return rows
 
 
-def _read_csv(path: Path, columns: Sequence[str] | None) -> list[Row]:
+def _read_csv(path: Path, columns: Sequence[str] | None, skip: bool) -> list[Row]:
     reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
     lines: list[tuple[int, list[str]]] = []
     try:
@@ -144,21 +150,23 @@ def _read_csv(path: Path, columns: Sequence[str] | None) -> list[Row]:
                 lines.append((reader.line_num, cells))
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.line_num}: {error}; check the quotes, or use .jsonl") from None
-    return _table(path, lines, columns)
+    return _table(path, lines, columns, skip)
 
 
-def _read_tsv(path: Path, columns: Sequence[str] | None) -> list[Row]:
+def _read_tsv(path: Path, columns: Sequence[str] | None, skip: bool) -> list[Row]:
     """Tabs separate and quotes are plain characters, as in GLUE's files."""
     lines = enumerate((line.rstrip("\r").split("\t") for line in _text(path).split("\n")), 1)
-    return _table(path, [(number, cells) for number, cells in lines if cells != [""]], columns)
+    return _table(path, [(number, cells) for number, cells in lines if cells != [""]], columns, skip)
 
 
-def _table(path: Path, lines: list[tuple[int, list[str]]], columns: Sequence[str] | None) -> list[Row]:
+def _table(path: Path, lines: list[tuple[int, list[str]]], columns: Sequence[str] | None, skip: bool) -> list[Row]:
     header = list(columns) if columns else lines.pop(0)[1]
     if len(set(header)) < len(header) or "" in header:
         raise DataError(
             f"{path}, line 1: the header {header} has an empty or repeated name; without a header, give columns:"
         )
+    if skip:
+        lines = [(number, cells) for number, cells in lines if len(cells) == len(header)]
     for number, cells in lines:
         if len(cells) != len(header):
             raise DataError(
@@ -168,7 +176,7 @@ def _table(path: Path, lines: list[tuple[int, list[str]]], columns: Sequence[str
     return [dict(zip(header, cells, strict=True)) for _, cells in lines]
 
 
-def _read_parquet(path: Path, _: Sequence[str] | None) -> list[Row]:
+def _read_parquet(path: Path, *_: Any) -> list[Row]:
     import pyarrow
     import pyarrow.parquet
 
@@ -181,7 +189,7 @@ def _read_parquet(path: Path, _: Sequence[str] | None) -> list[Row]:
     return rows
 
 
-READERS: dict[str, Callable[[Path, Sequence[str] | None], list[Row]]] = {
+READERS: dict[str, Callable[[Path, Sequence[str] | None, bool], list[Row]]] = {
     ".json": _read_json,
     ".jsonl": _read_jsonl,
     ".csv": _read_csv,

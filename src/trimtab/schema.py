@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import re
 import string
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Tag,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -63,10 +65,20 @@ def _different(values: list[str]) -> list[str]:
 
 
 Template = Annotated[str, AfterValidator(_template)]
+Templates = Annotated[
+    Annotated[Template, Tag("one")] | Annotated[list[Template], Field(min_length=1), Tag("several")],
+    Discriminator(lambda value: "several" if isinstance(value, list) else "one"),
+]
+GenerationScore = Literal["exact_match", "number", "choice", "overlap"]
 Names = Annotated[list[Annotated[str, BeforeValidator(_as_text)]], Field(min_length=2), AfterValidator(_different)]
 FieldNames = Annotated[
     list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v), Field(min_length=1, max_length=2)
 ]
+
+
+def _check_choices(score: str | None, choices: list[str] | None) -> None:
+    if (score == "choice") != (choices is not None):
+        raise ValueError("score: choice and a choices: list go together; give both or neither")
 
 
 class _Section(BaseModel):
@@ -102,6 +114,9 @@ class TrainingSpec(_Section):
     """The share of the steps over which the rate rises from 0."""
     weight_decay: NonNegativeFloat = 0.0
     max_length: PositiveInt = 512
+    too_long: Literal["leave_out", "cut"] = "leave_out"
+    """What is done with generation examples longer than that: left out of training, or their answers cut short."""
+    eval_batch_size: PositiveInt = 64
     checkpoint_every: PositiveInt | None = None
     """In steps; None is once an epoch."""
     gradient_checkpointing: bool = False
@@ -119,18 +134,45 @@ class TrainingSpec(_Section):
             return data
         epochs, max_steps = data.get("epochs"), data.get("max_steps")
         if epochs is not None and max_steps is not None:
-            raise ValueError("epochs and max_steps are both given; keep one")
+            raise ValueError("epochs and max_steps are both given; keep one, and remove the other or make it null")
         if max_steps is not None:
             return {**data, "epochs": None}
         return {**data, "max_steps": None} if epochs is not None else {k: v for k, v in data.items() if k != "epochs"}
 
 
 class Limits(_Section):
-    """At most so many rows of a split, from its start."""
+    """At most so many rows of a split (of test: of each of its sets), from its start."""
 
     train: PositiveInt | None = None
     validation: PositiveInt | None = None
     test: PositiveInt | None = None
+
+
+class SetSpec(_Section):
+    """One of several test sets; what it says of answer and score holds instead of what the task says."""
+
+    file: str
+    """a .jsonl, .json, .csv, .tsv or .parquet file, or in data with name: the Hub dataset's split"""
+    answer: Template | None = None
+    score: GenerationScore | None = None
+    choices: Names | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        _check_choices(self.score, self.choices)
+        return self
+
+
+def _set(value: Any) -> Any:
+    return {"file": value} if isinstance(value, str) else value
+
+
+Sets = Annotated[
+    dict[Annotated[str, BeforeValidator(_as_text)], Annotated[SetSpec, BeforeValidator(_set)]],
+    BeforeValidator(lambda sets: {name: one for name, one in sets.items() if one is not None}),
+    Field(min_length=1),
+]
+"""A set that is null is left out."""
 
 
 class DataSpec(_Section):
@@ -138,12 +180,22 @@ class DataSpec(_Section):
 
     train: str
     """a .jsonl, .json, .csv, .tsv or .parquet file, or with name: the Hub dataset's split"""
-    validation: str | None = None
-    test: str | None = None
+    validation: str | Literal[False] | None = None
+    """Without it some of train validates; with false nothing does."""
+    test: (
+        Annotated[
+            Annotated[str, Tag("file")] | Annotated[Sets, Tag("sets")],
+            Discriminator(lambda value: "sets" if isinstance(value, dict) else "file"),
+        ]
+        | None
+    ) = None
+    """A file; or several, each with its name: the main score is then the plain mean of theirs."""
     name: str | None = None
     config: str | None = None
     columns: Names | None = None
     """The field names of a CSV or TSV file that has no header line."""
+    skip_bad_rows: bool = False
+    """Leave out lines of a CSV or TSV file with too many or too few cells, and rows of train that cannot be used."""
     limit: Limits = Limits()
 
     @model_validator(mode="after")
@@ -152,11 +204,19 @@ class DataSpec(_Section):
             raise ValueError("config goes with a Hub dataset; add name, or remove config")
         if self.columns is not None and self.name is not None:
             raise ValueError("columns are for files without a header; remove it, or name")
+        if self.validation is False and self.test is None:
+            raise ValueError("validation: false leaves nothing to score; give test, or remove it")
         return self
+
+    @property
+    def sets(self) -> dict[str, SetSpec]:
+        """The test sets by name; empty where there is one without a name, or none."""
+        return self.test if isinstance(self.test, dict) else {}
 
 
 class _TaskSpec(_Section):
     task_type: ClassVar[str]
+    score: str
     data: DataSpec
     """a mapping such as {train: data/train.jsonl, test: data/test.jsonl}"""
     adapter: AdapterSpec = AdapterSpec()
@@ -166,26 +226,43 @@ class _TaskSpec(_Section):
         """The keyword arguments of this task's `ReftConfig`."""
         return {"task_type": self.task_type, **self.adapter.model_dump()}
 
+    def for_set(self, name: str) -> Self:
+        """The task with only one of its test sets."""
+        chosen = self.data.sets[name]
+        own = chosen.model_dump(include={"answer", "score", "choices"}, exclude_none=True)
+        if chosen.score:
+            own["choices"] = chosen.choices
+        return self.model_copy(update={"data": self.data.model_copy(update={"test": chosen.file}), **own})
+
+    @model_validator(mode="after")
+    def _named_sets(self) -> Self:
+        if self.score in self.data.sets:
+            raise ValueError(f"a test set is called {self.score!r}, as the score is; give it another name")
+        if self.task_type != "CAUSAL_LM" and any(s.answer or s.score for s in self.data.sets.values()):
+            raise ValueError("a test set has an answer or a score of its own, which is for type: generation; remove it")
+        return self
+
 
 class GenerationSpec(_TaskSpec):
     """Prompt in, text out."""
 
     task_type: ClassVar[str] = "CAUSAL_LM"
     type: Literal["generation"]
-    prompt: Template
-    """a template over the row's fields such as "{question}" """
+    prompt: Templates
+    """a template over the row's fields such as "{question}", or several: the first whose fields all hold something"""
     answer: Template
     """a template over the row's fields such as "{output}" """
     chat: Literal[True, False, "auto"] = "auto"
     system: str | None = None
     choices: Names | None = None
-    score: Literal["exact_match", "number", "choice"] = "exact_match"
+    score: GenerationScore = "exact_match"
     max_new_tokens: PositiveInt = 16
+    repetition_penalty: PositiveFloat = 1.0
+    no_repeat_ngram_size: NonNegativeInt = 0
 
     @model_validator(mode="after")
     def _consistent(self) -> GenerationSpec:
-        if (self.score == "choice") != (self.choices is not None):
-            raise ValueError("score: choice and a choices: list go together; give both or neither")
+        _check_choices(self.score, self.choices)
         if self.chat is False and self.system is not None:
             raise ValueError("system needs the chat template; remove it or chat: false")
         return self
@@ -214,7 +291,7 @@ class RegressionSpec(_TaskSpec):
     """the text's field, or [first, second] for a pair"""
     label: str
     """the field that holds the number"""
-    score: Literal["correlation"] = "correlation"
+    score: Literal["correlation", "pearson", "spearman"] = "correlation"
 
 
 TaskSpec = GenerationSpec | ClassificationSpec | RegressionSpec
@@ -231,6 +308,8 @@ class Recipe(_Section):
 
     model: str
     """a local model folder or a Hub name"""
+    source: str | None = None
+    """Where the data comes from; said when a file is missing."""
     output: str = "runs"
     seed: NonNegativeInt = 0
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

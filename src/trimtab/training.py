@@ -12,6 +12,7 @@ import os
 import platform
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -34,11 +35,11 @@ from transformers import (
 from trimtab.adapters import inspect_adapter
 from trimtab.config import ReftConfig
 from trimtab.data import Collator, Encoded
-from trimtab.evaluation import evaluate
+from trimtab.evaluation import Evaluation, evaluate
 from trimtab.loading import as_attention, as_dtype, device, load_causal_lm, load_tokenizer, loading
 from trimtab.reuse import Reuse, Store, choose_reuse
 from trimtab.schema import Recipe, TrainingSpec
-from trimtab.tasks import Task, build_task
+from trimtab.tasks import Example, Task, build_task
 from trimtab.trainer import NumberedCollator, ReftTrainer
 
 VALIDATION_LOOKS = 4
@@ -124,8 +125,26 @@ def evaluate_run(recipe: Recipe, only: list[str] | None = None, split: str = "te
             "examples": len(examples),
             "untuned": untuned.main,
             "tuned": tuned.main,
+            "sets": by_set(run.task, examples, untuned, tuned),
         }
     return results
+
+
+def by_set(
+    task: Task[Any], examples: list[Example], untuned: Evaluation, tuned: Evaluation
+) -> dict[str, dict[str, Any]]:
+    """Where there are several test sets, of each its score's name, its number of examples and its scores."""
+    counts = Counter(e.set for e in examples)
+    return {
+        name: {
+            "score": one.main_score,
+            "examples": counts[name],
+            "untuned": untuned.scores[name],
+            "tuned": tuned.scores[name],
+        }
+        for name, one in task.sets.items()
+        if counts[name]
+    }
 
 
 class Base:
@@ -257,6 +276,7 @@ class Run:
             "examples": len(test),
             "untuned": untuned.scores,
             "tuned": tuned.scores,
+            "sets": by_set(self.task, test, untuned, tuned),
             "parameters": trainable,
             "bytes": (self.folder / "adapter_model.safetensors").stat().st_size,
             "seconds": round(progress.seconds, 2),
@@ -264,6 +284,7 @@ class Run:
             "train_loss": sum(losses) / len(losses),
             "train_examples": len(self.encoded),
             "left_out_as_too_long": self.left_out,
+            "left_out_as_bad": self.task.skipped,
             "reuse": reused,
         }
         write_json(self.folder / "predictions.json", {"untuned": untuned.predictions, "tuned": tuned.predictions})
@@ -278,7 +299,9 @@ class Run:
         watch: Watch,
         reuse: Reuse | str,
     ) -> ReftTrainer:
-        def look() -> float:
+        def look() -> float | None:
+            if self.spec.data.validation is False:
+                return None
             return evaluate(model, tokenizer, self.task, self.task.examples("validation")[:100]).main
 
         collate = _Counting(tokenizer, progress)
@@ -355,7 +378,7 @@ class _Counting(NumberedCollator):
 class _Report(TrainerCallback):
     """Keeps `Progress` up to date, and takes the validation score now and then."""
 
-    def __init__(self, progress: Progress, watch: Watch, look: Callable[[], float]) -> None:
+    def __init__(self, progress: Progress, watch: Watch, look: Callable[[], float | None]) -> None:
         self.progress, self.watch, self.look = progress, watch, look
         self._last = time.perf_counter()
 

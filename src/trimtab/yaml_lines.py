@@ -1,4 +1,7 @@
-"""YAML read strictly, with the line of every value: no key twice, `4e-3` a number, `no` a word (as in YAML 1.2)."""
+"""YAML read strictly, with the line of every value: no key twice, `4e-3` a number, `no` a word (as in YAML 1.2).
+
+Settings such as `training.epochs=3` are grafted into the text's tree as if they stood there, on line 0.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import yaml
 
 
 class YamlError(ValueError):
-    """Text that is not YAML, or has a key twice; `line` counts from 1."""
+    """Text that is not YAML, or has a key twice; `line` counts from 1, and is 0 for a setting."""
 
     def __init__(self, line: int, message: str) -> None:
         super().__init__(message)
@@ -35,16 +38,22 @@ for _name, (_pattern, _first) in _SCALARS.items():
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(rf"^(?:{_pattern})$"), list(_first))
 
 
-def parse_yaml(text: str) -> tuple[Any, yaml.Node | None]:
+def parse_yaml(text: str, settings: Sequence[str] = ()) -> tuple[Any, yaml.Node | None]:
     """Return the value and the tree of nodes that `find` looks lines up in.
 
-    Raises YamlError for bad syntax, a key given twice, an alias inside its own anchor, and a tag for an object.
+    Args:
+        settings: `key.path=value` each, the value in YAML; it replaces what the text holds there.
+
+    Raises YamlError for bad syntax, a key given twice, an alias inside its own anchor, a tag for an object, and a
+    setting without a path or below something that is no mapping.
     """
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
         for mapping in _mappings(node, ()):
             _no_key_twice(mapping)
+        for setting in settings:
+            node = _set(loader, node, setting)
         return (loader.construct_document(node) if node else None), node
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -55,7 +64,10 @@ def parse_yaml(text: str) -> tuple[Any, yaml.Node | None]:
 
 
 def find(node: yaml.Node | None, path: Sequence[str | int]) -> tuple[int, list[str | int]]:
-    """The line of the deepest part of `path` in the tree, and the parts found; unknown parts are passed over."""
+    """The line of the deepest part of `path` in the tree (0: from a setting), and the parts found.
+
+    Unknown parts are passed over.
+    """
     line = 1
     found: list[str | int] = []
     for part in path:
@@ -64,6 +76,34 @@ def find(node: yaml.Node | None, path: Sequence[str | int]) -> tuple[int, list[s
             _, line, node = step
             found.append(part)
     return line, found
+
+
+def _set(loader: _Loader, node: yaml.Node | None, setting: str) -> yaml.Node:
+    path, sep, text = setting.partition("=")
+    if not sep or not all(path.split(".")):
+        raise YamlError(0, f"{setting!r} is no setting; write key.path=value, as in training.epochs=3")
+    inner = _Loader(text)
+    inner.line = -1  # which is reported as line 0
+    value = inner.get_single_node() or yaml.ScalarNode("tag:yaml.org,2002:null", "", inner.get_mark())
+    for mapping in _mappings(value, ()):
+        _no_key_twice(mapping)
+    return _grafted(loader, node, path.split("."), value, setting)
+
+
+def _grafted(loader: _Loader, node: Any, path: list[str], value: yaml.Node, setting: str) -> yaml.Node:
+    """A copy of `node` with `value` at `path`: a copy, since an alias may show the same node elsewhere."""
+    if not path:
+        return value
+    if node is None or (isinstance(node, yaml.ScalarNode) and node.tag.endswith(":null")):
+        node = yaml.MappingNode("tag:yaml.org,2002:map", [], value.start_mark, value.end_mark)
+    if not isinstance(node, yaml.MappingNode):
+        raise YamlError(0, f"{setting!r}: there is no mapping to set {path[0]!r} in")
+    loader.flatten_mapping(node)
+    index = max((i for i, (key, _) in enumerate(node.value) if key.value == path[0]), default=len(node.value))
+    old = node.value[index][1] if index < len(node.value) else None
+    key = yaml.ScalarNode("tag:yaml.org,2002:str", path[0], value.start_mark, value.end_mark)
+    pairs = [*node.value[:index], (key, _grafted(loader, old, path[1:], value, setting)), *node.value[index + 1 :]]
+    return yaml.MappingNode(node.tag, pairs, node.start_mark, node.end_mark, node.flow_style)
 
 
 def _children(node: yaml.Node | None) -> Iterator[tuple[str | int, int, yaml.Node]]:

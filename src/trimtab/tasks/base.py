@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from transformers import PreTrainedTokenizerBase
@@ -28,6 +28,8 @@ class Example:
     answer: str
     label: int | float | None
     row: Row
+    set: str | None = None
+    """Which of several test sets it is from."""
 
 
 class Task(ABC, Generic[SpecT]):
@@ -40,8 +42,15 @@ class Task(ABC, Generic[SpecT]):
         """No validation data is given: the last tenth of train (1 to 500 rows) validates, and train leaves it out."""
         self.test_is_validation = spec.data.test is None
         """No test data is given: `examples("test")` are those of validation."""
+        part: Callable[[str], Any] = spec.for_set  # a spec of the same type
+        self.sets: dict[str, Task[Any]] = {set_: type(self)(set_, part(set_)) for set_ in spec.data.sets}
+        """Where there are several test sets, the task of each alone; `examples("test")` are those of all, in order."""
+        self.skipped = 0
+        """How many rows of train `skip_bad_rows` left out."""
         self._rows: dict[str, list[Row]] = {}
         self._examples: dict[str, list[Example]] = {}
+        for one in self.sets.values():
+            one._rows = self._rows  # train is read once
 
     def examples(self, split: str) -> list[Example]:
         """The examples of train, validation or test.
@@ -51,13 +60,18 @@ class Task(ABC, Generic[SpecT]):
         if split not in SPLITS:
             raise ValueError(f"split={split!r}: must be one of {', '.join(SPLITS)}")
         split = "validation" if split == "test" and self.test_is_validation else split
+        if split == "validation" and self.spec.data.validation is False:
+            raise DataError(f"{self.name}: data: validation: false, so there is no validation split; choose another")
+        if split == "test" and self.sets:
+            return [replace(e, set=set_) for set_, one in self.sets.items() for e in one.examples("test")]
         if split not in self._examples:
-            rows = self._limited(split)
-            self._examples[split] = [self.example(row, self._where(split, i)) for i, row in rows]
+            self._examples[split] = self._made(split, self.spec.data.skip_bad_rows and split == "train")
         return self._examples[split]
 
     def score(self, predictions: Sequence[Any], examples: Sequence[Example]) -> dict[str, float]:
         """The scores by name, `main_score` first; all are better when higher.
+
+        Over several test sets these are each set's main score, and first the plain mean of those.
 
         Raises ValueError when there are no examples, or not one prediction for each.
         """
@@ -65,8 +79,23 @@ class Task(ABC, Generic[SpecT]):
             raise ValueError(
                 f"{self.name}: {len(predictions)} predictions for {len(examples)} examples; give one for each"
             )
-        scores = self.scores(predictions, examples)
+        scores = self._set_scores(predictions, examples) or self.scores(predictions, examples)
         return {self.main_score: scores[self.main_score], **scores}
+
+    def per_item(self, predictions: Sequence[Any], examples: Sequence[Example]) -> list[float]:
+        """How right each prediction is, higher is better: for statistics on pairs."""
+        return [self._task_of(e).item(p, e) for p, e in zip(predictions, examples, strict=True)]
+
+    def _task_of(self, example: Example) -> Task[Any]:
+        return self.sets.get(example.set or "", self)
+
+    def _set_scores(self, predictions: Sequence[Any], examples: Sequence[Example]) -> dict[str, float]:
+        scores: dict[str, float] = {}
+        for set_, one in self.sets.items():
+            pairs = [(p, e) for p, e in zip(predictions, examples, strict=True) if e.set == set_]
+            if pairs:
+                scores[set_] = one.score(*zip(*pairs, strict=True))[one.main_score]
+        return {self.main_score: sum(scores.values()) / len(scores), **scores} if scores else {}
 
     @abstractmethod
     def example(self, row: Row, where: str) -> Example:
@@ -82,8 +111,23 @@ class Task(ABC, Generic[SpecT]):
     def scores(self, predictions: Sequence[Any], examples: Sequence[Example]) -> dict[str, float]: ...
 
     @abstractmethod
-    def per_item(self, predictions: Sequence[Any], examples: Sequence[Example]) -> list[float]:
-        """How right each prediction is, higher is better: for statistics on pairs."""
+    def item(self, prediction: Any, example: Example) -> float:
+        """How right one prediction is, higher is better."""
+
+    def _made(self, split: str, skip: bool) -> list[Example]:
+        made: list[Example] = []
+        bad: list[DataError] = []
+        for number, row in self._limited(split):
+            try:
+                made.append(self.example(row, self._where(split, number)))
+            except DataError as error:
+                if not skip:
+                    raise
+                bad.append(error)
+        if bad and not made:
+            raise bad[0]
+        self.skipped += len(bad)
+        return made
 
     def _limited(self, split: str) -> list[tuple[int, Row]]:
         """Numbered rows of a split; a limit counts after validation is cut off."""
@@ -99,12 +143,14 @@ class Task(ABC, Generic[SpecT]):
 
     def _read(self, split: str) -> list[Row]:
         data: DataSpec = self.spec.data
-        if split not in self._rows:
-            name = getattr(data, split)
-            self._rows[split] = (
-                read_rows(data.name, name, config=data.config) if data.name else read_rows(name, columns=data.columns)
+        name: str = getattr(data, split)
+        if name not in self._rows:
+            self._rows[name] = (
+                read_rows(data.name, name, config=data.config)
+                if data.name
+                else read_rows(name, columns=data.columns, skip_bad_rows=data.skip_bad_rows)
             )
-        return self._rows[split]
+        return self._rows[name]
 
     def _source(self, split: str) -> str:
         data = self.spec.data

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trimtab.data import DataError, Encoded, Row, encode_texts
 from trimtab.schema import ClassificationSpec, RegressionSpec
-from trimtab.tasks.base import Example, Task, needed
+from trimtab.tasks.base import Example, Task, field, is_missing, needed
 from trimtab.tasks.scoring import accuracy, f1, mcc, pearson, spearman
 
 TextSpecT = TypeVar("TextSpecT", ClassificationSpec, RegressionSpec)
@@ -22,7 +22,10 @@ class TextTask(Task[TextSpecT]):
     """What classification and regression share."""
 
     def example(self, row: Row, where: str) -> Example:
-        texts = tuple(str(needed(row, name, where)) for name in self.spec.text)
+        values = [field(row, name, where) for name in self.spec.text]
+        if all(map(is_missing, values)):
+            needed(row, self.spec.text[0], where)  # of a pair, one may be empty
+        texts = tuple("" if is_missing(value) else str(value) for value in values)
         value = needed(row, self.spec.label, where)
         return Example(texts, str(value), self.label(value, where), row)
 
@@ -85,8 +88,8 @@ class ClassificationTask(TextTask[ClassificationSpec]):
             "mcc": mcc(predictions, wanted),
         }
 
-    def per_item(self, predictions: Sequence[int], examples: Sequence[Example]) -> list[float]:
-        return [float(p == e.label) for p, e in zip(predictions, examples, strict=True)]
+    def item(self, prediction: int, example: Example) -> float:
+        return float(prediction == example.label)
 
 
 class RegressionTask(TextTask[RegressionSpec]):
@@ -111,9 +114,9 @@ class RegressionTask(TextTask[RegressionSpec]):
         linear, rank = pearson(predictions, wanted), spearman(predictions, wanted)
         return {"correlation": (linear + rank) / 2, "pearson": linear, "spearman": rank}
 
-    def per_item(self, predictions: Sequence[float], examples: Sequence[Example]) -> list[float]:
+    def item(self, prediction: float, example: Example) -> float:
         """Minus the absolute error: a correlation has no items."""
-        return [-abs(p - float(e.label or 0)) for p, e in zip(predictions, examples, strict=True)]
+        return -abs(prediction - float(example.label or 0))
 
 
 def label_name(value: Any) -> str:

@@ -23,6 +23,12 @@ def same_number(predicted: str, wanted: str, tolerance: float = 1e-3) -> bool:
     return a is not None and b is not None and abs(a - b) <= tolerance
 
 
+def overlap(predicted: str, wanted: str) -> float:
+    """F1 of the words two texts share, in any case and order, as in SQuAD; 0 where either has none."""
+    a, b = (Counter(re.findall(r"\w+", text.casefold())) for text in (predicted, wanted))
+    return 2 * (a & b).total() / (a.total() + b.total()) if a and b else 0.0
+
+
 def named_choice(text: str, choices: Sequence[str]) -> int | None:
     """The index of the first of `choices` that `text` names; None if it names none.
 
