@@ -19,6 +19,7 @@ from trimtab.schema import (
     SPLITS,
     AdapterSpec,
     ClassificationSpec,
+    CompareSpec,
     DataSpec,
     GenerationSpec,
     Limits,
@@ -26,6 +27,7 @@ from trimtab.schema import (
     RegressionSpec,
     TaskSpec,
     TrainingSpec,
+    TuneSpec,
 )
 from trimtab.yaml_lines import YamlError, find, parse_yaml
 
@@ -60,7 +62,7 @@ def load_recipe(path: str | Path) -> Recipe:
         raise RecipeError(
             f"{path} is {'empty' if raw is None else 'not a mapping'}; a recipe starts with model: and tasks:"
         )
-    problems = _find_files(raw, path.parent) + _adapter_problems(raw)
+    problems = _find_files(raw, path.parent) + _adapter_problems(raw) + _method_problems(raw)
     try:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
@@ -92,6 +94,12 @@ def _find_files(raw: dict[Any, Any], folder: Path) -> list[tuple[Place, str]]:
                     data[split] = str(locate(data[split], folder))
                 except DataError as error:
                     problems.append((("tasks", name, "data", split), str(error)))
+    compare = _section(raw, "compare")
+    if isinstance(compare.get("held_out"), str):
+        try:
+            compare["held_out"] = str(locate(compare["held_out"], folder))
+        except DataError as error:
+            problems.append((("compare", "held_out"), str(error)))
     return problems
 
 
@@ -114,6 +122,23 @@ def _adapter_problems(raw: dict[Any, Any]) -> list[tuple[Place, str]]:
     return problems
 
 
+def _method_problems(raw: dict[Any, Any]) -> list[tuple[Place, str]]:
+    """What is wrong with the methods to compare, each at its place in the list."""
+    from trimtab.contenders import as_contender
+
+    problems: list[tuple[Place, str]] = []
+    methods = _section(raw, "compare").get("methods")
+    for i, entry in enumerate(methods if isinstance(methods, list) else []):
+        try:
+            adapter = AdapterSpec.model_validate(_section(raw, "adapter"))
+            as_contender(entry, adapter)
+        except (ValidationError, TypeError, AttributeError):
+            continue  # a wrong type or key, reported with the rest of the file
+        except ValueError as error:
+            problems.append((("compare", "methods", i), str(error)))
+    return problems
+
+
 TYPES: dict[str, type[BaseModel]] = {
     "generation": GenerationSpec,
     "classification": ClassificationSpec,
@@ -124,6 +149,8 @@ SECTIONS: dict[Any, type[BaseModel]] = {
     "training": TrainingSpec,
     "data": DataSpec,
     "limit": Limits,
+    "compare": CompareSpec,
+    "tune": TuneSpec,
     **TYPES,
 }
 
