@@ -38,7 +38,7 @@ $(VENV)/train.stamp: pyproject.toml constraints.txt | $(BIN)/python
 	touch $@
 
 $(VENV)/dev.stamp: pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) -e '.[train,dev,lm-eval]'
+	$(INSTALL) -e '.[train,dev,bench,lm-eval]'
 	touch $(VENV)/train.stamp $@
 
 $(BIN)/python:

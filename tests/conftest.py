@@ -1,6 +1,7 @@
 """Every test runs offline, on one core, from the same seed."""
 
 import os
+from collections.abc import Callable
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
@@ -14,3 +15,34 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+Command = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def trimtab(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    """Run a command; its exit code and all it printed."""
+
+    def run(*arguments: object, stdin: str = "") -> tuple[int, str]:
+        from trimtab import cli
+
+        monkeypatch.setattr("sys.argv", ["trimtab", *map(str, arguments)])
+        answers = iter(stdin.splitlines())
+
+        def read(*_: object, **__: object) -> str:
+            try:
+                return next(answers)
+            except StopIteration:
+                raise EOFError from None
+
+        monkeypatch.setattr(cli.console, "input", read)
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capfd.readouterr()
+        return code, out + err
+
+    return run

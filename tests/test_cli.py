@@ -8,40 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
+from conftest import Command
 from safetensors.torch import load_file, save_file
 
-from trimtab import cli
 from trimtab.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
 MODEL = str(ROOT / "models/tiny-llama")
-Command = Callable[..., tuple[int, str]]
-
-
-@pytest.fixture
-def trimtab(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
-    """Run a command; its exit code and all it printed."""
-
-    def run(*arguments: object, stdin: str = "") -> tuple[int, str]:
-        monkeypatch.setattr("sys.argv", ["trimtab", *map(str, arguments)])
-        answers = iter(stdin.splitlines())
-
-        def read(*_: object, **__: object) -> str:
-            try:
-                return next(answers)
-            except StopIteration:
-                raise EOFError from None
-
-        monkeypatch.setattr(cli.console, "input", read)
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out, err = capfd.readouterr()
-        return code, out + err
-
-    return run
 
 
 @pytest.fixture(scope="module")

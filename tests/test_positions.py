@@ -16,7 +16,15 @@ TEXTS = st.one_of(
     st.integers(1, 9).map(lambda n: f"f{n}"),
     st.integers(1, 9).map(lambda n: f"l{n}"),
     st.tuples(st.integers(1, 9), st.integers(1, 9)).map(lambda n: f"f{n[0]}+l{n[1]}"),
+    st.integers(1, 9).map(lambda n: f"random{n}"),
 )
+
+
+def hashed(ordinal: int, length: int) -> int:
+    mixed = ((ordinal + 1) * 2654435761 + length * 40503) % 2**32
+    for _ in range(2):
+        mixed = (mixed ^ mixed >> 16) * 73244475 % 2**32
+    return mixed
 
 
 def edited_columns(text: str, prompt_length: int, real: list[bool]) -> list[int]:
@@ -25,6 +33,9 @@ def edited_columns(text: str, prompt_length: int, real: list[bool]) -> list[int]
     prompt, generated = columns[:prompt_length], columns[prompt_length:]
     if text in ("prompt", "generated", "all"):
         return {"prompt": prompt, "generated": generated, "all": columns}[text]
+    if text.startswith("random"):
+        drawn = sorted(range(prompt_length), key=lambda i: hashed(i, prompt_length))[: int(text[6:])]
+        return [prompt[i] for i in sorted(drawn)]
     counts = {part[0]: int(part[1:]) for part in text.split("+")}
     first, last, n = counts.get("f", 0), counts.get("l", 0), prompt_length
     if n < first + last:
@@ -110,10 +121,8 @@ def test_no_token_twice_and_slots_in_their_part(text: str, n: int) -> None:
         return
     ordinals, valid = positions.slots(torch.tensor([n]))
     chosen = ordinals[valid].tolist()
-    assert (
-        len(set(chosen)) == len(chosen) == min(n, positions.first + positions.last)
-        or n < positions.first + positions.last
-    )
+    asked = positions.first + positions.last + positions.random
+    assert len(set(chosen)) == len(chosen) == min(n, asked) or n < asked
     assert chosen == sorted(chosen)
     assert int(valid[0, : positions.first].sum()) <= positions.first
 

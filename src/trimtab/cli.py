@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -151,6 +153,108 @@ def outputs(
 
 
 @app.command()
+def compare(
+    file: RecipeFile,
+    model: RecipeModel = None,
+    data: DataFolder = None,
+    output: OutputFolder = None,
+    settings: Settings = None,
+    task: TaskNames = None,
+    method: Annotated[list[str] | None, typer.Option(help="Only this method; may be repeated.")] = None,
+    few_shot: Annotated[str | None, typer.Option(help="Numbers of training examples, as in 4,8,16,32,64.")] = None,
+    ablate: Annotated[
+        str | None, typer.Option(help="Vary the recipe's adapter instead: positions,layers,r,tied,init.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Trials at a time; by default as many as fit.")] = None,
+) -> None:
+    """Compare methods on a recipe's tasks: same data, steps, seeds and learning rates, with statistics."""
+    with _extra("bench"):
+        from trimtab.comparison import Group, Study, room_for
+        from trimtab.report import write_report
+    from trimtab.contenders import as_contender, choose_contenders
+    from trimtab.starter import look_at
+    from trimtab.variants import adapter_variants
+
+    recipe = _recipe(file, model, data, output, settings, task)
+    if seeds is not None:
+        recipe = recipe.model_copy(update={"compare": recipe.compare.model_copy(update={"seeds": seeds})})
+    contenders = choose_contenders(recipe, task, method)
+    if ablate is not None:
+        blocks = look_at(recipe.model).blocks
+        contenders = {
+            name: [as_contender(v, spec.adapter) for v in adapter_variants(spec, ablate, blocks)]
+            for name, spec in recipe.tasks.items()
+            if name in contenders
+        }
+    folder = Path(recipe.output) / "compare"
+    study = Study(recipe, contenders, folder / "trials", _numbers(few_shot) if few_shot else (None,))
+
+    def watch(group: Group) -> None:
+        scores = [run["test"][recipe.tasks[group.task].score] for run in group.seeds]
+        found = ", ".join(f"{100 * s:.1f}" for s in scores) or group.impossible
+        size = f" {group.examples} examples" if group.examples else ""
+        left = sum(not (g.seeds or g.impossible) for g in study.groups)
+        console.print(f"{group.task}{size} {group.contender.name}: {found} [dim]({left} left)[/]", highlight=False)
+
+    jobs = jobs or room_for(recipe)
+    console.print(f"{len(study.groups)} comparisons, {jobs} trials at a time; what is done already is read.")
+    study.run(jobs, watch)
+    name = "few-shot" if few_shot else "ablation" if ablate else "report"
+    command = " ".join(["trimtab", *sys.argv[1:]])
+    report = write_report(recipe, study.groups, folder, name, command)
+    table = Table("method", "tasks", "mean", "better", "worse", "not told apart", title=f"{recipe.model}")
+    for row in report["overall"]:
+        counts = (str(row.get(k, "")) for k in ("better", "worse", "not told apart"))
+        table.add_row(row["name"], str(row["tasks"]), f"{100 * row['mean']:.1f}" if row["tasks"] else "", *counts)
+    console.print(table)
+    console.print(f"Wrote {folder / name}.html, .md, .json and plots.")
+
+
+@app.command()
+def tune(
+    file: RecipeFile,
+    model: RecipeModel = None,
+    data: DataFolder = None,
+    settings: Settings = None,
+    task: TaskNames = None,
+    trials: Annotated[int, typer.Option(min=1, help="In all, those of earlier searches included.")] = 20,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The recipe to write; FILE with -tuned in its name.")
+    ] = None,
+) -> None:
+    """Search rank, positions, layers and learning rate on validation, and write a recipe with the best."""
+    with _extra("bench"):
+        from trimtab import tuning
+    from trimtab.contenders import choose_contenders
+    from trimtab.starter import look_at
+
+    recipe = _recipe(file, model, data, None, settings, task)
+    output = output or file.with_name(f"{file.stem}-tuned{file.suffix}")
+    if output.exists():
+        raise FileExistsError(f"{output} is there already; give another --output, or remove it.")
+    blocks, found = look_at(recipe.model).blocks, {}
+    for name in choose_contenders(recipe, task):
+
+        def watch(number: int, settings: dict[str, Any], score: float, name: str = name) -> None:
+            said = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in settings.items())
+            console.print(f"{name} {number}: validation {score:.3f} with {said}", highlight=False)
+
+        found[name] = tuning.tune(recipe, name, blocks, trials, watch)
+    table = Table("task", "validation", "r", "positions", "layers", "learning rate")
+    for name, best in found.items():
+        table.add_row(
+            name,
+            f"{best['validation']:.3f}",
+            *(str(best[k]) for k in ("r", "positions", "layers")),
+            f"{best['learning_rate']:.2g}",
+        )
+    console.print(table)
+    output.write_text(tuning.tuned_recipe(recipe, found), encoding="utf-8")
+    console.print(f"Wrote {output}. Train it: trimtab train {output}")
+
+
+@app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="The input; each adapter's own prompt template goes around it.")],
     adapter: Folders = None,
@@ -252,6 +356,25 @@ def mmlu(
 
     write_mmlu(data, output)
     console.print(f"Run it: trimtab lm-eval --include_path {output} --tasks mmlu_local ...", soft_wrap=True)
+
+
+@contextmanager
+def _extra(name: str) -> Iterator[None]:
+    """Around imports that an optional extra brings; without it, say how to get it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise OSError(f"this command needs {error.name}: pip install 'trimtab[{name}]'") from None
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or min(found) < 1:
+        raise ValueError(f"--few-shot {text!r}: give positive numbers of examples, as in 4,8,16")
+    return found
 
 
 def _progress_table(rows: dict[str, Any]) -> Table:

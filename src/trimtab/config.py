@@ -50,7 +50,10 @@ class ReftConfig(PeftConfig):
     r: int = field(default=4, metadata={"help": "Rank of the edit, at most the width of the model."})
     positions: str = field(
         default="f7+l7",
-        metadata={"help": "Edited tokens: fN, lN, fN+lM (first N and last M of the prompt), prompt, generated or all."},
+        metadata={
+            "help": "Edited tokens: fN, lN, fN+lM (first N and last M of the prompt), prompt, generated or all; "
+            "randomN, a control."
+        },
     )
     layers: Literal["all"] | list[int] = field(
         default="all", metadata={"help": "Edited blocks: 'all' or a list of indices, negative from the end."}

@@ -9,6 +9,7 @@ tokens: padding, on either side or in the middle, is neither counted nor edited.
     prompt     all of the prompt
     generated  all that follows it
     all        every real token
+    random14   14 prompt tokens drawn by the prompt's length alone, the same in training and generation: a control
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 Scope = Literal["prompt", "generated", "all"]
-GRAMMAR = "fN (first N prompt tokens), lN (last N), fN+lM, 'prompt', 'generated' or 'all'"
+GRAMMAR = "fN (first N prompt tokens), lN (last N), fN+lM, randomN (a control), 'prompt', 'generated' or 'all'"
 _PART = re.compile(r"([fl])([0-9]+)")
 
 
@@ -43,11 +44,12 @@ class Positions:
     first: int = 0
     last: int = 0
     scope: Scope | None = None
+    random: int = 0
 
     @property
     def needs_prompt_end(self) -> bool:
         """Whether the edited tokens depend on where the prompt ends (a prefix does in prompts shorter than it)."""
-        return self.last > 0 or self.scope in ("prompt", "generated")
+        return self.last > 0 or self.random > 0 or self.scope in ("prompt", "generated")
 
     def slots(self, prompt_length: Tensor) -> tuple[Tensor, Tensor]:
         """The edited tokens of whole prompts, prefix slots before suffix slots.
@@ -61,12 +63,25 @@ class Positions:
             Ordinals (B, first + last) among the row's real tokens, and whether each is to be edited.
         """
         n = prompt_length.unsqueeze(1)
+        if self.random:
+            return self._random_slots(n)
         short = n < self.first + self.last
         p = torch.where(short, (n // 2).clamp(max=self.first), self.first)
         s = torch.where(short, ((n + 1) // 2).clamp(max=self.last), self.last)
         prefix = torch.arange(self.first, device=n.device).expand(n.shape[0], -1)
         suffix = n - self.last + torch.arange(self.last, device=n.device)
         return torch.cat([prefix, suffix], 1), torch.cat([prefix < p, suffix >= n - s], 1)
+
+    def _random_slots(self, n: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens with the smallest hashes of (ordinal, prompt length); all of a prompt with no more than N."""
+        longest = max(int(n.max()), self.random)
+        ordinals = torch.arange(longest, device=n.device).expand(n.shape[0], -1)
+        mixed = ((ordinals + 1) * 2654435761 + n * 40503) & 0xFFFFFFFF
+        for _ in range(2):  # spreads each bit over the whole (the finalizer of MurmurHash, on 32 bits)
+            mixed = ((mixed ^ (mixed >> 16)) * 73244475) & 0xFFFFFFFF
+        mixed = torch.where(ordinals < n, mixed, 2**33 + ordinals)
+        slots = mixed.topk(self.random, dim=1, largest=False).indices.sort(dim=1).values
+        return slots, slots < n
 
     def rows(self, prompt_length: Tensor, length: int, start: Tensor | int = 0, real: Tensor | None = None) -> Rows:
         """The edited tokens of a chunk of `length` columns.
@@ -114,6 +129,8 @@ def parse_positions(text: str) -> Positions:
 def _parse(text: str) -> Positions:
     if text in get_args(Scope):
         return Positions(text, scope=text)  # type: ignore[arg-type]
+    if match := re.fullmatch(r"random([1-9][0-9]*)", text):
+        return Positions(text, random=int(match[1]))
     counts: dict[str, int] = {}
     for part in text.split("+"):
         match = _PART.fullmatch(part)

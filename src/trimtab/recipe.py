@@ -21,6 +21,7 @@ from trimtab.schema import (
     SPLITS,
     AdapterSpec,
     ClassificationSpec,
+    CompareSpec,
     DataSpec,
     GenerationSpec,
     Limits,
@@ -29,6 +30,7 @@ from trimtab.schema import (
     SetSpec,
     TaskSpec,
     TrainingSpec,
+    TuneSpec,
 )
 from trimtab.yaml_lines import YamlError, find, parse_yaml
 
@@ -91,7 +93,7 @@ def load_recipe(
         )
     folder = path.parent if data is None else Path(data)
     missing = _find_files(raw, folder, only)
-    problems = _find_model(raw, path.parent) + missing + _adapter_problems(raw)
+    problems = _find_model(raw, path.parent) + missing + _adapter_problems(raw) + _method_problems(raw)
     looked = f"\nLooked in {folder} and the working directory. {raw.get('source') or ''}".rstrip() if missing else ""
     try:
         recipe = Recipe.model_validate(raw)
@@ -127,6 +129,12 @@ def _find_files(raw: dict[Any, Any], folder: Path, only: Collection[str] | None)
                 holder[key] = str(locate(holder[key], folder))
             except DataError as error:
                 problems.append((("tasks", name, "data", *place), str(error)))
+    compare = _section(raw, "compare")
+    if isinstance(compare.get("held_out"), str):
+        try:
+            compare["held_out"] = str(locate(compare["held_out"], folder))
+        except DataError as error:
+            problems.append((("compare", "held_out"), str(error)))
     return problems
 
 
@@ -160,6 +168,23 @@ def _adapter_problems(raw: dict[Any, Any]) -> list[tuple[Place, str]]:
     return problems
 
 
+def _method_problems(raw: dict[Any, Any]) -> list[tuple[Place, str]]:
+    """What is wrong with the methods to compare, each at its place in the list."""
+    from trimtab.contenders import as_contender
+
+    problems: list[tuple[Place, str]] = []
+    methods = _section(raw, "compare").get("methods")
+    for i, entry in enumerate(methods if isinstance(methods, list) else []):
+        try:
+            adapter = AdapterSpec.model_validate(_section(raw, "adapter"))
+            as_contender(entry, adapter)
+        except (ValidationError, TypeError, AttributeError):
+            continue  # a wrong type or key, reported with the rest of the file
+        except ValueError as error:
+            problems.append((("compare", "methods", i), str(error)))
+    return problems
+
+
 TYPES: dict[str, type[BaseModel]] = {
     "generation": GenerationSpec,
     "classification": ClassificationSpec,
@@ -170,6 +195,8 @@ SECTIONS: dict[Any, type[BaseModel]] = {
     "training": TrainingSpec,
     "data": DataSpec,
     "limit": Limits,
+    "compare": CompareSpec,
+    "tune": TuneSpec,
     **TYPES,
 }
 

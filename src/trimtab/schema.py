@@ -303,6 +303,33 @@ def _merged(common: S | None, own: S) -> S:
     return own.model_validate({**given, **own.model_dump(exclude_unset=True)})
 
 
+class CompareSpec(_Section):
+    """What `trimtab compare` tries: all methods at the same learning rates, seeds, steps and data."""
+
+    methods: Annotated[list[str | dict[str, dict[str, Any]]], Field(min_length=2)] | None = None
+    """Names, {name: {peft_type: LORA, r: 32, …}} or {name: {method: loreft, r: 8, …}}; the first is the reference."""
+    learning_rates: Annotated[list[PositiveFloat], Field(min_length=1)] = [1e-4, 4e-4, 1.6e-3, 6.4e-3, 2.5e-2]
+    seeds: PositiveInt = 5
+    held_out: str | None = None
+    """A text file; how much the model's loss on it grows is reported as forgetting."""
+
+
+class TuneSpec(_Section):
+    """Where `trimtab tune` looks: the paper's search space, at the ranks of small and large models."""
+
+    r: Annotated[list[PositiveInt], Field(min_length=1)] = [1, 2, 4, 8, 16, 32]
+    positions: Annotated[list[str], Field(min_length=1)] = [f"f{n}+l{n}" for n in (1, 3, 5, 7, 9, 11)]
+    layers: Annotated[list[Literal["all", "lower", "middle", "upper"]], Field(min_length=1)] = [
+        "all",
+        "lower",
+        "middle",
+        "upper",
+    ]
+    """all, or a third of the blocks"""
+    learning_rates: Annotated[list[PositiveFloat], Field(min_length=1, max_length=2)] = [9e-5, 2e-2]
+    """lowest and highest, between which the search is logarithmic; the paper's highest, 3e-3, is for large models"""
+
+
 class Recipe(_Section):
     """The whole file. Each task's `adapter` and `training` already hold what the top level says."""
 
@@ -316,6 +343,8 @@ class Recipe(_Section):
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"] = "auto"
     adapter: AdapterSpec = AdapterSpec()
     training: TrainingSpec = TrainingSpec()
+    compare: CompareSpec = CompareSpec()
+    tune: TuneSpec = TuneSpec()
     tasks: dict[Annotated[str, AfterValidator(_folder_name)], Annotated[TaskSpec, Field(discriminator="type")]] = Field(
         min_length=1
     )

@@ -107,15 +107,23 @@ class ReftTrainer(Trainer):
     Args:
         examples: all of them; a batch is padded on the right.
         reuse: what `choose_reuse` found; None to compute everything at every step.
+        supervised: project supervised positions only; False where the model puts virtual tokens before the batch's.
     """
 
     def __init__(
-        self, model: nn.Module, args: Any, examples: Sequence[Encoded], reuse: Reuse | None = None, **kwargs: Any
+        self,
+        model: nn.Module,
+        args: Any,
+        examples: Sequence[Encoded],
+        reuse: Reuse | None = None,
+        supervised: bool = True,
+        **kwargs: Any,
     ):
         self.lengths = [len(e.input_ids) for e in examples]
         self.reuse = reuse
         self.reuse_refused: str | None = None
-        self._keeps_supervised = "logits_to_keep" in inspect.signature(_base(model).forward).parameters
+        takes = inspect.signature(_base(model).forward).parameters
+        self._keeps_supervised = supervised and "logits_to_keep" in takes
         self._checked = False
         super().__init__(model=model, args=args, train_dataset=list(enumerate(examples)), **kwargs)
 

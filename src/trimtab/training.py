@@ -312,7 +312,7 @@ class Run:
             self.encoded,
             reuse if isinstance(reuse, Reuse) else None,
             data_collator=collate,
-            callbacks=[_Report(progress, watch, look)],
+            callbacks=[Report(progress, watch, look)],
         )
         trainer.remove_callback(PrinterCallback)
         return trainer
@@ -375,10 +375,10 @@ class _Counting(NumberedCollator):
         return super().__call__(batch)
 
 
-class _Report(TrainerCallback):
-    """Keeps `Progress` up to date, and takes the validation score now and then."""
+class Report(TrainerCallback):
+    """Keeps `Progress` up to date, takes the validation score now and then if told how, and stops at a NaN loss."""
 
-    def __init__(self, progress: Progress, watch: Watch, look: Callable[[], float | None]) -> None:
+    def __init__(self, progress: Progress, watch: Watch, look: Callable[[], float | None] | None = None) -> None:
         self.progress, self.watch, self.look = progress, watch, look
         self._last = time.perf_counter()
 
@@ -392,7 +392,8 @@ class _Report(TrainerCallback):
         now = time.perf_counter()
         self.progress.seconds += now - self._last
         self.progress.step = state.global_step
-        if state.global_step % max(1, state.max_steps // VALIDATION_LOOKS) == 0 and state.global_step < state.max_steps:
+        at_look = state.global_step % max(1, state.max_steps // VALIDATION_LOOKS) == 0
+        if self.look is not None and at_look and state.global_step < state.max_steps:
             self.progress.score = self.look()
         self._last = time.perf_counter()  # looking is not training
         self.watch(self.progress)

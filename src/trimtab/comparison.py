@@ -1,0 +1,412 @@
+"""`trimtab compare`: every method on the same data, budget, seeds and learning rates, one small file a trial.
+
+A trial is one method trained once. Its file is named by all that decides its outcome, so that a study which was
+interrupted, or gets more seeds or methods, runs only what is missing. The learning rate of each method is chosen on
+validation with the first seed; the other seeds run at the rate chosen; test is looked at by the report alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
+
+from trimtab.config import ReftConfig
+from trimtab.contenders import Contender, NotPossible
+from trimtab.data import Encoded
+from trimtab.evaluation import evaluate, evaluating
+from trimtab.reuse import Store, choose_reuse
+from trimtab.schema import Recipe
+from trimtab.tasks import Example, Task, build_task
+from trimtab.trainer import NumberedCollator, ReftTrainer
+from trimtab.training import Base, Progress, Report, RunError, training_arguments, versions, write_json
+
+CURVE = 60
+"""Points of a learning curve."""
+HELD_OUT_WINDOWS, HELD_OUT_LENGTH = 64, 128
+SMALL_STEPS = 100
+"""Steps of a few-shot trial, whatever the number of examples."""
+Watch = Callable[["Group"], None]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One contender on one task with one learning rate and seed."""
+
+    task: str
+    contender: Contender
+    learning_rate: float | None
+    seed: int
+    examples: int | None = None
+    """Train on so many, drawn by the seed; None for all."""
+
+
+@dataclass(eq=False)
+class Group:
+    """The trials of one contender on one task with one number of examples."""
+
+    task: str
+    contender: Contender
+    examples: int | None
+    rates: list[dict[str, Any]] = field(default_factory=list)
+    """The first seed's trials, one a learning rate."""
+    seeds: list[dict[str, Any]] = field(default_factory=list)
+    """The trials at the learning rate chosen, one a seed, the first seed's among them."""
+    impossible: str | None = None
+    """Why there is nothing to show."""
+
+    @property
+    def chosen(self) -> float | None:
+        """The learning rate with the best validation score; of equal ones the lowest."""
+        done = [r for r in self.rates if "validation" in r]
+        best = max(done, key=lambda r: (r["validation"], -(r["run"]["learning_rate"] or 0)), default=None)
+        return best["run"]["learning_rate"] if best else None
+
+
+class Study:
+    """A recipe's comparison: which trials it needs, and those there are.
+
+    Args:
+        recipe: with its `compare` section.
+        contenders: for each task.
+        sizes: numbers of training examples; None for all there are.
+        folder: where the trials' files lie.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        contenders: dict[str, list[Contender]],
+        folder: Path,
+        sizes: Sequence[int | None] = (None,),
+    ) -> None:
+        self.recipe, self.folder = recipe, folder
+        self.rates = sorted(set(recipe.compare.learning_rates))
+        self.seeds = [recipe.seed + i for i in range(recipe.compare.seeds)]
+        self.groups = [Group(task, c, n) for n in sizes for task, cs in contenders.items() for c in cs]
+
+    def run(self, jobs: int, watch: Watch = lambda group: None) -> list[Group]:
+        """Run what is missing, `jobs` at a time; returns the finished groups in the order of the recipe.
+
+        Raises:
+            DataError, RunError: a task cannot be read or trained; what was done until then is kept.
+        """
+        with workers(jobs) as pool:
+            waiting: dict[Future[dict[str, Any]], Group] = {}
+            for group in self.groups:
+                self._submit(pool, waiting, group, self._first_trials(group))
+            while waiting:
+                done, _ = wait(waiting, return_when=FIRST_COMPLETED)
+                for future in done:
+                    group = waiting.pop(future)
+                    self._take(group, future.result())
+                    if group not in waiting.values():
+                        self._submit(pool, waiting, group, self._later_trials(group))
+                    if group not in waiting.values():
+                        watch(group)
+        return self.groups
+
+    def _submit(
+        self, pool: Executor, waiting: dict[Future[dict[str, Any]], Group], group: Group, trials: list[Trial]
+    ) -> None:
+        for trial in trials:
+            waiting[pool.submit(run_trial, self.recipe, trial, self.folder)] = group
+
+    def _first_trials(self, group: Group) -> list[Trial]:
+        first = Trial(group.task, group.contender, None, self.seeds[0], group.examples)
+        return [replace(first, learning_rate=rate) for rate in self.rates] if group.contender.trains else [first]
+
+    def _later_trials(self, group: Group) -> list[Trial]:
+        """Once the learning rates are tried: the other seeds. Once those are run too, or cannot be: none."""
+        if group.seeds or group.impossible or not (group.contender.trains or group.contender.shots):
+            group.seeds = group.seeds or [r for r in group.rates if "validation" in r]
+            return []
+        rate = group.chosen
+        group.seeds = [r for r in group.rates if "validation" in r and r["run"]["learning_rate"] == rate]
+        if not group.seeds:
+            failures = [f"at {r['run']['learning_rate']} {r['failed']}" for r in group.rates]
+            group.impossible = f"no learning rate trained: {'; '.join(failures)}"
+            return []
+        first = Trial(group.task, group.contender, rate, self.seeds[0], group.examples)
+        return [replace(first, seed=seed) for seed in self.seeds[1:]]
+
+    def _take(self, group: Group, result: dict[str, Any]) -> None:
+        if "impossible" in result:
+            group.impossible = result["impossible"]
+        elif group.seeds:
+            if "failed" in result:
+                return  # one seed less, which the report shows
+            group.seeds.append(result)
+        else:
+            group.rates.append(result)
+
+
+@contextmanager
+def workers(jobs: int) -> Iterator[Executor]:
+    """Processes that share the cores; each has its own GPU where there are several."""
+    devices = multiprocessing.get_context("spawn").Queue()
+    for i in range(jobs):
+        devices.put(i)
+    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # processes whose threads spin for one another's cores
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=(devices, threads))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker(devices: Any, threads: int) -> None:
+    from transformers.utils import logging
+
+    number = devices.get()
+    if torch.cuda.device_count() > 1:
+        torch.cuda.set_device(number % torch.cuda.device_count())
+    torch.set_num_threads(threads)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def room_for(recipe: Recipe) -> int:
+    """How many trials fit at a time: one a GPU, else one for each core whose copy of the model fits into memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.device_count()
+    size = sum(f.stat().st_size for f in Path(recipe.model).glob("*.safetensors")) if Path(recipe.model).is_dir() else 0
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    fit = memory // (8 * size) if size else 1  # a full fine-tuning holds weights, gradients and two moments
+    return max(1, min(len(os.sched_getaffinity(0)), fit))
+
+
+def run_trial(recipe: Recipe, trial: Trial, folder: Path) -> dict[str, Any]:
+    """The trial's result: read where there is one, else trained, scored and written.
+
+    Returns:
+        What was `run`; `validation` and `test` scores, `predictions` and `per_item` on test, `parameters`, `seconds`,
+        `memory`, `curve`; or `failed` or `impossible` with the reason.
+    """
+    task = build_task(trial.task, recipe.tasks[trial.task])
+    run = describe(recipe, trial, task)
+    digest = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()[:16]
+    file = folder / trial.task / trial.contender.name / f"{digest}.json"
+    if file.exists():
+        found: dict[str, Any] = json.loads(file.read_text())
+        return found
+    try:
+        result = _run(recipe, trial, task)
+    except NotPossible as error:
+        result = {"impossible": str(error)}
+    except RunError as error:
+        result = {"failed": str(error)}
+    result = {"run": run, "versions": versions(), **result}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, result)
+    return result
+
+
+def describe(recipe: Recipe, trial: Trial, task: Task[Any]) -> dict[str, Any]:
+    """All that decides a trial's outcome; data by its content, so that no path of this machine is in it."""
+    spec = task.spec.model_dump(mode="json", exclude={"adapter", "data"})
+    return {
+        "model": Path(recipe.model).name if Path(recipe.model).is_dir() else recipe.model,
+        "dtype": recipe.dtype,
+        "attention": recipe.attention,
+        "task": spec,
+        "data": {split: fingerprint(task.examples(split)) for split in ("train", "validation", "test")},
+        "settings": dict(trial.contender.settings),
+        "learning_rate": trial.learning_rate,
+        "seed": trial.seed,
+        "examples": trial.examples,
+    }
+
+
+def fingerprint(examples: Sequence[Example]) -> str:
+    """A short hash of what examples say."""
+    text = json.dumps([(e.texts, e.answer, e.label) for e in examples], ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _run(recipe: Recipe, trial: Trial, task: Task[Any]) -> dict[str, Any]:
+    base = Base(recipe.model_copy(update={"seed": trial.seed}))
+    model, tokenizer, contender = base.model_for(task), base.tokenizer, trial.contender
+    held_out = windows(recipe.compare.held_out, tokenizer) if task.spec.type == "generation" else []
+    before = window_loss(model, held_out) if held_out else 0.0
+    size = sum(p.numel() for p in model.parameters())
+    examples = drawn(task.examples("train"), trial)
+    shots = drawn(task.examples("train"), replace(trial, examples=trial.examples or contender.shots))
+    set_seed(trial.seed)
+    adapted = contender.build(model, task.spec.task_type)
+    trained = _train(recipe, trial, task, adapted, tokenizer, examples) if contender.trains else {}
+    result: dict[str, Any] = {"parameters": sum(p.numel() for p in adapted.parameters() if p.requires_grad)}
+    if not contender.trains:
+        result["parameters"] = 0
+    scored = {
+        split: evaluate(adapted, tokenizer, task, with_shots(task.examples(split), shots if contender.shots else []))
+        for split in ("validation", "test")
+    }
+    return {
+        "validation": scored["validation"].main,
+        "test": scored["test"].scores,
+        "predictions": scored["test"].predictions,
+        "per_item": scored["test"].per_item,
+        **result,
+        "model_parameters": size,
+        **trained,
+        **({"forgetting": window_loss(adapted, held_out, contender) - before} if held_out else {}),
+    }
+
+
+def drawn(examples: list[Example], trial: Trial) -> list[Example]:
+    """So many examples as the trial asks for, drawn by its seed."""
+    if trial.examples is None:
+        return examples
+    if trial.examples > len(examples):
+        raise NotPossible(f"{trial.contender.name}: {trial.examples} examples asked for, {len(examples)} there")
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(trial.seed)).tolist()
+    return [examples[i] for i in order[: trial.examples]]
+
+
+def with_shots(examples: Sequence[Example], shots: Sequence[Example]) -> list[Example]:
+    """The examples with solved ones before each prompt."""
+    solved = "".join(f"{s.texts[0]}\n{s.answer}\n\n" for s in shots)
+    return [replace(e, texts=(solved + e.texts[0],)) for e in examples] if shots else list(examples)
+
+
+def _train(
+    recipe: Recipe,
+    trial: Trial,
+    task: Task[Any],
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: list[Example],
+) -> dict[str, Any]:
+    encoded, _ = task.encode(tokenizer, examples, training=True)
+    spec = task.spec.training.model_copy(update={"learning_rate": trial.learning_rate})
+    if trial.examples is not None:
+        small = {"epochs": None, "max_steps": SMALL_STEPS, "batch_size": min(spec.batch_size, trial.examples)}
+        spec = spec.model_copy(update=small)
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(int(spec.reuse_memory_gb * 1e9), Path(folder) / "reuse")
+        reuse = None
+        if trial.contender.is_reft and spec.reuse:
+            config = ReftConfig(task_type=task.spec.task_type, **trial.contender.settings)
+            found = choose_reuse(model, config, store, spec.gradient_checkpointing)
+            reuse = None if isinstance(found, str) else found
+        arguments = training_arguments(spec, Path(folder), trial.seed, len(encoded))
+        arguments.save_strategy = "no"
+        collate = _Collate(tokenizer, trial.contender)
+        trainer = ReftTrainer(
+            model,
+            arguments,
+            encoded,
+            reuse,
+            supervised=not trial.contender.adds_tokens,
+            data_collator=collate,
+            callbacks=[Report(Progress(trial.task), lambda progress: None)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        memory = training_memory(trainer, model, encoded, spec.batch_size)
+        start = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - start
+        store.close()
+    return {
+        "seconds": round(seconds, 3),
+        "steps": trainer.state.global_step,
+        "tokens": collate.tokens,
+        "memory": memory,
+        "curve": thinned([entry["loss"] for entry in trainer.state.log_history if "loss" in entry]),
+    }
+
+
+class _Collate(NumberedCollator):
+    """Counts tokens, and leaves out what only a ReFT model takes."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, contender: Contender) -> None:
+        super().__init__(tokenizer)
+        self.contender, self.tokens = contender, 0
+
+    def __call__(self, batch: Sequence[Any]) -> dict[str, Any]:
+        self.tokens += sum(len(e.input_ids) for _, e in batch)
+        collated = super().__call__(batch)
+        if not self.contender.is_reft:
+            collated.pop("prompt_lengths", None)
+        return collated
+
+
+def training_memory(trainer: ReftTrainer, model: nn.Module, encoded: Sequence[Encoded], batch_size: int) -> int:
+    """Bytes that training needs on top of the model: what autograd keeps on the longest batch, gradients and moments.
+
+    Counted rather than measured, so that it is the same on every machine and in every allocator.
+    """
+    longest = sorted(enumerate(encoded), key=lambda pair: len(pair[1].input_ids))[-batch_size:]
+    collate: Any = trainer.data_collator
+    batch = trainer._prepare_inputs(collate(longest))
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    reuse, trainer.reuse = trainer.reuse, None
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = trainer.compute_loss(model, batch)
+    del loss
+    trainer.reuse = reuse
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return sum(kept.values()) + 3 * trained
+
+
+def thinned(curve: Sequence[float]) -> list[tuple[int, float]]:
+    """(step, loss) at no more than `CURVE` places, each the mean since the last."""
+    stride = max(1, -(-len(curve) // CURVE))
+    parts = [curve[i : i + stride] for i in range(0, len(curve), stride)]
+    return [(min((n + 1) * stride, len(curve)), round(sum(p) / len(p), 5)) for n, p in enumerate(parts)]
+
+
+def windows(path: str | None, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Stretches of a held-out text, evenly spread over it."""
+    if path is None:
+        return []
+    text = Path(path).read_text(encoding="utf-8")
+    width = 16 * HELD_OUT_LENGTH  # characters, more than enough for the tokens
+    starts = [i * max(1, len(text) - width) // HELD_OUT_WINDOWS for i in range(HELD_OUT_WINDOWS)]
+    parts = [tokenizer(text[s : s + width])["input_ids"][:HELD_OUT_LENGTH] for s in starts]
+    return [list(ids) for ids in parts if len(ids) == HELD_OUT_LENGTH]
+
+
+@torch.no_grad()
+def window_loss(model: Any, texts: Sequence[list[int]], contender: Contender | None = None) -> float:
+    """The mean loss a token on the second half of each stretch, its first half being the prompt.
+
+    So an adapter that edits prompts edits text as it would in use, and the loss is taken past its edits.
+    """
+    losses = []
+    device = next(model.parameters()).device
+    with evaluating(model):
+        for at in range(0, len(texts), 16):
+            ids = torch.tensor(texts[at : at + 16], device=device)
+            labels = ids.clone()
+            labels[:, : HELD_OUT_LENGTH // 2] = -100
+            extra = {}
+            if contender is not None and contender.is_reft:
+                extra = {"prompt_lengths": torch.full((len(ids),), HELD_OUT_LENGTH // 2, device=device)}
+            batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+            losses += [float(model(**batch, **extra).loss)] * len(ids)
+    return sum(losses) / len(losses)

@@ -1,0 +1,73 @@
+"""Variants of an adapter, one thing changed at a time, for `trimtab compare --ablate`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from trimtab.positions import parse_positions
+from trimtab.schema import AdapterSpec, TaskSpec
+
+Variants = dict[str, dict[str, Any]]
+
+
+def adapter_variants(task: TaskSpec, axes: str, blocks: int) -> list[Variants]:
+    """The task's own adapter, called `as given`, and its variants along each of the comma-separated axes.
+
+    A variant equal to the adapter, or that cannot be combined with the rest of it, is left out.
+
+    Args:
+        blocks: how many the model has.
+    Raises:
+        ValueError: an axis that there is not.
+    """
+    own = task.adapter.model_dump()
+    found: Variants = {"as given": {}}
+    for axis in map(str.strip, axes.split(",")):
+        if axis not in AXES:
+            raise ValueError(f"--ablate {axis!r}: there are {', '.join(AXES)}")
+        found |= {name: change for name, change in AXES[axis](task.adapter, blocks).items() if {**own, **change} != own}
+    return [{name: {**own, **change}} for name, change in found.items()]
+
+
+def _positions(given: AdapterSpec, blocks: int) -> Variants:
+    """Prefix only, suffix only, each also with as many tokens as both; one token; all; as many at random."""
+    parsed = parse_positions(given.positions)
+    first, last = parsed.first or parsed.last or 7, parsed.last or parsed.first or 7
+    tried = [f"f{first}+l{last}", f"f{first}", f"l{last}", f"f{first + last}", f"l{first + last}", "l1", "prompt"]
+    tried.append(f"random{first + last}")
+    return {f"positions {p}": {"positions": p, "tied": given.tied or "+" not in p} for p in dict.fromkeys(tried)}
+
+
+def _layers(given: AdapterSpec, blocks: int) -> Variants:
+    every = range(blocks)
+    return {
+        "layers all": {"layers": "all"},
+        "layers first": {"layers": [0]},
+        "layers middle": {"layers": [blocks // 2]},
+        "layers last": {"layers": [blocks - 1]},
+        "layers lower half": {"layers": list(every[: blocks // 2])},
+        "layers upper half": {"layers": list(every[blocks // 2 :])},
+    }
+
+
+def _ranks(given: AdapterSpec, blocks: int) -> Variants:
+    return {f"r {r}": {"r": r} for r in (1, 2, 4, 8, 16)}
+
+
+def _tied(given: AdapterSpec, blocks: int) -> Variants:
+    both = "+" in given.positions
+    return {f"tied {tied}".lower(): {"tied": tied} for tied in (True, False) if both or tied}
+
+
+def _starts(given: AdapterSpec, blocks: int) -> Variants:
+    return {"init identity": {"init_weights": True}, "init paper": {"init_weights": "paper"}}
+
+
+AXES: dict[str, Callable[[AdapterSpec, int], Variants]] = {
+    "positions": _positions,
+    "layers": _layers,
+    "r": _ranks,
+    "tied": _tied,
+    "init": _starts,
+}

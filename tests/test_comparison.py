@@ -1,0 +1,331 @@
+"""`compare`: every method for real on tiny models, the same budget for all, what is kept, chosen and reported."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import Executor, Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+
+from trimtab import comparison
+from trimtab.comparison import Group, Study, Trial, drawn, run_trial, thinned, windows
+from trimtab.contenders import CONTENDERS, Contender, as_contender, choose_contenders
+from trimtab.recipe import RecipeError, load_recipe
+from trimtab.report import as_markdown, summarise, write_report
+from trimtab.schema import AdapterSpec
+from trimtab.tasks import build_task
+from trimtab.training import RunError
+from trimtab.variants import adapter_variants
+
+ROOT = Path(__file__).parent.parent
+WORDS = [("cat", "cats"), ("dog", "dogs"), ("box", "boxes"), ("city", "cities"), ("man", "men"), ("leaf", "leaves")]
+
+
+class Inline(Executor):
+    """Runs a call when it is submitted."""
+
+    def submit(self, function: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(function(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+@pytest.fixture
+def inline(monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def workers(jobs: int) -> Iterator[Executor]:
+        yield Inline()
+
+    monkeypatch.setattr(comparison, "workers", workers)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama and a BERT with random weights and the bundled tokenizer."""
+    folder = tmp_path_factory.mktemp("models")
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "models/tiny-llama")
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    ids = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    LlamaForCausalLM(
+        LlamaConfig(**sizes, **ids, num_key_value_heads=2, eos_token_id=tokenizer.eos_token_id, bos_token_id=None)
+    ).save_pretrained(folder / "llama")
+    BertModel(BertConfig(**sizes, **ids)).save_pretrained(folder / "bert")
+    for name in ("llama", "bert"):
+        tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+def write_recipe(models: Path, folder: Path, kind: str = "generation", **compare: Any) -> Path:
+    rows = [{"input": a, "output": b, "long": len(b) > 4, "size": len(b)} for a, b in WORDS * 3]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"train": "rows.jsonl", "validation": "rows.jsonl", "test": "rows.jsonl", "limit": {"test": 8}}
+    tasks: dict[str, dict[str, Any]] = {
+        "generation": {"prompt": "{input}", "answer": "{output}", "max_new_tokens": 3},
+        "classification": {"text": "input", "label": "long"},
+        "regression": {"text": ["input", "output"], "label": "size"},
+    }
+    recipe = {
+        "model": str(models / ("llama" if kind == "generation" else "bert")),
+        "output": str(folder / "runs"),
+        "dtype": "float32",
+        "adapter": {"r": 2, "positions": "f1+l2" if kind == "generation" else "f2"},
+        "training": {"max_steps": 2, "batch_size": 4, "warmup": 0.0},
+        "compare": {"learning_rates": [1e-3, 1e-2], "seeds": 2, **compare},
+        "tasks": {"words": {"type": kind, "data": data, **tasks[kind]}},
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps(recipe))
+    return path
+
+
+def trial(name: str, rate: float = 1e-2, seed: int = 0) -> Trial:
+    contender = as_contender(name, AdapterSpec(r=2, positions="f1+l2"))
+    return Trial("words", contender, rate if contender.trains else None, seed)
+
+
+@pytest.mark.parametrize("name", CONTENDERS)
+def test_every_method_trains_a_decoder_or_says_why_not(name: str, models: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(write_recipe(models, tmp_path))
+    result = run_trial(recipe, trial(name), tmp_path / "trials")
+    if name in ("head", "bitfit"):
+        assert "no " in result["impossible"]
+        return
+    assert len(result["predictions"]) == len(result["per_item"]) == 8
+    if name in ("untuned", "few-shot"):
+        assert result["parameters"] == 0 and "seconds" not in result
+        return
+    assert (result["steps"], result["tokens"]) == (2, expected_tokens(recipe))
+    assert result["parameters"] > 0 and result["memory"] > 12 * result["parameters"]
+    assert all(loss > 0 for _, loss in result["curve"])
+
+
+def expected_tokens(recipe: Any) -> int:
+    """Of two batches in the order that the seed gives: the same for every method."""
+    loreft = run_trial(recipe, trial("loreft"), Path(recipe.output) / "again")
+    return int(loreft["tokens"])
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *((n, "classification") for n in CONTENDERS if n != "few-shot"),
+        *((n, "regression") for n in ("loreft", "lora", "prompt", "head")),
+    ],
+)
+def test_every_method_trains_an_encoder(name: str, kind: str, models: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(write_recipe(models, tmp_path, kind))
+    contender = as_contender(name, recipe.tasks["words"].adapter)
+    result = run_trial(recipe, Trial("words", contender, 1e-2 if contender.trains else None, 0), tmp_path / "trials")
+    assert len(result["predictions"]) == 8
+    head = 64 * (2 if kind == "classification" else 1) + (2 if kind == "classification" else 1)
+    assert result["parameters"] == {"untuned": 0, "head": head}.get(name, result["parameters"])
+    if name not in ("untuned", "head"):
+        assert result["parameters"] > head
+
+
+def test_a_method_that_trains_changes_what_it_should_and_nothing_else(models: Path) -> None:
+    for name, part in (("full", ""), ("lora", "lora_"), ("beft", "beft_"), ("ln", "norm"), ("loreft", "reft_")):
+        model = LlamaForCausalLM.from_pretrained(models / "llama")
+        adapted = as_contender(name, AdapterSpec()).build(model, "CAUSAL_LM")
+        trained = [n for n, p in adapted.named_parameters() if p.requires_grad]
+        assert trained and all(part in n for n in trained), (name, trained)
+        if name == "full":
+            assert len(trained) == len(list(model.parameters()))
+
+
+def test_a_study_runs_what_is_missing_and_nothing_twice(
+    models: Path, tmp_path: Path, inline: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe(write_recipe(models, tmp_path, methods=["loreft", "lora", "untuned", "few-shot", "bitfit"]))
+    seen: list[str] = []
+
+    def study(recipe: Any) -> list[Group]:
+        made = Study(recipe, choose_contenders(recipe), tmp_path / "trials")
+        return made.run(1, lambda group: seen.append(group.contender.name))
+
+    groups = {g.contender.name: g for g in study(recipe)}
+    assert sorted(seen) == sorted(groups)
+    assert [len(groups[n].rates) for n in ("loreft", "lora", "untuned", "few-shot")] == [2, 2, 1, 1]
+    assert [len(groups[n].seeds) for n in ("loreft", "lora", "untuned", "few-shot")] == [2, 2, 1, 2]
+    assert groups["bitfit"].impossible == "bitfit: the model has no biases"
+    for name in ("loreft", "lora"):
+        assert {r["run"]["learning_rate"] for r in groups[name].seeds} == {groups[name].chosen}
+        assert [r["run"]["seed"] for r in groups[name].seeds] == [0, 1]
+    files = sorted((tmp_path / "trials").rglob("*.json"))
+    more = recipe.model_copy(update={"compare": recipe.compare.model_copy(update={"seeds": 3})})
+    study(more)
+    added = set((tmp_path / "trials").rglob("*.json")) - set(files)
+    assert sorted(f.parent.name for f in added) == ["few-shot", "lora", "loreft"]
+    monkeypatch.setattr(comparison, "_run", lambda *_: pytest.fail("nothing is missing"))
+    study(more)
+
+
+def test_another_setting_or_other_data_is_another_trial(models: Path, tmp_path: Path) -> None:
+    path = write_recipe(models, tmp_path)
+    recipe = load_recipe(path)
+    run_trial(recipe, trial("loreft"), tmp_path / "trials")
+    run_trial(load_recipe(path), trial("loreft"), tmp_path / "trials")
+    folder = tmp_path / "trials/words/loreft"
+    assert len(list(folder.iterdir())) == 1
+    raw = json.loads(path.read_text())
+    raw["training"]["max_steps"] = 3
+    path.write_text(json.dumps(raw))
+    run_trial(load_recipe(path), trial("loreft"), tmp_path / "trials")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(rows.read_text().replace("leaves", "leafs"))
+    run_trial(load_recipe(path), trial("loreft"), tmp_path / "trials")
+    assert len(list(folder.iterdir())) == 3
+    assert str(tmp_path) not in "".join(f.read_text() for f in folder.iterdir())  # results can be shared
+
+
+def test_the_rate_is_chosen_on_validation_alone() -> None:
+    def result(rate: float, validation: float, test: float) -> dict[str, Any]:
+        return {"run": {"learning_rate": rate}, "validation": validation, "test": {"exact_match": test}}
+
+    rates = [result(1e-3, 0.5, 0.9), result(1e-2, 0.7, 0.1), result(1e-1, 0.7, 0.2), {"run": {}, "failed": "NaN"}]
+    assert Group("words", Contender("lora", {}), None, rates).chosen == 1e-2
+
+
+def test_a_rate_that_diverges_is_passed_over_and_all_diverging_is_said(
+    models: Path, tmp_path: Path, inline: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = comparison._run
+
+    def diverging(recipe: Any, trial: Trial, task: Any) -> Any:
+        if trial.learning_rate == 1:
+            raise RunError("the loss is NaN")
+        return train(recipe, trial, task)
+
+    monkeypatch.setattr(comparison, "_run", diverging)
+    recipe = load_recipe(write_recipe(models, tmp_path, methods=["full", "untuned"], learning_rates=[1e-3, 1]))
+    group = Study(recipe, choose_contenders(recipe), tmp_path / "trials").run(1)[0]
+    assert group.rates[1]["failed"] == "the loss is NaN" and group.chosen == 1e-3
+    only = load_recipe(write_recipe(models, tmp_path, methods=["full", "untuned"], learning_rates=[1]))
+    group = Study(only, choose_contenders(only), tmp_path / "trials").run(1)[0]
+    assert group.impossible == "no learning rate trained: at 1.0 the loss is NaN"
+    assert "Left out: no learning rate" in as_markdown(summarise(only, [group]), {})
+
+
+def test_a_report_is_whole(models: Path, tmp_path: Path, inline: None) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("All is well that ends well, and nothing ends. " * 400)
+    methods = ["loreft", "lora", "untuned", {"lora r1": {"peft_type": "lora", "r": 1}}, "bitfit"]
+    recipe = load_recipe(write_recipe(models, tmp_path, methods=methods, held_out=str(text)))
+    groups = Study(recipe, choose_contenders(recipe), tmp_path / "trials").run(1)
+    report = write_report(recipe, groups, tmp_path / "out", "report", "trimtab compare recipe.yaml")
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "report.json",
+        "report.md",
+        "report.html",
+        "report-words.png",
+    }
+    assert json.loads((tmp_path / "out/report.json").read_text()) == json.loads(json.dumps(report))
+    task = report["tasks"]["words"]
+    assert task["reference"] == "loreft" and task["test_items"] == 8
+    rows = {row["name"]: row for row in task["methods"]}
+    assert rows["lora"]["against_reference"]["verdict"] in ("better", "worse", "not told apart")
+    assert "8 test items, 2 against 2 seeds" in rows["lora"]["sentence"]
+    assert rows["lora r1"]["parameters"] < rows["lora"]["parameters"]
+    assert rows["untuned"]["forgetting"] == 0 and rows["lora"]["forgetting"] != 0
+    page = (tmp_path / "out/report.html").read_text()
+    assert "http" not in page and page.count("data:image/png;base64,") == 1
+    for name in ("lora r1", "the model has no biases", "95% interval"):
+        assert name in page and name in (tmp_path / "out/report.md").read_text()
+
+
+@pytest.mark.parametrize(("kind", "score"), [("classification", "mcc"), ("classification", "f1"), ("regression", None)])
+def test_scores_that_are_no_means_get_a_verdict(
+    kind: str, score: str | None, models: Path, tmp_path: Path, inline: None
+) -> None:
+    path = write_recipe(models, tmp_path, kind, methods=["loreft", "head"])
+    if score:
+        raw = json.loads(path.read_text())
+        raw["tasks"]["words"]["score"] = score
+        path.write_text(json.dumps(raw))
+    recipe = load_recipe(path)
+    groups = Study(recipe, choose_contenders(recipe), tmp_path / "trials").run(1)
+    row = next(r for r in summarise(recipe, groups)["tasks"]["words"]["methods"] if r["name"] == "head")
+    means = [sum(s["test"][recipe.tasks["words"].score] for s in g.seeds) / 2 for g in groups]
+    assert row["against_reference"]["difference"] == pytest.approx(means[1] - means[0])
+
+
+def test_few_shot_draws_by_the_seed_and_trains_on_those_only(models: Path, tmp_path: Path, inline: None) -> None:
+    recipe = load_recipe(write_recipe(models, tmp_path, methods=["loreft", "few-shot"], seeds=2))
+    examples = build_task("words", recipe.tasks["words"]).examples("train")
+    picked = [drawn(examples, Trial("words", as_contender("loreft", AdapterSpec()), 1e-3, s, 4)) for s in (0, 0, 1)]
+    assert picked[0] == picked[1] != picked[2] and all(len(p) == 4 for p in picked)
+    groups = Study(recipe, choose_contenders(recipe), tmp_path / "trials", (2, 4, 99)).run(1)
+    assert {g.examples for g in groups} == {2, 4, 99}
+    assert all("99 examples asked for, 18 there" in (g.impossible or "") for g in groups if g.examples == 99)
+    report = write_report(recipe, groups, tmp_path / "out", "few-shot", "")
+    assert [size for size, _, _ in report["by_size"]["words"]["methods"]["loreft"]] == [2, 4]
+    assert (tmp_path / "out/few-shot-words.png").stat().st_size > 1000
+
+
+def test_an_ablation_changes_one_thing_at_a_time(models: Path, tmp_path: Path) -> None:
+    spec = load_recipe(write_recipe(models, tmp_path)).tasks["words"]
+    own = spec.adapter.model_dump()
+    variants = {n: s for v in adapter_variants(spec, "positions,layers,r,tied,init", 2) for n, s in v.items()}
+    assert variants["as given"] == own
+    assert {"positions f1", "positions l2", "positions prompt", "positions random3"} <= variants.keys()
+    assert {"layers last", "layers upper half", "r 16", "tied false", "init paper"} <= variants.keys()
+    assert not {"positions f1+l2", "layers all", "r 2", "tied true", "init identity"} & variants.keys()
+    for name, settings in variants.items():
+        changed = [k for k in own if settings[k] != own[k]]
+        assert len(changed) == (0 if name == "as given" else 1), name
+        as_contender({name: settings}, spec.adapter)
+    with pytest.raises(ValueError, match="'rank': there are positions, layers"):
+        adapter_variants(spec, "rank", 2)
+
+
+@pytest.mark.parametrize(
+    ("compare", "message"),
+    [
+        ({"methods": ["loreft", "lroa"]}, "'lroa' is no method"),
+        ({"methods": ["loreft", {"x": {"peft_type": "NOPE"}}]}, "peft_type 'NOPE' is none of"),
+        ({"methods": ["loreft", {"x": {"peft_type": "LORA", "rank": 3}}]}, "rank"),
+        ({"methods": ["loreft", {"x": {"r": -1}}]}, "r=-1"),
+        ({"methods": ["loreft"]}, "at least 2"),
+        ({"seeds": 0}, "seeds"),
+        ({"learning_rates": []}, "learning_rates"),
+        ({"held_out": "nowhere.txt"}, "no file 'nowhere.txt'"),
+    ],
+)
+def test_a_wrong_comparison_is_refused_before_it_starts(
+    compare: dict[str, Any], message: str, models: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write_recipe(models, tmp_path, **compare))
+    assert message in str(caught.value) and "compare" in str(caught.value)
+
+
+def test_held_out_windows_and_curves() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "models/tiny-llama")
+    assert windows(None, tokenizer) == []
+    assert thinned([1.0, 2.0, 3.0]) == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    curve = thinned([float(i) for i in range(1000)])
+    assert len(curve) <= comparison.CURVE and curve[-1][0] == 1000
+
+
+@pytest.mark.slow
+def test_processes_give_what_one_process_gives(models: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(write_recipe(models, tmp_path, methods=["loreft", "lora"]))
+    far = Study(recipe, choose_contenders(recipe), tmp_path / "far").run(2)
+    for group in far:
+        for found in group.seeds:
+            here = run_trial(
+                recipe,
+                Trial("words", group.contender, group.chosen, found["run"]["seed"]),
+                tmp_path / "near",
+            )
+            assert here["predictions"] == found["predictions"] and here["curve"] == found["curve"]
