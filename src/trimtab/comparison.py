@@ -149,9 +149,9 @@ class Study:
         elif group.seeds:
             if "failed" in result:
                 return  # one seed less, which the report shows
-            group.seeds.append(result)
-        else:
-            group.rates.append(result)
+            group.seeds = sorted([*group.seeds, result], key=lambda r: int(r["run"]["seed"]))
+        else:  # in the order of the rates, not of the processes that came first
+            group.rates = sorted([*group.rates, result], key=lambda r: float(r["run"]["learning_rate"] or 0))
 
 
 @contextmanager
