@@ -1,7 +1,10 @@
 """Every test runs offline, on one core, from the same seed."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
+from contextlib import contextmanager
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
@@ -46,3 +49,27 @@ def trimtab(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
         return code, out + err
 
     return run
+
+
+class Inline(Executor):
+    """Runs a call when it is submitted."""
+
+    def submit(self, function: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(function(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+@pytest.fixture
+def inline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`compare` without processes of its own."""
+    from trimtab import comparison
+
+    @contextmanager
+    def workers(jobs: int) -> Iterator[Executor]:
+        yield Inline()
+
+    monkeypatch.setattr(comparison, "workers", workers)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from concurrent.futures import Executor, Future
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,27 +22,6 @@ from trimtab.variants import adapter_variants
 
 ROOT = Path(__file__).parent.parent
 WORDS = [("cat", "cats"), ("dog", "dogs"), ("box", "boxes"), ("city", "cities"), ("man", "men"), ("leaf", "leaves")]
-
-
-class Inline(Executor):
-    """Runs a call when it is submitted."""
-
-    def submit(self, function: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        try:
-            future.set_result(function(*args, **kwargs))
-        except Exception as error:
-            future.set_exception(error)
-        return future
-
-
-@pytest.fixture
-def inline(monkeypatch: pytest.MonkeyPatch) -> None:
-    @contextmanager
-    def workers(jobs: int) -> Iterator[Executor]:
-        yield Inline()
-
-    monkeypatch.setattr(comparison, "workers", workers)
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +192,8 @@ def test_a_rate_that_diverges_is_passed_over_and_all_diverging_is_said(
     assert "Left out: no learning rate" in as_markdown(summarise(only, [group]), {})
 
 
-def test_a_report_is_whole(models: Path, tmp_path: Path, inline: None) -> None:
+def test_a_report_is_whole(models: Path, tmp_path: Path, inline: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparison, "HELD_OUT_WINDOWS", 2)
     text = tmp_path / "text.txt"
     text.write_text("All is well that ends well, and nothing ends. " * 400)
     methods = ["loreft", "lora", "untuned", {"lora r1": {"peft_type": "lora", "r": 1}}, "bitfit"]
@@ -259,7 +236,10 @@ def test_scores_that_are_no_means_get_a_verdict(
     assert row["against_reference"]["difference"] == pytest.approx(means[1] - means[0])
 
 
-def test_few_shot_draws_by_the_seed_and_trains_on_those_only(models: Path, tmp_path: Path, inline: None) -> None:
+def test_few_shot_draws_by_the_seed_and_trains_on_those_only(
+    models: Path, tmp_path: Path, inline: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparison, "SMALL_STEPS", 3)
     recipe = load_recipe(write_recipe(models, tmp_path, methods=["loreft", "few-shot"], seeds=2))
     examples = build_task("words", recipe.tasks["words"]).examples("train")
     picked = [drawn(examples, Trial("words", as_contender("loreft", AdapterSpec()), 1e-3, s, 4)) for s in (0, 0, 1)]

@@ -66,7 +66,9 @@ def test_layers_of_a_small_model() -> None:
     assert sets["lower"] + sets["middle"] + sets["upper"] == list(range(8))
 
 
-def test_compare_writes_its_report_and_reads_what_is_done(recipe: Path, trimtab: Command, tmp_path: Path) -> None:
+def test_compare_writes_its_report_and_reads_what_is_done(
+    recipe: Path, trimtab: Command, tmp_path: Path, inline: None
+) -> None:
     code, out = trimtab("compare", recipe, "--jobs", 1)
     assert code == 0, out
     folder = tmp_path / "runs/compare"
