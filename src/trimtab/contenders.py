@@ -101,6 +101,8 @@ class Contender:
             except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
                 raise NotPossible(f"{self.name}: {str(error).strip().splitlines()[0]}") from error
         part = self.settings["trains"]
+        if self.shots and task_type == "SEQ_CLS":
+            raise NotPossible(f"{self.name}: a classifier takes no solved examples")
         if part == "head" and task_type != "SEQ_CLS":
             raise NotPossible(f"{self.name}: a model that generates has no new head")
         chosen = {"nothing": set(), "head": set(), "biases": _biases(model), "norms": _norms(model)}
