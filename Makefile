@@ -13,7 +13,7 @@ demo: $(VENV)/train.stamp
 	$(BIN)/trimtab generate cat --adapter runs/words
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
