@@ -183,10 +183,10 @@ def test_a_rate_that_diverges_is_passed_over_and_all_diverging_is_said(
 ) -> None:
     train = comparison._run
 
-    def diverging(recipe: Any, trial: Trial, task: Any) -> Any:
+    def diverging(recipe: Any, trial: Trial) -> Any:
         if trial.learning_rate == 1:
             raise RunError("the loss is NaN")
-        return train(recipe, trial, task)
+        return train(recipe, trial)
 
     monkeypatch.setattr(comparison, "_run", diverging)
     recipe = load_recipe(write_recipe(models, tmp_path, methods=["full", "untuned"], learning_rates=[1e-3, 1]))

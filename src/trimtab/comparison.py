@@ -12,7 +12,6 @@ import json
 import multiprocessing
 import os
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
@@ -27,12 +26,12 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
 from trimtab.config import ReftConfig
 from trimtab.contenders import Contender, NotPossible
 from trimtab.data import Encoded
-from trimtab.evaluation import evaluate, evaluating
+from trimtab.evaluation import Evaluation, evaluate, evaluating
 from trimtab.reuse import Store, choose_reuse
-from trimtab.schema import Recipe
+from trimtab.schema import SPLITS, Recipe
 from trimtab.tasks import Example, Task, build_task
-from trimtab.trainer import NumberedCollator, ReftTrainer
-from trimtab.training import Base, Progress, Report, RunError, training_arguments, versions, write_json
+from trimtab.trainer import ReftTrainer
+from trimtab.training import Base, Counting, Progress, Report, RunError, training_arguments, versions, write_json
 
 CURVE = 60
 """Points of a learning curve."""
@@ -52,6 +51,8 @@ class Trial:
     seed: int
     examples: int | None = None
     """Train on so many, drawn by the seed; None for all."""
+    test: bool = True
+    """Score on test too; a search, which looks at validation alone, does not."""
 
 
 @dataclass(eq=False)
@@ -97,6 +98,7 @@ class Study:
         self.rates = sorted(set(recipe.compare.learning_rates))
         self.seeds = [recipe.seed + i for i in range(recipe.compare.seeds)]
         self.groups = [Group(task, c, n) for n in sizes for task, cs in contenders.items() for c in cs]
+        self.data = {task: fingerprints(recipe, task) for task in contenders}
 
     def run(self, jobs: int, watch: Watch = lambda group: None) -> list[Group]:
         """Run what is missing, `jobs` at a time; returns the finished groups in the order of the recipe.
@@ -123,7 +125,7 @@ class Study:
         self, pool: Executor, waiting: dict[Future[dict[str, Any]], Group], group: Group, trials: list[Trial]
     ) -> None:
         for trial in trials:
-            waiting[pool.submit(run_trial, self.recipe, trial, self.folder)] = group
+            waiting[pool.submit(run_trial, self.recipe, trial, self.folder, self.data[trial.task])] = group
 
     def _first_trials(self, group: Group) -> list[Trial]:
         first = Trial(group.task, group.contender, None, self.seeds[0], group.examples)
@@ -157,12 +159,12 @@ class Study:
 @contextmanager
 def workers(jobs: int) -> Iterator[Executor]:
     """Processes that share the cores; each has its own GPU where there are several."""
-    devices = multiprocessing.get_context("spawn").Queue()
+    context = multiprocessing.get_context("spawn")
+    devices = context.Queue()
     for i in range(jobs):
         devices.put(i)
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # processes whose threads spin for one another's cores
-    context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=(devices, threads))
     try:
         yield pool
@@ -191,22 +193,23 @@ def room_for(recipe: Recipe) -> int:
     return max(1, min(len(os.sched_getaffinity(0)), fit))
 
 
-def run_trial(recipe: Recipe, trial: Trial, folder: Path) -> dict[str, Any]:
+def run_trial(recipe: Recipe, trial: Trial, folder: Path, data: dict[str, str] | None = None) -> dict[str, Any]:
     """The trial's result: read where there is one, else trained, scored and written.
 
+    Args:
+        data: the task's `fingerprints`, where the caller has them; with them a result is found without reading data.
     Returns:
         What was `run`; `validation` and `test` scores, `predictions` and `per_item` on test, `parameters`, `seconds`,
         `memory`, `curve`; or `failed` or `impossible` with the reason.
     """
-    task = build_task(trial.task, recipe.tasks[trial.task])
-    run = describe(recipe, trial, task)
+    run = describe(recipe, trial, data or fingerprints(recipe, trial.task))
     digest = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()[:16]
     file = folder / trial.task / trial.contender.name / f"{digest}.json"
     if file.exists():
         found: dict[str, Any] = json.loads(file.read_text())
         return found
     try:
-        result = _run(recipe, trial, task)
+        result = _run(recipe, trial)
     except NotPossible as error:
         result = {"impossible": str(error)}
     except RunError as error:
@@ -217,15 +220,15 @@ def run_trial(recipe: Recipe, trial: Trial, folder: Path) -> dict[str, Any]:
     return result
 
 
-def describe(recipe: Recipe, trial: Trial, task: Task[Any]) -> dict[str, Any]:
+def describe(recipe: Recipe, trial: Trial, data: dict[str, str]) -> dict[str, Any]:
     """All that decides a trial's outcome; data by its content, so that no path of this machine is in it."""
-    spec = task.spec.model_dump(mode="json", exclude={"adapter", "data"})
+    spec = recipe.tasks[trial.task].model_dump(mode="json", exclude={"adapter", "data"})
     return {
         "model": Path(recipe.model).name if Path(recipe.model).is_dir() else recipe.model,
         "dtype": recipe.dtype,
         "attention": recipe.attention,
         "task": spec,
-        "data": {split: fingerprint(task.examples(split)) for split in ("train", "validation", "test")},
+        "data": data,
         "settings": dict(trial.contender.settings),
         "learning_rate": trial.learning_rate,
         "seed": trial.seed,
@@ -233,36 +236,42 @@ def describe(recipe: Recipe, trial: Trial, task: Task[Any]) -> dict[str, Any]:
     }
 
 
-def fingerprint(examples: Sequence[Example]) -> str:
-    """A short hash of what examples say."""
-    text = json.dumps([(e.texts, e.answer, e.label) for e in examples], ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def fingerprints(recipe: Recipe, name: str) -> dict[str, str]:
+    """Short hashes of what a task's splits, and the held-out text, say."""
+    task = build_task(name, recipe.tasks[name])
+    texts = {
+        split: json.dumps([(e.texts, e.answer, e.label, e.set) for e in task.examples(split)], ensure_ascii=False)
+        for split in SPLITS
+    }
+    if recipe.compare.held_out:
+        texts["held_out"] = Path(recipe.compare.held_out).read_text(encoding="utf-8")
+    return {key: hashlib.sha256(text.encode()).hexdigest()[:16] for key, text in texts.items()}
 
 
-def _run(recipe: Recipe, trial: Trial, task: Task[Any]) -> dict[str, Any]:
+def _run(recipe: Recipe, trial: Trial) -> dict[str, Any]:
+    task = build_task(trial.task, recipe.tasks[trial.task])
     base = Base(recipe.model_copy(update={"seed": trial.seed}))
     model, tokenizer, contender = base.model_for(task), base.tokenizer, trial.contender
     held_out = windows(recipe.compare.held_out, tokenizer) if task.spec.type == "generation" else []
     before = window_loss(model, held_out) if held_out else 0.0
     size = sum(p.numel() for p in model.parameters())
     examples = drawn(task.examples("train"), trial)
-    shots = drawn(task.examples("train"), replace(trial, examples=trial.examples or contender.shots))
+    some = replace(trial, examples=trial.examples or contender.shots)
+    shots = drawn(task.examples("train"), some) if contender.shots else []
     set_seed(trial.seed)
     adapted = contender.build(model, task.spec.task_type)
     trained = _train(recipe, trial, task, adapted, tokenizer, examples) if contender.trains else {}
-    result: dict[str, Any] = {"parameters": sum(p.numel() for p in adapted.parameters() if p.requires_grad)}
-    if not contender.trains:
-        result["parameters"] = 0
-    scored = {
-        split: evaluate(adapted, tokenizer, task, with_shots(task.examples(split), shots if contender.shots else []))
-        for split in ("validation", "test")
-    }
+
+    def score(split: str) -> Evaluation:
+        return evaluate(adapted, tokenizer, task, with_shots(task.examples(split), shots))
+
+    result: dict[str, Any] = {"validation": score("validation").main}
+    if trial.test:
+        found = score("test")
+        result |= {"test": found.scores, "predictions": found.predictions, "per_item": found.per_item}
     return {
-        "validation": scored["validation"].main,
-        "test": scored["test"].scores,
-        "predictions": scored["test"].predictions,
-        "per_item": scored["test"].per_item,
         **result,
+        "parameters": sum(p.numel() for p in adapted.parameters() if p.requires_grad),
         "model_parameters": size,
         **trained,
         **({"forgetting": window_loss(adapted, held_out, contender) - before} if held_out else {}),
@@ -307,44 +316,34 @@ def _train(
             reuse = None if isinstance(found, str) else found
         arguments = training_arguments(spec, Path(folder), trial.seed, len(encoded))
         arguments.save_strategy = "no"
-        collate = _Collate(tokenizer, trial.contender)
+        progress = Progress(trial.task)
         trainer = ReftTrainer(
             model,
             arguments,
             encoded,
             reuse,
             supervised=not trial.contender.adds_tokens,
-            data_collator=collate,
-            callbacks=[Report(Progress(trial.task), lambda progress: None)],
+            data_collator=(Counting if trial.contender.is_reft else _WithoutPrompts)(tokenizer, progress),
+            callbacks=[Report(progress, lambda progress: None)],
         )
         trainer.remove_callback(PrinterCallback)
         memory = training_memory(trainer, model, encoded, spec.batch_size)
-        start = time.perf_counter()
         trainer.train()
-        seconds = time.perf_counter() - start
         store.close()
     return {
-        "seconds": round(seconds, 3),
+        "seconds": round(progress.seconds, 3),
         "steps": trainer.state.global_step,
-        "tokens": collate.tokens,
+        "tokens": progress.tokens,
         "memory": memory,
         "curve": thinned([entry["loss"] for entry in trainer.state.log_history if "loss" in entry]),
     }
 
 
-class _Collate(NumberedCollator):
-    """Counts tokens, and leaves out what only a ReFT model takes."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, contender: Contender) -> None:
-        super().__init__(tokenizer)
-        self.contender, self.tokens = contender, 0
+class _WithoutPrompts(Counting):
+    """Leaves out what only a ReFT model takes."""
 
     def __call__(self, batch: Sequence[Any]) -> dict[str, Any]:
-        self.tokens += sum(len(e.input_ids) for _, e in batch)
-        collated = super().__call__(batch)
-        if not self.contender.is_reft:
-            collated.pop("prompt_lengths", None)
-        return collated
+        return {key: value for key, value in super().__call__(batch).items() if key != "prompt_lengths"}
 
 
 def training_memory(trainer: ReftTrainer, model: nn.Module, encoded: Sequence[Encoded], batch_size: int) -> int:

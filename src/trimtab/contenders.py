@@ -7,7 +7,7 @@ model = contender.build(base, task_type="CAUSAL_LM")            # trainable, the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,25 +105,30 @@ class Contender:
             raise NotPossible(f"{self.name}: a classifier takes no solved examples")
         if part == "head" and task_type != "SEQ_CLS":
             raise NotPossible(f"{self.name}: a model that generates has no new head")
-        chosen = {"nothing": set(), "head": set(), "biases": _biases(model), "norms": _norms(model)}
-        chosen["everything"] = {name for name, _ in model.named_parameters()}
-        if part in ("biases", "norms") and not chosen[part]:
+        names = [name for name, _ in model.named_parameters()]
+        head = {name for name in names if any(word in HEADS for word in name.split("."))}
+        chosen = PARTS[part](model, names) - head
+        if part in ("biases", "norms") and not chosen:
             raise NotPossible(f"{self.name}: the model has no {part}")
         for name, parameter in model.named_parameters():
-            in_head = any(word in HEADS for word in name.split("."))
-            parameter.requires_grad_(name in chosen[part] or (in_head and part != "nothing"))
+            parameter.requires_grad_(name in chosen or (name in head and self.trains))
         return model
 
 
-def _biases(model: nn.Module) -> set[str]:
-    names = {name for name, _ in model.named_parameters() if name.rpartition(".")[2] == "bias"}
-    return {name for name in names if not any(word in HEADS for word in name.split("."))}
-
-
-def _norms(model: nn.Module) -> set[str]:
+def _norms(model: nn.Module, names: list[str]) -> set[str]:
     """The parameters of normalisations, which are told by the name of their class."""
     norms = {name for name, module in model.named_modules() if type(module).__name__.endswith("Norm")}
-    return {name for name, _ in model.named_parameters() if name.rpartition(".")[0] in norms}
+    return {name for name in names if name.rpartition(".")[0] in norms}
+
+
+PARTS: dict[str, Callable[[nn.Module, list[str]], set[str]]] = {
+    "nothing": lambda model, names: set(),
+    "head": lambda model, names: set(),
+    "biases": lambda model, names: {name for name in names if name.rpartition(".")[2] == "bias"},
+    "norms": _norms,
+    "everything": lambda model, names: set(names),
+}
+"""What `trains:` names, beside a classifier's head: which parameters of the model."""
 
 
 def as_contender(entry: str | Mapping[str, Mapping[str, Any]], adapter: AdapterSpec) -> Contender:
@@ -164,11 +169,8 @@ def choose_contenders(
     Raises:
         ValueError: a task or method that is not there.
     """
-    for name in tasks or ():
-        if name not in recipe.tasks:
-            raise ValueError(f"task {name!r} is not in the recipe; it has {', '.join(recipe.tasks)}.")
     chosen = {}
-    for name in tasks or recipe.tasks:
+    for name in recipe.chosen(tasks):
         spec = recipe.tasks[name]
         entries = recipe.compare.methods or applicable(spec.task_type)
         found = [as_contender(entry, spec.adapter) for entry in entries]

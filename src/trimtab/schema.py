@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import string
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import (
@@ -349,6 +350,13 @@ class Recipe(_Section):
         min_length=1
     )
     """a mapping of task names to tasks"""
+
+    def chosen(self, only: Sequence[str] | None) -> list[str]:
+        """The names of the tasks asked for; of all by default. Raises ValueError for one that is not there."""
+        unknown = [name for name in only or () if name not in self.tasks]
+        if unknown:
+            raise ValueError(f"task {unknown[0]!r} is not in the recipe; it has {', '.join(self.tasks)}.")
+        return list(only or self.tasks)
 
     @field_validator("tasks")
     @classmethod

@@ -81,14 +81,11 @@ def train_recipe(
         watch: called whenever a task's progress changed.
 
     Raises:
-        RunError: a task's folder holds another run, or a task is not in the recipe.
+        RunError: a task's folder holds another run.
         DataError: a task's data cannot be read.
+        ValueError: a task is not in the recipe.
     """
-    names = list(recipe.tasks) if only is None else only
-    unknown = [name for name in names if name not in recipe.tasks]
-    if unknown:
-        raise RunError(f"task {unknown[0]!r} is not in the recipe; it has {', '.join(recipe.tasks)}.")
-    runs = [Run(recipe, name) for name in names]
+    runs = [Run(recipe, name) for name in recipe.chosen(only)]
     base = Base(recipe)
     for run in runs:  # every error in data or folders before the first step, and before anything is removed
         run.check_folder(resume)
@@ -105,10 +102,9 @@ def evaluate_run(recipe: Recipe, only: list[str] | None = None, split: str = "te
     Raises:
         RunError: a task has no adapter yet.
     """
+    names = recipe.chosen(only)
     base, results = Base(recipe), {}
-    for name in only or list(recipe.tasks):
-        if name not in recipe.tasks:
-            raise RunError(f"task {name!r} is not in the recipe; it has {', '.join(recipe.tasks)}.")
+    for name in names:
         run = Run(recipe, name)
         if not (run.folder / "adapter_config.json").exists():
             raise RunError(f"{run.folder}: no adapter yet; train it first.")
@@ -299,12 +295,10 @@ class Run:
         watch: Watch,
         reuse: Reuse | str,
     ) -> ReftTrainer:
-        def look() -> float | None:
-            if self.spec.data.validation is False:
-                return None
+        def look() -> float:
             return evaluate(model, tokenizer, self.task, self.task.examples("validation")[:100]).main
 
-        collate = _Counting(tokenizer, progress)
+        collate = Counting(tokenizer, progress)
         collate.packed = self.task.spec.type == "generation" and self._packs(model, reuse)
         trainer = ReftTrainer(
             model,
@@ -312,7 +306,7 @@ class Run:
             self.encoded,
             reuse if isinstance(reuse, Reuse) else None,
             data_collator=collate,
-            callbacks=[Report(progress, watch, look)],
+            callbacks=[Report(progress, watch, None if self.spec.data.validation is False else look)],
         )
         trainer.remove_callback(PrinterCallback)
         return trainer
@@ -363,7 +357,7 @@ def training_arguments(spec: TrainingSpec, folder: Path, seed: int, examples: in
     return arguments
 
 
-class _Counting(NumberedCollator):
+class Counting(NumberedCollator):
     """A collator that counts the real tokens it hands out."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> None:
@@ -378,7 +372,7 @@ class _Counting(NumberedCollator):
 class Report(TrainerCallback):
     """Keeps `Progress` up to date, takes the validation score now and then if told how, and stops at a NaN loss."""
 
-    def __init__(self, progress: Progress, watch: Watch, look: Callable[[], float | None] | None = None) -> None:
+    def __init__(self, progress: Progress, watch: Watch, look: Callable[[], float] | None = None) -> None:
         self.progress, self.watch, self.look = progress, watch, look
         self._last = time.perf_counter()
 

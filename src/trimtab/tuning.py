@@ -15,7 +15,7 @@ import yaml
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from trimtab.comparison import Trial, run_trial
+from trimtab.comparison import Trial, fingerprints, run_trial
 from trimtab.contenders import as_contender
 from trimtab.schema import Recipe, TuneSpec
 from trimtab.training import RunError
@@ -43,12 +43,12 @@ def tune(recipe: Recipe, task: str, blocks: int, trials: int, watch: Watch = lam
         sampler=optuna.samplers.TPESampler(seed=recipe.seed),
         load_if_exists=True,
     )
-    space = recipe.tune
+    space, data = recipe.tune, fingerprints(recipe, task)
 
     def objective(trial: optuna.Trial) -> float:
         settings, rate = suggested(trial, space, blocks)
         contender = as_contender({"tuned": settings}, recipe.tasks[task].adapter)
-        result = run_trial(recipe, Trial(task, contender, rate, recipe.seed), folder / "trials")
+        result = run_trial(recipe, Trial(task, contender, rate, recipe.seed, test=False), folder / "trials", data)
         if "validation" not in result:
             raise optuna.TrialPruned(result.get("failed") or result["impossible"])
         watch(trial.number, {**settings, "learning_rate": rate}, result["validation"])
@@ -56,8 +56,7 @@ def tune(recipe: Recipe, task: str, blocks: int, trials: int, watch: Watch = lam
 
     complete = optuna.trial.TrialState.COMPLETE
     tried = (complete, optuna.trial.TrialState.PRUNED)
-    while (left := trials - len(study.get_trials(deepcopy=False, states=tried))) > 0:
-        study.optimize(objective, n_trials=min(left, 1))
+    study.optimize(objective, n_trials=max(0, trials - len(study.get_trials(deepcopy=False, states=tried))))
     if not study.get_trials(deepcopy=False, states=(complete,)):
         raise RunError(f"{task}: no trial trained; lower tune: learning_rates.")
     settings, rate = suggested(optuna.trial.FixedTrial(study.best_params), space, blocks)
