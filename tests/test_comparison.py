@@ -6,15 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from trimtab import comparison
-from trimtab.comparison import Group, Study, Trial, drawn, run_trial, thinned, windows
+from trimtab.comparison import Group, Study, Trial, drawn, fingerprints, run_trial, thinned, windows
 from trimtab.contenders import CONTENDERS, Contender, as_contender, choose_contenders
 from trimtab.recipe import RecipeError, load_recipe
-from trimtab.report import as_markdown, summarise, write_report
+from trimtab.report import as_markdown, scoring_of, summarise, write_report
 from trimtab.schema import AdapterSpec
 from trimtab.tasks import build_task
 from trimtab.training import RunError
@@ -226,7 +227,10 @@ def test_a_report_is_whole(models: Path, tmp_path: Path, inline: None, monkeypat
         assert name in page and name in (tmp_path / "out/report.md").read_text()
 
 
-@pytest.mark.parametrize(("kind", "score"), [("classification", "mcc"), ("classification", "f1"), ("regression", None)])
+@pytest.mark.parametrize(
+    ("kind", "score"),
+    [("classification", "mcc"), ("classification", "f1"), ("regression", None), ("regression", "pearson")],
+)
 def test_scores_that_are_no_means_get_a_verdict(
     kind: str, score: str | None, models: Path, tmp_path: Path, inline: None
 ) -> None:
@@ -240,6 +244,35 @@ def test_scores_that_are_no_means_get_a_verdict(
     row = next(r for r in summarise(recipe, groups)["tasks"]["words"]["methods"] if r["name"] == "head")
     means = [sum(s["test"][recipe.tasks["words"].score] for s in g.seeds) / 2 for g in groups]
     assert row["against_reference"]["difference"] == pytest.approx(means[1] - means[0])
+
+
+def test_several_test_sets_are_compared_by_the_plain_mean_of_theirs(models: Path, tmp_path: Path, inline: None) -> None:
+    path = write_recipe(models, tmp_path, methods=["loreft", "lora"])
+    raw = json.loads(path.read_text())
+    rows = (tmp_path / "rows.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "few.jsonl").write_text("".join(rows[:2]))
+    raw["tasks"]["words"]["score"] = "overlap"
+    raw["tasks"]["words"]["data"]["test"] = {"many": "rows.jsonl", "few": "few.jsonl"}
+    path.write_text(json.dumps(raw))
+    recipe = load_recipe(path)
+    score, column, binary = scoring_of(build_task("words", recipe.tasks["words"]))
+    assert (column, binary) == ("per_item", False)
+    right_on_few = [0.0] * 8 + [1.0] * 2  # the limit cuts the larger set to eight
+    assert score(right_on_few, np.ones((1, 10))) == pytest.approx(0.5)
+    groups = Study(recipe, choose_contenders(recipe), tmp_path / "trials").run(1)
+    row = next(r for r in summarise(recipe, groups)["tasks"]["words"]["methods"] if r["name"] == "lora")
+    means = [sum(s["test"]["overlap"] for s in g.seeds) / 2 for g in groups]
+    assert row["against_reference"]["difference"] == pytest.approx(means[1] - means[0])
+
+
+def test_another_held_out_text_is_another_trial(models: Path, tmp_path: Path) -> None:
+    names = []
+    for words in ("All is well. ", "Nothing ends. "):
+        (tmp_path / "text.txt").write_text(words * 400)
+        recipe = load_recipe(write_recipe(models, tmp_path, held_out="text.txt"))
+        names.append(fingerprints(recipe, "words")["held_out"])
+    assert names[0] != names[1]
+    assert "held_out" not in fingerprints(load_recipe(write_recipe(models, tmp_path)), "words")
 
 
 def test_few_shot_draws_by_the_seed_and_trains_on_those_only(

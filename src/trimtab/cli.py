@@ -7,7 +7,6 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -86,7 +85,7 @@ def train(
     from trimtab.training import Progress, train_recipe
 
     recipe = _recipe(file, model, data, output, settings, task)
-    names = task or list(recipe.tasks)
+    names = recipe.chosen(task)
     rows = {name: Progress(name) for name in names}
     live = Live(console=console, refresh_per_second=4)
 
@@ -171,7 +170,7 @@ def compare(
     """Compare methods on a recipe's tasks: same data, steps, seeds and learning rates, with statistics."""
     with _extra("bench"):
         from trimtab.comparison import Group, Study, room_for
-        from trimtab.report import write_report
+        from trimtab.report import OVERALL, overall_cells, write_report
     from trimtab.contenders import as_contender, choose_contenders
     from trimtab.starter import look_at
     from trimtab.variants import adapter_variants
@@ -200,13 +199,12 @@ def compare(
     jobs = jobs or room_for(recipe)
     console.print(f"{len(study.groups)} comparisons, {jobs} trials at a time; what is done already is read.")
     study.run(jobs, watch)
-    name = "few-shot" if few_shot else "ablation" if ablate else "report"
+    name = "-".join(["ablation"] * bool(ablate) + ["few-shot"] * bool(few_shot)) or "report"
     command = " ".join(["trimtab", *sys.argv[1:]])
     report = write_report(recipe, study.groups, folder, name, command)
-    table = Table("method", "tasks", "mean", "better", "worse", "not told apart", title=f"{recipe.model}")
+    table = Table(*OVERALL, title=recipe.model)
     for row in report["overall"]:
-        counts = (str(row.get(k, "")) for k in ("better", "worse", "not told apart"))
-        table.add_row(row["name"], str(row["tasks"]), f"{100 * row['mean']:.1f}" if row["tasks"] else "", *counts)
+        table.add_row(*overall_cells(row))
     console.print(table)
     console.print(f"Wrote {folder / name}.html, .md, .json and plots.")
 
@@ -339,10 +337,8 @@ def show(adapter: Annotated[Path, typer.Argument(help="An adapter's folder.")]) 
 )
 def lm_eval(context: typer.Context) -> None:
     """Score an adapter with lm-evaluation-harness, whose options these are (docs/lm-eval.md)."""
-    if find_spec("lm_eval") is None:
-        raise ValueError("lm-evaluation-harness is not installed: pip install 'trimtab[lm-eval]'.")
-    from trimtab.interop.lm_eval import main
-
+    with _extra("lm-eval"):
+        from trimtab.interop.lm_eval import main
     main(context.args)
 
 
@@ -364,7 +360,7 @@ def _extra(name: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise OSError(f"this command needs {error.name}: pip install 'trimtab[{name}]'") from None
+        raise ValueError(f"this command needs {error.name}: pip install 'trimtab[{name}]'") from None
 
 
 def _numbers(text: str) -> list[int]:

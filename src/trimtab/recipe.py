@@ -123,18 +123,20 @@ def _find_model(raw: dict[Any, Any], folder: Path) -> list[tuple[Place, str]]:
 def _find_files(raw: dict[Any, Any], folder: Path, only: Collection[str] | None) -> list[tuple[Place, str]]:
     """Replace the paths in `raw` by those of existing files; return what could not be found."""
     problems: list[tuple[Place, str]] = []
-    for name, task in _section(raw, "tasks").items():
-        for holder, key, place in _files(_section(task, "data")) if only is None or name in only else ():
-            try:
-                holder[key] = str(locate(holder[key], folder))
-            except DataError as error:
-                problems.append((("tasks", name, "data", *place), str(error)))
+    files = [
+        (holder, key, ("tasks", name, "data", *place))
+        for name, task in _section(raw, "tasks").items()
+        if only is None or name in only
+        for holder, key, place in _files(_section(task, "data"))
+    ]
     compare = _section(raw, "compare")
     if isinstance(compare.get("held_out"), str):
+        files.append((compare, "held_out", ("compare", "held_out")))
+    for holder, key, place in files:
         try:
-            compare["held_out"] = str(locate(compare["held_out"], folder))
+            holder[key] = str(locate(holder[key], folder))
         except DataError as error:
-            problems.append((("compare", "held_out"), str(error)))
+            problems.append((place, str(error)))
     return problems
 
 

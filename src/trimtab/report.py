@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from trimtab.comparison import Group
 from trimtab.schema import Recipe
-from trimtab.statistics import Weighted, compare_runs, correlation_of, f1_of, mcc_of, mean_of
+from trimtab.statistics import Weighted, compare_runs, correlation_of, f1_of, mcc_of, mean_of, over_sets
 from trimtab.tasks import Task, build_task
 from trimtab.tasks.classification import ClassificationTask, RegressionTask
 from trimtab.training import versions, write_json
@@ -109,14 +109,23 @@ def scoring_of(task: Task[Any]) -> tuple[Weighted, str, bool]:
 
     Scores that no mean over items gives are taken from predictions.
     """
-    wanted = [e.label for e in task.examples("test")]
+    examples = task.examples("test")
+    if task.sets:  # one type of task, so all sets are scored from the same list
+        parts = [scoring_of(one) for one in task.sets.values()]
+        places = [[i for i, e in enumerate(examples) if e.set == name] for name in task.sets]
+        return (
+            over_sets([(where, score) for where, (score, _, _) in zip(places, parts, strict=True)]),
+            parts[0][1],
+            False,
+        )
+    wanted = [e.label for e in examples]
     if isinstance(task, RegressionTask):
-        return correlation_of([float(v or 0) for v in wanted]), "predictions", False
+        return correlation_of([float(v or 0) for v in wanted], task.main_score), "predictions", False
     if isinstance(task, ClassificationTask) and task.main_score != "accuracy":
         classes = [int(v or 0) for v in wanted]
         score = mcc_of(classes) if task.main_score == "mcc" else f1_of(classes, task.num_labels)
         return score, "predictions", False
-    return mean_of, "per_item", True
+    return mean_of, "per_item", task.main_score != "overlap"
 
 
 def _method_row(group: Group, task: Task[Any], recipe: Recipe) -> Row:

@@ -106,8 +106,7 @@ def _mean_score(runs: Sequence[Any], score: Weighted, weights: Array) -> Array:
 
 def mean_of(values: Any, weights: Array) -> Array:
     """The mean over items."""
-    total: Array = weights @ np.asarray(values, dtype=np.float64) / weights.sum(1)
-    return total
+    return _ratio(weights @ np.asarray(values, dtype=np.float64), weights.sum(1))
 
 
 def mcc_of(wanted: Sequence[int]) -> Weighted:
@@ -141,15 +140,27 @@ def f1_of(wanted: Sequence[int], classes: int) -> Weighted:
     return score
 
 
-def correlation_of(wanted: Sequence[float]) -> Weighted:
-    """The mean of Pearson's and Spearman's correlation; ranks are those of the whole sample in every resample."""
+def over_sets(parts: Sequence[tuple[Sequence[int], Weighted]]) -> Weighted:
+    """The plain mean of several test sets' scores, each over its own items, whose indices come with it."""
+
+    def score(values: Any, weights: Array) -> Array:
+        each = [of([values[i] for i in where], weights[:, where]) for where, of in parts]
+        return np.asarray(np.mean(each, axis=0))
+
+    return score
+
+
+def correlation_of(wanted: Sequence[float], kind: str = "correlation") -> Weighted:
+    """Pearson's or Spearman's, or as `correlation` their mean; ranks are the whole sample's in every resample."""
     truth = np.asarray(wanted, dtype=np.float64)
 
     def score(predicted: Any, weights: Array) -> Array:
         guess = np.asarray(predicted, dtype=np.float64)
         if not np.isfinite(guess).all():
             return np.zeros(len(weights))
-        return (_pearson(guess, truth, weights) + _pearson(stats.rankdata(guess), stats.rankdata(truth), weights)) / 2
+        linear = _pearson(guess, truth, weights)
+        rank = _pearson(stats.rankdata(guess), stats.rankdata(truth), weights)
+        return {"pearson": linear, "spearman": rank, "correlation": (linear + rank) / 2}[kind]
 
     return score
 

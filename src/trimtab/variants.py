@@ -40,15 +40,10 @@ def _positions(given: AdapterSpec, blocks: int) -> Variants:
 
 
 def _layers(given: AdapterSpec, blocks: int) -> Variants:
-    every = range(blocks)
-    return {
-        "layers all": {"layers": "all"},
-        "layers first": {"layers": [0]},
-        "layers middle": {"layers": [blocks // 2]},
-        "layers last": {"layers": [blocks - 1]},
-        "layers lower half": {"layers": list(every[: blocks // 2])},
-        "layers upper half": {"layers": list(every[blocks // 2 :])},
-    }
+    half = blocks // 2
+    sets: dict[str, Any] = {"all": "all", "first": [0], "middle": [half], "last": [blocks - 1]}
+    sets |= {"lower half": list(range(half)), "upper half": list(range(half, blocks))}
+    return {f"layers {name}": {"layers": layers} for name, layers in sets.items() if layers}
 
 
 def _ranks(given: AdapterSpec, blocks: int) -> Variants:
