@@ -140,7 +140,7 @@ def test_a_study_runs_what_is_missing_and_nothing_twice(
     assert sorted(seen) == sorted(groups)
     assert [len(groups[n].rates) for n in ("loreft", "lora", "untuned", "few-shot")] == [2, 2, 1, 1]
     assert [len(groups[n].seeds) for n in ("loreft", "lora", "untuned", "few-shot")] == [2, 2, 1, 2]
-    assert groups["bitfit"].impossible == "bitfit: the model has no biases"
+    assert groups["bitfit"].impossible == "the model has no biases"
     for name in ("loreft", "lora"):
         assert {r["run"]["learning_rate"] for r in groups[name].seeds} == {groups[name].chosen}
         assert [r["run"]["seed"] for r in groups[name].seeds] == [0, 1]
@@ -196,7 +196,7 @@ def test_a_rate_that_diverges_is_passed_over_and_all_diverging_is_said(
     only = load_recipe(write_recipe(models, tmp_path, methods=["full", "untuned"], learning_rates=[1]))
     group = Study(only, choose_contenders(only), tmp_path / "trials").run(1)[0]
     assert group.impossible == "no learning rate trained: at 1.0 the loss is NaN"
-    assert "Left out: no learning rate" in as_markdown(summarise(only, [group]), {})
+    assert "Left out: full: no learning rate" in as_markdown(summarise(only, [group]), {})
 
 
 def test_a_report_is_whole(models: Path, tmp_path: Path, inline: None, monkeypatch: pytest.MonkeyPatch) -> None:

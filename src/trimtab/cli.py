@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -189,12 +188,15 @@ def compare(
     folder = Path(recipe.output) / "compare"
     study = Study(recipe, contenders, folder / "trials", _numbers(few_shot) if few_shot else (None,))
 
+    left = list(study.groups)
+
     def watch(group: Group) -> None:
         scores = [run["test"][recipe.tasks[group.task].score] for run in group.seeds]
         found = ", ".join(f"{100 * s:.1f}" for s in scores) or group.impossible
         size = f" {group.examples} examples" if group.examples else ""
-        left = sum(not (g.seeds or g.impossible) for g in study.groups)
-        console.print(f"{group.task}{size} {group.contender.name}: {found} [dim]({left} left)[/]", highlight=False)
+        left.remove(group)
+        text = escape(f"{group.task}{size}, {group.contender.name}: {found}")
+        console.print(f"{text} [dim]({len(left)} left)[/]", highlight=False)
 
     jobs = jobs or room_for(recipe)
     console.print(f"{len(study.groups)} comparisons, {jobs} trials at a time; what is done already is read.")
@@ -436,11 +438,9 @@ def _size(count: float) -> str:
 
 def main() -> None:
     """Run the command; what a person can mend is said in a few lines, without a traceback."""
-    from transformers.utils import logging
+    from trimtab.loading import quiet
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    quiet()
     try:
         app()
     except (ValueError, OSError, FloatingPointError) as error:

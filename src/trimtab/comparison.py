@@ -27,6 +27,7 @@ from trimtab.config import ReftConfig
 from trimtab.contenders import Contender, NotPossible
 from trimtab.data import Encoded
 from trimtab.evaluation import Evaluation, evaluate, evaluating
+from trimtab.loading import quiet
 from trimtab.reuse import Store, choose_reuse
 from trimtab.schema import SPLITS, Recipe
 from trimtab.tasks import Example, Task, build_task
@@ -173,14 +174,11 @@ def workers(jobs: int) -> Iterator[Executor]:
 
 
 def _start_worker(devices: Any, threads: int) -> None:
-    from transformers.utils import logging
-
     number = devices.get()
     if torch.cuda.device_count() > 1:
         torch.cuda.set_device(number % torch.cuda.device_count())
     torch.set_num_threads(threads)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet()
 
 
 def room_for(recipe: Recipe) -> int:
@@ -283,7 +281,7 @@ def drawn(examples: list[Example], trial: Trial) -> list[Example]:
     if trial.examples is None:
         return examples
     if trial.examples > len(examples):
-        raise NotPossible(f"{trial.contender.name}: {trial.examples} examples asked for, {len(examples)} there")
+        raise NotPossible(f"{trial.examples} examples asked for, {len(examples)} there")
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(trial.seed)).tolist()
     return [examples[i] for i in order[: trial.examples]]
 

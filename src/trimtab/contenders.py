@@ -99,17 +99,17 @@ class Contender:
                 adapted: nn.Module = get_peft_model(model, self.config(task_type))
                 return adapted
             except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
-                raise NotPossible(f"{self.name}: {str(error).strip().splitlines()[0]}") from error
+                raise NotPossible(f"{str(error).strip().splitlines()[0]}") from error
         part = self.settings["trains"]
         if self.shots and task_type == "SEQ_CLS":
-            raise NotPossible(f"{self.name}: a classifier takes no solved examples")
+            raise NotPossible("a classifier takes no solved examples")
         if part == "head" and task_type != "SEQ_CLS":
-            raise NotPossible(f"{self.name}: a model that generates has no new head")
+            raise NotPossible("a model that generates has no new head")
         names = [name for name, _ in model.named_parameters()]
         head = {name for name in names if any(word in HEADS for word in name.split("."))}
         chosen = PARTS[part](model, names) - head
         if part in ("biases", "norms") and not chosen:
-            raise NotPossible(f"{self.name}: the model has no {part}")
+            raise NotPossible(f"the model has no {part}")
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in chosen or (name in head and self.trains))
         return model

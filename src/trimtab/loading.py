@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 
 class ModelError(ValueError):
@@ -58,6 +60,13 @@ def as_dtype(name: str) -> Any:
 def as_attention(name: str) -> str | None:
     """A recipe's `attention:` as `from_pretrained` takes it."""
     return None if name == "auto" else name
+
+
+def quiet() -> None:
+    """No notes, bars or warnings of coming changes from the libraries underneath: what a command prints is ours."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def device() -> str:

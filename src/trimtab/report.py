@@ -13,6 +13,7 @@ import matplotlib
 from jinja2 import Environment
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from trimtab.comparison import Group
 from trimtab.schema import Recipe
@@ -204,6 +205,9 @@ def draw(report: Row, task: str, path: Path) -> None:
     ):
         _scatter(place, rows, unit, colours)
         place.set(xlabel=label, ylabel=f"test {report['score']}", xscale="log")
+        place.margins(x=0.15)  # room for the last name
+        for axis in (place.xaxis.set_major_formatter, place.xaxis.set_minor_formatter):
+            axis(LogFormatter(labelOnlyBase=False, minor_thresholds=(1, 0.4)))
         for row in report["methods"]:
             if row["name"] in ("untuned", "few-shot") and "mean" in row:
                 place.axhline(row["mean"], color="grey", lw=0.8, ls="--" if row["name"] == "untuned" else ":")
@@ -323,7 +327,7 @@ def as_markdown(report: Row, plots: dict[str, Path]) -> str:
             [f"**{c}**" if c else "" for c in cells(r)] if r["name"] == task["reference"] else cells(r) for r in rows
         ]
         lines += _markdown_table(heads(task), bold)
-        lines += [f"\nLeft out: {row['impossible']}." for row in task["methods"] if "impossible" in row]
+        lines += [f"\nLeft out: {row['name']}: {row['impossible']}." for row in task["methods"] if "impossible" in row]
         lines += ["", *(f"- {row['sentence']}" for row in rows if "sentence" in row)]
         if name in plots:
             lines += ["", f"![{name}]({plots[name].name})"]
@@ -387,7 +391,7 @@ img { max-width: 100% } .note { color: #555 } code { font-size: 13px }
 {% set rows = task.methods | selectattr("mean", "defined") | list %}
 {{ table(heads(task), rows | map("cells"), rows | map("verdict", task) | list) }}
 {% for row in task.methods if row.impossible is defined %}
-<p class="note">Left out: {{ row.impossible }}.</p>
+<p class="note">Left out: {{ row.name }}: {{ row.impossible }}.</p>
 {% endfor %}
 <details><summary>In words</summary><ul>
 {% for row in rows if row.sentence is defined %}<li>{{ row.sentence }}</li>{% endfor %}
