@@ -348,3 +348,16 @@ def test_processes_give_what_one_process_gives(models: Path, tmp_path: Path) -> 
                 tmp_path / "near",
             )
             assert here["predictions"] == found["predictions"] and here["curve"] == found["curve"]
+
+
+def test_solved_examples_that_the_model_cannot_read_are_left_out(models: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(write_recipe(models, tmp_path))
+    contender = as_contender({"many": {"trains": "nothing", "shots": 18}}, AdapterSpec())
+    config = models / "llama/config.json"
+    room = json.loads(config.read_text())
+    try:
+        config.write_text(json.dumps({**room, "max_position_embeddings": 32}))
+        result = run_trial(recipe, Trial("words", contender, None, 0), tmp_path / "trials")
+    finally:
+        config.write_text(json.dumps(room))
+    assert "18 solved examples make a prompt of" in result["impossible"] and "reads 32" in result["impossible"]

@@ -36,7 +36,9 @@ from trimtab.training import Base, Counting, Progress, Report, RunError, trainin
 
 CURVE = 60
 """Points of a learning curve."""
-HELD_OUT_WINDOWS, HELD_OUT_LENGTH = 64, 128
+HELD_OUT_WINDOWS, HELD_OUT_LENGTH = 32, 128
+_base_losses: dict[tuple[str, str, str | None], float] = {}
+"""A process's held-out losses of models as they come, since each trial starts from one."""
 SMALL_STEPS = 100
 """Steps of a few-shot trial, whatever the number of examples."""
 Watch = Callable[["Group"], None]
@@ -251,7 +253,9 @@ def _run(recipe: Recipe, trial: Trial) -> dict[str, Any]:
     base = Base(recipe.model_copy(update={"seed": trial.seed}))
     model, tokenizer, contender = base.model_for(task), base.tokenizer, trial.contender
     held_out = windows(recipe.compare.held_out, tokenizer) if task.spec.type == "generation" else []
-    before = window_loss(model, held_out) if held_out else 0.0
+    key = (recipe.model, recipe.dtype, recipe.compare.held_out)
+    if held_out and key not in _base_losses:
+        _base_losses[key] = window_loss(model, held_out)
     size = sum(p.numel() for p in model.parameters())
     examples = drawn(task.examples("train"), trial)
     some = replace(trial, examples=trial.examples or contender.shots)
@@ -261,7 +265,10 @@ def _run(recipe: Recipe, trial: Trial) -> dict[str, Any]:
     trained = _train(recipe, trial, task, adapted, tokenizer, examples) if contender.trains else {}
 
     def score(split: str) -> Evaluation:
-        return evaluate(adapted, tokenizer, task, with_shots(task.examples(split), shots))
+        asked = with_shots(task.examples(split), shots)
+        if shots:
+            check_context(model, task, tokenizer, asked, len(shots))
+        return evaluate(adapted, tokenizer, task, asked)
 
     result: dict[str, Any] = {"validation": score("validation").main}
     if trial.test:
@@ -272,7 +279,7 @@ def _run(recipe: Recipe, trial: Trial) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in adapted.parameters() if p.requires_grad),
         "model_parameters": size,
         **trained,
-        **({"forgetting": window_loss(adapted, held_out, contender) - before} if held_out else {}),
+        **({"forgetting": window_loss(adapted, held_out, contender) - _base_losses[key]} if held_out else {}),
     }
 
 
@@ -290,6 +297,17 @@ def with_shots(examples: Sequence[Example], shots: Sequence[Example]) -> list[Ex
     """The examples with solved ones before each prompt."""
     solved = "".join(f"{s.texts[0]}\n{s.answer}\n\n" for s in shots)
     return [replace(e, texts=(solved + e.texts[0],)) for e in examples] if shots else list(examples)
+
+
+def check_context(
+    model: Any, task: Task[Any], tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], shots: int
+) -> None:
+    """Raises NotPossible where solved examples make a prompt longer than the model reads."""
+    encoded, _ = task.encode(tokenizer, examples, training=False)
+    longest = max(len(e.input_ids) for e in encoded) + task.spec.max_new_tokens
+    room = getattr(model.config, "max_position_embeddings", None)
+    if room is not None and longest > room:
+        raise NotPossible(f"{shots} solved examples make a prompt of {longest} tokens; the model reads {room}")
 
 
 def _train(
