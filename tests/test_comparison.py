@@ -296,7 +296,7 @@ def test_an_ablation_changes_one_thing_at_a_time(models: Path, tmp_path: Path) -
     own = spec.adapter.model_dump()
     variants = {n: s for v in adapter_variants(spec, "positions,layers,r,tied,init", 2) for n, s in v.items()}
     assert variants["as given"] == own
-    assert {"positions f1", "positions l2", "positions prompt", "positions random3"} <= variants.keys()
+    assert {"positions f1", "positions l2", "positions prompt", "positions all", "positions random3"} <= variants.keys()
     assert {"layers last", "layers upper half", "r 16", "tied false", "init paper"} <= variants.keys()
     assert not {"positions f1+l2", "layers all", "r 2", "tied true", "init identity"} & variants.keys()
     for name, settings in variants.items():

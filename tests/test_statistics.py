@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from trimtab.statistics import compare_runs, correlation_of, f1_of, mcc_of, mean_of, resamples
+from trimtab.statistics import compare_runs, correlation_of, f1_of, mcc_of, mean_of, over_tasks, resamples
 from trimtab.tasks.scoring import f1, mcc, pearson, spearman
 
 
@@ -95,3 +95,22 @@ def test_weighted_correlation_is_the_tasks_own_on_the_whole_sample() -> None:
     expected = (pearson(guess.tolist(), wanted.tolist()) + spearman(guess.tolist(), wanted.tolist())) / 2
     assert correlation_of(wanted.tolist())(guess, np.ones((1, 80)))[0] == pytest.approx(expected)
     assert correlation_of(wanted.tolist())(np.full(80, np.nan), np.ones((1, 80)))[0] == 0
+
+
+def test_tasks_together_find_what_each_alone_does_not() -> None:
+    rng = np.random.default_rng(7)
+    alone = together = equal = 0
+    for trial in range(60):
+        planted, none = [], []
+        for _ in range(6):
+            hard = rng.normal(0, 1.5, 150)
+            a, b, c = (runs(rng, rate, 5, 150, hard, spread=0.05) for rate in (0.8, 0.75, 0.75))
+            planted.append(compare_runs(a, b, mean_of, seed=trial, count=200))
+            none.append(compare_runs(c, b, mean_of, seed=trial, count=200))
+        found = over_tasks(planted)
+        assert found.difference == pytest.approx(np.mean([one.difference for one in planted]))
+        alone += sum(one.verdict == "better" for one in planted)
+        together += found.verdict == "better"
+        equal += over_tasks(none).verdict == "not told apart"
+    assert together >= 54 > alone / 6
+    assert equal >= 55

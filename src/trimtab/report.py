@@ -11,13 +11,22 @@ from typing import Any
 
 import matplotlib
 from jinja2 import Environment
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import EngFormatter, LogFormatter
 
 from trimtab.comparison import Group
 from trimtab.schema import Recipe
-from trimtab.statistics import Weighted, compare_runs, correlation_of, f1_of, mcc_of, mean_of, over_sets
+from trimtab.statistics import (
+    Difference,
+    Weighted,
+    compare_runs,
+    correlation_of,
+    f1_of,
+    mcc_of,
+    mean_of,
+    over_sets,
+    over_tasks,
+)
 from trimtab.tasks import Task, build_task
 from trimtab.tasks.classification import ClassificationTask, RegressionTask
 from trimtab.training import versions, write_json
@@ -60,7 +69,7 @@ def summarise(recipe: Recipe, groups: Sequence[Group], command: str = "") -> Row
         "seeds": recipe.compare.seeds,
         "comparisons": len(compared),
         "tasks": tasks,
-        "overall": _overall(tasks),
+        "overall": _overall(tasks, all(group.examples is None for group in groups)),
         "by_size": _by_size(groups, tasks),
     }
 
@@ -174,20 +183,27 @@ def sentence(row: Row, found: Row, reference: str, items: int, seeds: int, refer
     return text + (" One seed says nothing of other seeds." if lone else "")
 
 
-def _overall(tasks: dict[str, Row]) -> list[Row]:
-    """Each method over all tasks that it could do: how often better, worse and not told apart from the reference."""
+def _overall(tasks: dict[str, Row], distinct: bool) -> list[Row]:
+    """Each method over all tasks that it could do, against the reference there: mean difference and count of verdicts.
+
+    Args:
+        distinct: no two tasks share test items, so that there is an interval for their mean.
+    """
     rows: dict[str, Row] = {}
+    differences: dict[str, list[Difference]] = {}
     for task in tasks.values():
         for method in task["methods"]:
             row = rows.setdefault(method["name"], {"name": method["name"], "tasks": 0, "total": 0.0})
             if "mean" in method:
                 row["tasks"] += 1
                 row["total"] += method["mean"]
-                verdict = method.get("against_reference", {}).get("verdict")
-                if verdict:
-                    row[verdict] = row.get(verdict, 0) + 1
+                if found := method.get("against_reference"):
+                    row[found["verdict"]] = row.get(found["verdict"], 0) + 1
+                    differences.setdefault(method["name"], []).append(Difference(**found))
     for row in rows.values():
         row["mean"] = row.pop("total") / row["tasks"] if row["tasks"] else None
+        if distinct and row["name"] in differences:
+            row["against_reference"] = over_tasks(differences[row["name"]]).as_dict()
     return sorted(rows.values(), key=lambda row: (-row["tasks"], -(row["mean"] or 0)))
 
 
@@ -196,28 +212,39 @@ def draw(report: Row, task: str, path: Path) -> None:
     figure = Figure(figsize=(11, 8), layout="constrained")
     axes = figure.subplots(2, 2)
     rows = [row for row in report["methods"] if row.get("seconds") is not None]
-    colours = {row["name"]: f"C{i % 10}" for i, row in enumerate(rows)}
+    looks = {name: (f"C{i % 10}", "os^"[i // 10 % 3]) for i, name in enumerate(sorted(row["name"] for row in rows))}
     unit: Callable[[Row], float]
     for place, label, unit in (
         (axes[0, 0], "trainable parameters", lambda row: row["parameters"]),
         (axes[0, 1], "training time, seconds", lambda row: row["seconds"]),
         (axes[1, 0], "memory of training above the model, MiB", lambda row: row["memory"] / 2**20),
     ):
-        _scatter(place, rows, unit, colours)
+        for row in rows:
+            colour, marker = looks[row["name"]]
+            where = {"x": unit(row), "y": row["mean"], "yerr": row["sd"] or 0}
+            place.errorbar(**where, fmt=marker, color=colour, capsize=2, label=row["name"])
         place.set(xlabel=label, ylabel=f"test {report['score']}", xscale="log")
-        place.margins(x=0.15)  # room for the last name
         for axis in (place.xaxis.set_major_formatter, place.xaxis.set_minor_formatter):
-            axis(LogFormatter(labelOnlyBase=False, minor_thresholds=(1, 0.4)))
+            axis(Magnitude(labelOnlyBase=False, minor_thresholds=(1, 0.4)))
         for row in report["methods"]:
             if row["name"] in ("untuned", "few-shot") and "mean" in row:
-                place.axhline(row["mean"], color="grey", lw=0.8, ls="--" if row["name"] == "untuned" else ":")
-    for i, row in enumerate(rows):
+                style = "--" if row["name"] == "untuned" else ":"
+                place.axhline(row["mean"], color="grey", lw=0.8, ls=style, label=row["name"])
+    for row in rows:
         steps, losses = zip(*row["curve"], strict=True)
-        axes[1, 1].plot(steps, losses, label=row["name"], color=colours[row["name"]], ls=("-", "--")[i // 10 % 2])
+        colour, marker = looks[row["name"]]
+        axes[1, 1].plot(steps, losses, color=colour, ls={"o": "-", "s": "--", "^": ":"}[marker])
     axes[1, 1].set(xlabel="step", ylabel="training loss", yscale="log")
-    axes[1, 1].legend(fontsize=7, ncols=2)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.suptitle(f"{task}: {report['test_items']} test items; bars are one standard deviation over seeds")
     figure.savefig(path, dpi=110)
+
+
+class Magnitude(LogFormatter):
+    """Ticks as 10 k and 1 M."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return EngFormatter(sep="")(x) if super().__call__(x, pos) else ""
 
 
 def draw_sizes(report: Row, task: str, path: Path) -> None:
@@ -238,12 +265,6 @@ def draw_sizes(report: Row, task: str, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _scatter(place: Axes, rows: Sequence[Row], x: Callable[[Row], float], colours: dict[str, str]) -> None:
-    for row in rows:
-        place.errorbar(x(row), row["mean"], yerr=row["sd"] or 0, fmt="o", color=colours[row["name"]], capsize=2)
-        place.annotate(row["name"], (x(row), row["mean"]), xytext=(4, 4), textcoords="offset points", fontsize=7)
-
-
 def introduction(report: Row) -> str:
     """How the figures came about."""
     rates = ", ".join(f"{rate:g}" for rate in report["learning_rates"])
@@ -256,19 +277,28 @@ def introduction(report: Row) -> str:
 
 
 EXPLAINED = (
-    '"Better" and "worse" are than the reference, the first row of its task in bold; means over different numbers of '
-    "tasks do not compare. Seconds and MiB are of training: the median over seeds; what autograd keeps on the longest "
-    'batch, with gradients and the optimizer\'s moments, above the model. "(edge)": the best learning rate was the '
-    "lowest or highest tried, so a better one may lie outside. Forgetting is the growth of the loss a token on "
-    "held-out text."
+    '"Better" and "worse" are than the reference, the row of its task in bold. Over all tasks the difference '
+    "is the mean of the tasks', and its interval is about these tasks, not others. Seconds and MiB are of "
+    "training: the median over seeds; what autograd keeps on the longest batch, with gradients and the "
+    'optimizer\'s moments, above the model. "(edge)": the best learning rate was the lowest or highest tried, '
+    "so a better one may lie outside. Forgetting is the growth of the loss a token on held-out text."
 )
-OVERALL = ("method", "tasks", "mean", "better", "worse", "not told apart")
+OVERALL = ("method", "tasks", "mean", "against reference", "verdict", "better", "worse", "not told apart")
 
 
 def overall_cells(row: Row) -> list[str]:
     """A line of the table over all tasks."""
     mean = "" if row["mean"] is None else f"{100 * row['mean']:.1f}"
-    return [row["name"], str(row["tasks"]), mean, *(str(row.get(key, "")) for key in OVERALL[3:])]
+    return [row["name"], str(row["tasks"]), mean, *_against(row), *(str(row.get(key, "")) for key in OVERALL[5:])]
+
+
+def _against(row: Row) -> list[str]:
+    """The difference from the reference in points with its interval, and the verdict."""
+    found = row.get("against_reference")
+    if not found:
+        return ["", ""]
+    difference, low, high = (100 * found[key] for key in ("difference", "low", "high"))
+    return [f"{difference:+.1f} ({low:+.1f} to {high:+.1f})", found["verdict"]]
 
 
 def heads(task: Row) -> list[str]:
@@ -281,14 +311,11 @@ def cells(row: Row) -> list[str]:
     """A line of a task's table."""
     spread = "" if row["sd"] is None else f" ± {100 * row['sd']:.1f}"
     failed = f" ({row['missing_seeds']} seeds failed)" if row.get("missing_seeds") else ""
-    found = row.get("against_reference")
-    points = "{0:+.1f} ({1:+.1f} to {2:+.1f})"
     rate = f"{row['learning_rate']:g}" + (" (edge)" if row["at_edge"] else "") if "learning_rate" in row else ""
     return [
         row["name"],
         f"{100 * row['mean']:.1f}{spread}{failed}",
-        points.format(*(100 * found[k] for k in ("difference", "low", "high"))) if found else "",
-        found["verdict"] if found else "",
+        *_against(row),
         f"{row['parameters']:,}",
         f"{100 * row['share']:.3g}%",
         f"{row['seconds']:.1f}" if "seconds" in row else "",

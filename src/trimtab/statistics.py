@@ -10,7 +10,7 @@ on the wide side.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,9 @@ class Difference:
     low: float
     high: float
     """The ends of the 95% interval."""
+    error: float
+    """The difference's standard error, and the degrees of freedom that it is known with."""
+    freedom: float
     p: float
     test: str
     verdict: str
@@ -70,22 +73,37 @@ def compare_runs(
     of_items = float(np.var(_mean_score(a, score, resampled) - _mean_score(b, score, resampled)))
     parts = [(of_items, items - 1.0)]
     parts += [(float(s.var(ddof=1)) / len(s), len(s) - 1.0) for s in (a_scores, b_scores) if len(s) > 1]
+    found = _difference(difference, parts, "paired bootstrap over items, spread of seeds")
+    if binary and len(a) == len(b) == 1:
+        return _judged(replace(found, p=_mcnemar(np.asarray(a[0]), np.asarray(b[0])), test="McNemar, exact"))
+    return found
+
+
+def over_tasks(found: Sequence[Difference]) -> Difference:
+    """The mean difference over tasks that share no test items, so that their variances add up.
+
+    It is about these tasks: how the methods would differ on others is not in the interval.
+    """
+    parts = [((one.error / len(found)) ** 2, one.freedom) for one in found]
+    return _difference(float(np.mean([one.difference for one in found])), parts, "tasks' variances added")
+
+
+def _difference(difference: float, parts: Sequence[tuple[float, float]], test: str) -> Difference:
+    """The verdict on a difference whose variance is the sum of parts, each with its degrees of freedom."""
     variance = sum(v for v, _ in parts)
     if variance == 0:
-        return _difference(difference, 0.0, 0.0 if difference else 1.0, "no spread")
-    freedom = variance**2 / sum(v**2 / max(f, 1.0) for v, f in parts)
-    error = variance**0.5
-    margin = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * error
-    if binary and len(a) == len(b) == 1:
-        return _difference(difference, margin, _mcnemar(np.asarray(a[0]), np.asarray(b[0])), "McNemar, exact")
-    p = 2 * float(stats.t.sf(abs(difference) / error, freedom))
-    return _difference(difference, margin, p, "paired bootstrap over items, spread of seeds")
+        freedom, margin, p = float(max(f for _, f in parts)), 0.0, 0.0 if difference else 1.0
+    else:
+        freedom = variance**2 / sum(v**2 / max(f, 1.0) for v, f in parts)
+        margin = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * variance**0.5
+        p = 2 * float(stats.t.sf(abs(difference) / variance**0.5, freedom))
+    low, high = difference - margin, difference + margin
+    return _judged(Difference(difference, low, high, variance**0.5, freedom, p, test, ""))
 
 
-def _difference(difference: float, margin: float, p: float, test: str) -> Difference:
-    sure = p < 1 - LEVEL
-    verdict = "not told apart" if not sure else "better" if difference > 0 else "worse"
-    return Difference(difference, difference - margin, difference + margin, p, test, verdict)
+def _judged(found: Difference) -> Difference:
+    sure = found.p < 1 - LEVEL
+    return replace(found, verdict="not told apart" if not sure else "better" if found.difference > 0 else "worse")
 
 
 def _mcnemar(a: Array, b: Array) -> float:

@@ -27,14 +27,25 @@ def adapter_variants(task: TaskSpec, axes: str, blocks: int) -> list[Variants]:
         if axis not in AXES:
             raise ValueError(f"--ablate {axis!r}: there are {', '.join(AXES)}")
         found |= {name: change for name, change in AXES[axis](task.adapter, blocks).items() if {**own, **change} != own}
+    if task.type != "generation":  # a classifier's text is all prompt
+        found.pop("positions all", None)
     return [{name: {**own, **change}} for name, change in found.items()]
 
 
 def _positions(given: AdapterSpec, blocks: int) -> Variants:
-    """Prefix only, suffix only, each also with as many tokens as both; one token; all; as many at random."""
+    """Prefix only, suffix only, each also with as many tokens as both; one; the prompt; all; as many at random."""
     parsed = parse_positions(given.positions)
     first, last = parsed.first or parsed.last or 7, parsed.last or parsed.first or 7
-    tried = [f"f{first}+l{last}", f"f{first}", f"l{last}", f"f{first + last}", f"l{first + last}", "l1", "prompt"]
+    tried = [
+        f"f{first}+l{last}",
+        f"f{first}",
+        f"l{last}",
+        f"f{first + last}",
+        f"l{first + last}",
+        "l1",
+        "prompt",
+        "all",
+    ]
     tried.append(f"random{first + last}")
     return {f"positions {p}": {"positions": p, "tied": given.tied or "+" not in p} for p in dict.fromkeys(tried)}
 
