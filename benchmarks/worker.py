@@ -136,7 +136,7 @@ def kept_for_backward(contender: Contender, batch: Any) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # else an output and its graph node keep each other, and the model, for good
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = contender.loss(batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -361,3 +362,14 @@ def test_solved_examples_that_the_model_cannot_read_are_left_out(models: Path, t
     finally:
         config.write_text(json.dumps(room))
     assert "18 solved examples make a prompt of" in result["impossible"] and "reads 32" in result["impossible"]
+
+
+def test_a_trial_leaves_nothing_in_memory(models: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(write_recipe(models, tmp_path))
+
+    def alive(seed: int) -> int:
+        run_trial(recipe, trial("loreft", seed=seed), tmp_path / "trials")
+        gc.collect()
+        return sum(isinstance(found, torch.Tensor) for found in gc.get_objects())
+
+    assert alive(0) == alive(1) == alive(2)

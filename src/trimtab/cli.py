@@ -204,9 +204,9 @@ def compare(
     name = "-".join(["ablation"] * bool(ablate) + ["few-shot"] * bool(few_shot)) or "report"
     command = " ".join(["trimtab", *sys.argv[1:]])
     report = write_report(recipe, study.groups, folder, name, command)
-    table = Table(*OVERALL, title=recipe.model)
+    table = Table(*OVERALL[:5], title=recipe.model)  # what fits a terminal
     for row in report["overall"]:
-        table.add_row(*overall_cells(row))
+        table.add_row(*overall_cells(row)[:5])
     console.print(table)
     console.print(f"Wrote {folder / name}.html, .md, .json and plots.")
 

@@ -377,7 +377,7 @@ def training_memory(trainer: ReftTrainer, model: nn.Module, encoded: Sequence[En
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # an output that its own graph node saved would keep both, and the model, for good
 
     reuse, trainer.reuse = trainer.reuse, None
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
