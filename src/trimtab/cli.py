@@ -169,7 +169,7 @@ def compare(
     """Compare methods on a recipe's tasks: same data, steps, seeds and learning rates, with statistics."""
     with _extra("bench"):
         from trimtab.comparison import Group, Study, room_for
-        from trimtab.report import OVERALL, overall_cells, write_report
+        from trimtab.report import overview, write_report
     from trimtab.contenders import as_contender, choose_contenders
     from trimtab.starter import look_at
     from trimtab.variants import adapter_variants
@@ -204,9 +204,10 @@ def compare(
     name = "-".join(["ablation"] * bool(ablate) + ["few-shot"] * bool(few_shot)) or "report"
     command = " ".join(["trimtab", *sys.argv[1:]])
     report = write_report(recipe, study.groups, folder, name, command)
-    table = Table(*OVERALL[:5], title=recipe.model)  # what fits a terminal
-    for row in report["overall"]:
-        table.add_row(*overall_cells(row)[:5])
+    head, lines = overview(report)
+    table = Table(*head[:5], title=recipe.model)  # what fits a terminal
+    for line in lines:
+        table.add_row(*line[:5])
     console.print(table)
     console.print(f"Wrote {folder / name}.html, .md, .json and plots.")
 

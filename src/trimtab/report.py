@@ -184,7 +184,7 @@ def sentence(row: Row, found: Row, reference: str, items: int, seeds: int, refer
 
 
 def _overall(tasks: dict[str, Row], distinct: bool) -> list[Row]:
-    """Each method over all tasks that it could do, against the reference there: mean difference and count of verdicts.
+    """Each method over all tasks that it could do, against the reference there.
 
     Args:
         distinct: no two tasks share test items, so that there is an interval for their mean.
@@ -198,7 +198,6 @@ def _overall(tasks: dict[str, Row], distinct: bool) -> list[Row]:
                 row["tasks"] += 1
                 row["total"] += method["mean"]
                 if found := method.get("against_reference"):
-                    row[found["verdict"]] = row.get(found["verdict"], 0) + 1
                     differences.setdefault(method["name"], []).append(Difference(**found))
     for row in rows.values():
         row["mean"] = row.pop("total") / row["tasks"] if row["tasks"] else None
@@ -277,19 +276,30 @@ def introduction(report: Row) -> str:
 
 
 EXPLAINED = (
-    '"Better" and "worse" are than the reference, the row of its task in bold. Over all tasks the difference '
+    '"Better" (▲) and "worse" (▼) are than the reference, the row of its task in bold. Over all tasks the difference '
     "is the mean of the tasks', and its interval is about these tasks, not others. Seconds and MiB are of "
     "training: the median over seeds; what autograd keeps on the longest batch, with gradients and the "
     'optimizer\'s moments, above the model. "(edge)": the best learning rate was the lowest or highest tried, '
     "so a better one may lie outside. Forgetting is the growth of the loss a token on held-out text."
 )
-OVERALL = ("method", "tasks", "mean", "against reference", "verdict", "better", "worse", "not told apart")
 
 
-def overall_cells(row: Row) -> list[str]:
-    """A line of the table over all tasks."""
-    mean = "" if row["mean"] is None else f"{100 * row['mean']:.1f}"
-    return [row["name"], str(row["tasks"]), mean, *_against(row), *(str(row.get(key, "")) for key in OVERALL[5:])]
+def overview(report: Row) -> tuple[list[str], list[list[str]]]:
+    """Head and lines of the table over all tasks."""
+    lines = []
+    for row in report["overall"]:
+        mean = "" if row["mean"] is None else f"{100 * row['mean']:.1f}"
+        scores = (_brief(row["name"], task) for task in report["tasks"].values())
+        lines.append([row["name"], str(row["tasks"]), mean, *_against(row), *scores])
+    return ["method", "tasks", "mean", "against reference", "verdict", *report["tasks"]], lines
+
+
+def _brief(name: str, task: Row) -> str:
+    row = next((row for row in task["methods"] if row["name"] == name and "mean" in row), None)
+    if row is None:
+        return ""
+    verdict = row.get("against_reference", {}).get("verdict")
+    return f"{100 * row['mean']:.1f}" + {"better": " ▲", "worse": " ▼"}.get(verdict, "")
 
 
 def _against(row: Row) -> list[str]:
@@ -343,7 +353,7 @@ def as_markdown(report: Row, plots: dict[str, Path]) -> str:
     """The report as Markdown; pictures are beside it."""
     lines = [f"# {report['model']}: methods compared", "", introduction(report), ""]
     lines += [f"`{report['command']}`; {ran(report)}.", "", "## All tasks", ""]
-    lines += _markdown_table(OVERALL, [overall_cells(row) for row in report["overall"]])
+    lines += _markdown_table(*overview(report))
     lines += ["", EXPLAINED]
     for name in report["by_size"]:
         lines += ["", f"![{name}]({plots[name].name})"]
@@ -370,8 +380,13 @@ def as_page(report: Row, plots: dict[str, Path]) -> str:
     pictures = {name: base64.b64encode(path.read_bytes()).decode() for name, path in plots.items()}
     made = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     made.globals |= {"heads": heads, "sizes": sizes}
-    made.filters |= {"cells": cells, "overall_cells": overall_cells, "verdict": _class_of}
-    words = {"introduction": introduction(report), "explained": EXPLAINED, "overall": OVERALL, "ran": ran(report)}
+    made.filters |= {"cells": cells, "verdict": _class_of}
+    words = {
+        "introduction": introduction(report),
+        "explained": EXPLAINED,
+        "overview": overview(report),
+        "ran": ran(report),
+    }
     return made.from_string(PAGE).render(report=report, pictures=pictures, **words)
 
 
@@ -409,7 +424,7 @@ img { max-width: 100% } .note { color: #555 } code { font-size: 13px }
 <h1>{{ report.model }}: methods compared</h1>
 <p>{{ introduction }}</p>
 <h2>All tasks</h2>
-{{ table(overall, report.overall | map("overall_cells"), []) }}
+{{ table(overview[0], overview[1], []) }}
 <p class="note">{{ explained }}</p>
 {% for name in report.by_size %}{{ picture(name) }}{% endfor %}
 {% for name, task in report.tasks.items() %}
