@@ -176,8 +176,10 @@ def test_the_rate_is_chosen_on_validation_alone() -> None:
     def result(rate: float, validation: float, test: float) -> dict[str, Any]:
         return {"run": {"learning_rate": rate}, "validation": validation, "test": {"exact_match": test}}
 
-    rates = [result(1e-3, 0.5, 0.9), result(1e-2, 0.7, 0.1), result(1e-1, 0.7, 0.2), {"run": {}, "failed": "NaN"}]
+    rates = [result(1e-3, 0.5, 0.9), result(1e-2, 0.7, 0.1), result(1e-1, 0.6, 0.2), {"run": {}, "failed": "NaN"}]
     assert Group("words", Contender("lora", {}), None, rates).chosen == 1e-2
+    plateau = [result(rate, 0.7, 0.1) for rate in (1e-4, 1e-3, 1e-2)]
+    assert Group("words", Contender("lora", {}), None, plateau).chosen == 1e-3
 
 
 def test_a_rate_that_diverges_is_passed_over_and_all_diverging_is_said(

@@ -74,10 +74,10 @@ class Group:
 
     @property
     def chosen(self) -> float | None:
-        """The learning rate with the best validation score; of equal ones the lowest."""
+        """The learning rate with the best validation score; the middle one of those that are equally good."""
         done = [r for r in self.rates if "validation" in r]
-        best = max(done, key=lambda r: (r["validation"], -(r["run"]["learning_rate"] or 0)), default=None)
-        return best["run"]["learning_rate"] if best else None
+        best = [r for r in done if r["validation"] == max(r["validation"] for r in done)]
+        return best[(len(best) - 1) // 2]["run"]["learning_rate"] if best else None
 
 
 class Study:

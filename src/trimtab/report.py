@@ -270,8 +270,8 @@ def introduction(report: Row) -> str:
     return (
         f"Scores in points, mean ± standard deviation over {report['seeds']} seeds. Every method had the same data, "
         f"batches and steps, and the learning rates {rates}, of which one was chosen on validation with the first "
-        f"seed; scores are on test. At 95%, one in twenty of the {report['comparisons']} differences would look real "
-        "by chance."
+        "seed (the middle one of those equally good); scores are on test. At 95%, one in twenty of the "
+        f"{report['comparisons']} differences would look real by chance."
     )
 
 
