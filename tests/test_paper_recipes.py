@@ -162,11 +162,13 @@ def test_instruct_runs_and_writes_what_alpaca_eval_reads(models: dict[str, Path]
         {"instruction": "Name a fish.", "output": text.strip(), "generator": "mine", "dataset": "koala"}
         for text in predicted
     ]
+    with pytest.raises(FileExistsError, match="is there already"):
+        trimtab("outputs", tmp_path / "runs/instruct", "-o", tmp_path / "out.json")
     write(data / "alpaca_eval.json", [{"instruction": "Other.", "output": "x"}])
     with pytest.raises(ValueError, match="2 answers to 1 test rows; the data has changed"):
-        trimtab("outputs", tmp_path / "runs/instruct", "-o", tmp_path / "out.json")
+        trimtab("outputs", tmp_path / "runs/instruct", "-o", tmp_path / "other.json")
     with pytest.raises(ValueError, match="no finished run"):
-        trimtab("outputs", tmp_path)
+        trimtab("outputs", tmp_path, "-o", tmp_path / "other.json")
 
 
 def test_glue_runs(models: dict[str, Path], data: Path, tmp_path: Path) -> None:

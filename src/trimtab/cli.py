@@ -52,8 +52,7 @@ def init(
     """Look at a model and write a commented recipe for it."""
     from trimtab.starter import adapter_parameters, look_at, parse_tasks, recipe_text, suggest
 
-    if output.exists():
-        raise FileExistsError(f"{output} is there already; give another --output, or remove it.")
+    _must_be_new(output)
     facts = look_at(model)
     text = recipe_text(facts, parse_tasks(task or []))
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -145,6 +144,7 @@ def outputs(
     from trimtab.outputs import alpaca_eval
     from trimtab.training import write_json
 
+    _must_be_new(output)
     rows = alpaca_eval(run, generator, untuned=untuned)
     write_json(output, rows)
     console.print(f"Wrote {len(rows)} answers by {rows[0]['generator']!r} to {output}.")
@@ -232,8 +232,7 @@ def tune(
 
     recipe = _recipe(file, model, data, None, settings, task)
     output = output or file.with_name(f"{file.stem}-tuned{file.suffix}")
-    if output.exists():
-        raise FileExistsError(f"{output} is there already; give another --output, or remove it.")
+    _must_be_new(output)
     blocks, found = look_at(recipe.model).blocks, {}
     for name in choose_contenders(recipe, task):
 
@@ -353,8 +352,14 @@ def mmlu(
     """Make MMLU's files into tasks for `trimtab lm-eval`, to run without the Hub."""
     from trimtab.interop.mmlu import write_mmlu
 
+    _must_be_new(output)
     write_mmlu(data, output)
     console.print(f"Run it: trimtab lm-eval --include_path {output} --tasks mmlu_local ...", soft_wrap=True)
+
+
+def _must_be_new(output: Path) -> None:
+    if output.exists():
+        raise FileExistsError(f"{output} is there already; name another output, or remove it.")
 
 
 @contextmanager
