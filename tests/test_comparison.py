@@ -4,22 +4,38 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoTokenizer,
+    BartConfig,
+    BartModel,
+    BertConfig,
+    BertModel,
+    DebertaV2Config,
+    DebertaV2Model,
+    DistilBertConfig,
+    DistilBertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
 
 from trimtab import comparison
-from trimtab.comparison import Group, Study, Trial, drawn, fingerprints, run_trial, thinned, windows
-from trimtab.contenders import CONTENDERS, Contender, as_contender, choose_contenders
+from trimtab.comparison import Group, Study, Trial, describe, drawn, fingerprints, run_trial, thinned, windows
+from trimtab.contenders import CONTENDERS, Contender, NotPossible, as_contender, choose_contenders
+from trimtab.data import DataError, encode
+from trimtab.evaluation import predict
 from trimtab.recipe import RecipeError, load_recipe
 from trimtab.report import as_markdown, scoring_of, summarise, write_report
 from trimtab.schema import AdapterSpec
 from trimtab.tasks import build_task
-from trimtab.training import RunError
+from trimtab.training import Base, RunError
 from trimtab.variants import adapter_variants
 
 ROOT = Path(__file__).parent.parent
@@ -150,8 +166,15 @@ def test_a_study_runs_what_is_missing_and_nothing_twice(
     study(more)
     added = set((tmp_path / "trials").rglob("*.json")) - set(files)
     assert sorted(f.parent.name for f in added) == ["few-shot", "lora", "loreft"]
-    monkeypatch.setattr(comparison, "_run", lambda *_: pytest.fail("nothing is missing"))
+    tried: list[Trial] = []
+
+    def run(_: Any, trial: Trial) -> dict[str, Any]:
+        tried.append(trial)
+        raise NotPossible("the model has no biases")
+
+    monkeypatch.setattr(comparison, "_run", run)
     study(more)
+    assert {t.contender.name for t in tried} == {"bitfit"}  # what is not possible is asked again
 
 
 def test_another_setting_or_other_data_is_another_trial(models: Path, tmp_path: Path) -> None:
@@ -375,3 +398,138 @@ def test_a_trial_leaves_nothing_in_memory(models: Path, tmp_path: Path) -> None:
         return sum(isinstance(found, torch.Tensor) for found in gc.get_objects())
 
     assert alive(0) == alive(1) == alive(2)
+
+
+def test_another_model_under_the_same_name_and_other_scoring_are_other_trials(models: Path, tmp_path: Path) -> None:
+    path = write_recipe(models, tmp_path)
+    shutil.copytree(models / "llama", tmp_path / "llama")
+    here, there = load_recipe(path), load_recipe(path, settings=[f"model={tmp_path / 'llama'}"])
+    first = describe(here, trial("loreft"), fingerprints(here, "words"))
+    assert first == describe(there, trial("loreft"), fingerprints(there, "words"))
+    weights = tmp_path / "llama/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1")
+    assert first != describe(there, trial("loreft"), fingerprints(there, "words"))
+
+    raw = json.loads(path.read_text())
+    found = []
+    for choices in (["cat", "dog"], ["cat", "dog", "box"]):
+        raw["tasks"]["words"]["data"]["test"] = {"a": {"file": "rows.jsonl", "score": "choice", "choices": choices}}
+        path.write_text(json.dumps(raw))
+        found.append(describe(load_recipe(path), trial("loreft"), {}))
+    assert found[0] != found[1]
+
+
+def test_what_one_trial_cannot_do_does_not_end_the_study(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe(write_recipe(models, tmp_path))
+    for error, said, seed in (
+        (FloatingPointError("a rotation holds NaN"), "a rotation holds NaN", 1),
+        (DataError("none fits"), "none fits", 2),
+        (torch.OutOfMemoryError("on this card"), "out of memory", 3),
+    ):
+
+        def fail(*_: Any, error: Exception = error) -> Any:
+            raise error
+
+        monkeypatch.setattr(comparison, "_run", fail)
+        assert run_trial(recipe, trial("loreft", seed=seed), tmp_path / "trials")["failed"] == said
+    assert len(list((tmp_path / "trials").rglob("*.json"))) == 2  # another card may have more memory
+
+
+def test_a_group_of_which_one_seed_is_impossible_is_left_out(
+    models: Path, tmp_path: Path, inline: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe(write_recipe(models, tmp_path, methods=["few-shot", "untuned"], seeds=3))
+    real = comparison._run
+
+    def run(recipe: Any, trial: Trial) -> dict[str, Any]:
+        if trial.seed == 1:
+            raise NotPossible("too long")
+        return real(recipe, trial)
+
+    monkeypatch.setattr(comparison, "_run", run)
+    group = Study(recipe, choose_contenders(recipe), tmp_path / "trials").run(1)[0]
+    assert (group.impossible, group.seeds) == ("too long", [])
+
+
+def test_the_test_split_must_not_be_the_one_that_rates_are_chosen_on(models: Path, tmp_path: Path) -> None:
+    path = write_recipe(models, tmp_path)
+    raw = json.loads(path.read_text())
+    del raw["tasks"]["words"]["data"]["test"]
+    path.write_text(json.dumps(raw))
+    recipe = load_recipe(path)
+    with pytest.raises(DataError, match=r"words: .* give test data"):
+        Study(recipe, choose_contenders(recipe), tmp_path / "trials")
+
+
+def test_answers_under_virtual_tokens_do_not_depend_on_the_batch(models: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(models / "llama")
+    base = LlamaForCausalLM.from_pretrained(models / "llama")
+    torch.manual_seed(1)
+    model = as_contender({"p": {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4}}, AdapterSpec()).build(
+        base, "CAUSAL_LM"
+    )
+    torch.nn.init.normal_(next(p for p in model.parameters() if p.requires_grad))
+    prompts = [encode(tokenizer, text) for text in ("cat", "a much longer prompt than that", "dog", "two words")]
+    together = predict(model, tokenizer, prompts, 4, max_new_tokens=6, equal_lengths=True)
+    assert together == [predict(model, tokenizer, [one], max_new_tokens=6)[0] for one in prompts]
+
+
+def test_contenders_that_would_train_wrongly_are_left_out(models: Path) -> None:
+    llama = LlamaForCausalLM.from_pretrained(models / "llama", dtype=torch.bfloat16)
+    with pytest.raises(NotPossible, match="bfloat16, in which small steps are lost"):
+        as_contender("ln", AdapterSpec()).build(llama, "CAUSAL_LM")
+    classifier = LlamaForSequenceClassification.from_pretrained(models / "llama")
+    with pytest.raises(NotPossible, match="virtual tokens move the last token"):
+        as_contender("prompt", AdapterSpec()).build(classifier, "SEQ_CLS", ["score"])
+    for wrong, message in (
+        ({"x": {"trains": "bias"}}, "'bias' is none of"),
+        ({"x": {"trains": "norms", "r": 2}}, "'r' does not go with trains"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            as_contender(wrong, AdapterSpec())
+
+
+@pytest.mark.parametrize("name", ["distilbert", "bart", "deberta"])
+def test_every_contender_trains_all_that_is_new(name: str, models: Path, tmp_path: Path) -> None:
+    """Not only what is called `classifier` or `score`: BART's head, DistilBERT's two layers, DeBERTa's pooler."""
+    small = {"vocab_size": 4096, "pad_token_id": 0}
+    kinds: dict[str, Any] = {
+        "distilbert": DistilBertModel(DistilBertConfig(dim=32, hidden_dim=48, n_layers=2, n_heads=2, **small)),
+        "bart": BartModel(
+            BartConfig(
+                d_model=32,
+                encoder_layers=1,
+                decoder_layers=1,
+                encoder_attention_heads=2,
+                decoder_attention_heads=2,
+                encoder_ffn_dim=48,
+                decoder_ffn_dim=48,
+                **small,
+            )
+        ),
+        "deberta": DebertaV2Model(
+            DebertaV2Config(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, **small)
+        ),
+    }
+    kinds[name].save_pretrained(tmp_path / name)
+    AutoTokenizer.from_pretrained(models / "llama").save_pretrained(tmp_path / name)
+    expected = {
+        "distilbert": {"pre_classifier", "classifier"},
+        "bart": {"classification_head"},
+        "deberta": {"pooler", "classifier"},
+    }[name]
+    recipe = load_recipe(write_recipe(models, tmp_path, "classification"), settings=[f"model={tmp_path / name}"])
+    task = build_task("words", recipe.tasks["words"])
+    for method in ("loreft", "lora", "head"):
+        base = Base(recipe)
+        model = base.model_for(task)
+        assert set(base.heads["words"]) == expected
+        heads = {n for n, _ in model.named_parameters() if n.split(".")[0] in expected}
+        adapted = as_contender(method, AdapterSpec(positions="f2")).build(model, "SEQ_CLS", base.heads["words"])
+        trained = [n for n, p in adapted.named_parameters() if p.requires_grad]
+        for head in heads:
+            module, _, rest = head.partition(".")
+            assert any(module in n and n.endswith(rest) for n in trained), (method, head)
+        assert method != "head" or set(trained) == heads

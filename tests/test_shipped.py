@@ -1,5 +1,6 @@
 """What is shipped runs: every recipe loads, and README's Python and shell blocks do what they say."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from trimtab.contenders import choose_contenders
 from trimtab.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -46,3 +48,17 @@ def test_readme_commands_exist(capfd: pytest.CaptureFixture[str]) -> None:
         _, name, *arguments = shlex.split(line)
         command = group.commands[name]  # type: ignore[attr-defined]
         command.make_context(name, arguments, resilient_parsing=False)
+
+
+@pytest.mark.parametrize("name", ["skills", "sets", "minilm"])
+def test_the_study_and_its_report_are_of_one_config(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    recipe = load_recipe(ROOT / f"benchmarks/verdict/{name}.yaml")
+    methods = {task: [c.name for c in found] for task, found in choose_contenders(recipe).items()}
+    report = json.loads((ROOT / recipe.output / "compare/report.json").read_text())
+    assert (report["seeds"], report["learning_rates"]) == (recipe.compare.seeds, recipe.compare.learning_rates)
+    assert {t: sorted(row["name"] for row in found["methods"]) for t, found in report["tasks"].items()} == {
+        task: sorted(names) for task, names in methods.items()
+    }
+    for found in report["tasks"].values():
+        assert all(len(row["scores"]) == recipe.compare.seeds for row in found["methods"] if row.get("seconds"))

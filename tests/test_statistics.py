@@ -68,6 +68,12 @@ def test_single_runs_are_compared_by_mcnemar() -> None:
     assert (same.verdict, same.difference, same.p) == ("not told apart", 0.0, 1.0)
 
 
+def test_all_right_against_all_wrong_is_as_sure_as_there_are_items() -> None:
+    for items, verdict in ((3, "not told apart"), (8, "better")):
+        found = compare_runs([[1.0] * items] * 2, [[0.0] * items] * 2, mean_of, binary=True)
+        assert (found.p, found.verdict) == (pytest.approx(stats.binomtest(items, items).pvalue), verdict)
+
+
 def test_different_test_sets_cannot_be_compared() -> None:
     with pytest.raises(ValueError, match="same test items"):
         compare_runs([[1.0, 0.0]], [[1.0]], mean_of)

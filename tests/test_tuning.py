@@ -49,6 +49,11 @@ def test_a_search_is_resumed_and_leaves_a_recipe(recipe: Path, trimtab: Command,
     seen: list[int] = []
     tuning.tune(load_recipe(recipe), "plural", 8, 3, lambda number, *_: seen.append(number))
     assert seen == [2]  # the first two are in the journal
+    drawn = [json.loads(p.read_text())["run"] for p in (tmp_path / "runs/tune/trials").rglob("*.json")]
+    assert len({json.dumps([d["settings"], d["learning_rate"]]) for d in drawn}) == 3  # none drawn again
+    other = load_recipe(recipe, settings=["training.max_steps=2"])
+    tuning.tune(other, "plural", 8, 1, lambda number, *_: seen.append(number))
+    assert seen == [2, 0]  # another search
     best = tuning.tune(load_recipe(recipe), "plural", 8, 3)
     assert {"r", "positions", "layers", "learning_rate", "validation"} == best.keys()
 

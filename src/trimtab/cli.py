@@ -378,7 +378,7 @@ def _numbers(text: str) -> list[int]:
         found = []
     if not found or min(found) < 1:
         raise ValueError(f"--few-shot {text!r}: give positive numbers of examples, as in 4,8,16")
-    return found
+    return sorted(set(found))
 
 
 def _progress_table(rows: dict[str, Any]) -> Table:

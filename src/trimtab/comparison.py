@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
 
 from trimtab.config import ReftConfig
 from trimtab.contenders import Contender, NotPossible
-from trimtab.data import Encoded
+from trimtab.data import DataError, Encoded
 from trimtab.evaluation import Evaluation, evaluate, evaluating
 from trimtab.loading import quiet
 from trimtab.reuse import Store, choose_reuse
@@ -88,6 +89,8 @@ class Study:
         contenders: for each task.
         sizes: numbers of training examples; None for all there are.
         folder: where the trials' files lie.
+    Raises:
+        DataError: a task's data cannot be read, or it has no test data.
     """
 
     def __init__(
@@ -97,11 +100,17 @@ class Study:
         folder: Path,
         sizes: Sequence[int | None] = (None,),
     ) -> None:
+        for name in contenders:
+            if recipe.tasks[name].data.test is None:
+                raise DataError(
+                    f"{name}: learning rates are chosen on validation and scores reported on test, which without data: "
+                    "test: are the same; give test data"
+                )
         self.recipe, self.folder = recipe, folder
         self.rates = sorted(set(recipe.compare.learning_rates))
         self.seeds = [recipe.seed + i for i in range(recipe.compare.seeds)]
         self.groups = [Group(task, c, n) for n in sizes for task, cs in contenders.items() for c in cs]
-        self.data = {task: fingerprints(recipe, task) for task in contenders}
+        self.content = {task: fingerprints(recipe, task) for task in contenders}
 
     def run(self, jobs: int, watch: Watch = lambda group: None) -> list[Group]:
         """Run what is missing, `jobs` at a time; returns the finished groups in the order of the recipe.
@@ -128,7 +137,7 @@ class Study:
         self, pool: Executor, waiting: dict[Future[dict[str, Any]], Group], group: Group, trials: list[Trial]
     ) -> None:
         for trial in trials:
-            waiting[pool.submit(run_trial, self.recipe, trial, self.folder, self.data[trial.task])] = group
+            waiting[pool.submit(run_trial, self.recipe, trial, self.folder, self.content[trial.task])] = group
 
     def _first_trials(self, group: Group) -> list[Trial]:
         first = Trial(group.task, group.contender, None, self.seeds[0], group.examples)
@@ -136,7 +145,9 @@ class Study:
 
     def _later_trials(self, group: Group) -> list[Trial]:
         """Once the learning rates are tried: the other seeds. Once those are run too, or cannot be: none."""
-        if group.seeds or group.impossible or not (group.contender.trains or group.contender.shots):
+        if group.impossible:
+            return []
+        if group.seeds or not (group.contender.trains or group.contender.shots):
             group.seeds = group.seeds or [r for r in group.rates if "validation" in r]
             return []
         rate = group.chosen
@@ -150,7 +161,9 @@ class Study:
 
     def _take(self, group: Group, result: dict[str, Any]) -> None:
         if "impossible" in result:
-            group.impossible = result["impossible"]
+            group.impossible, group.seeds = result["impossible"], []
+        elif group.impossible:
+            return  # for one seed, so for the group: seeds chosen by what fits would not compare
         elif group.seeds:
             if "failed" in result:
                 return  # one seed less, which the report shows
@@ -164,8 +177,9 @@ def workers(jobs: int) -> Iterator[Executor]:
     """Processes that share the cores; each has its own GPU where there are several."""
     context = multiprocessing.get_context("spawn")
     devices = context.Queue()
+    cards = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
     for i in range(jobs):
-        devices.put(i)
+        devices.put(cards.split(",")[i % (cards.count(",") + 1)])
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # processes whose threads spin for one another's cores
     pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=(devices, threads))
@@ -176,9 +190,7 @@ def workers(jobs: int) -> Iterator[Executor]:
 
 
 def _start_worker(devices: Any, threads: int) -> None:
-    number = devices.get()
-    if torch.cuda.device_count() > 1:
-        torch.cuda.set_device(number % torch.cuda.device_count())
+    os.environ["CUDA_VISIBLE_DEVICES"] = devices.get()  # seeing several, transformers' Trainer would use them all
     torch.set_num_threads(threads)
     quiet()
 
@@ -193,42 +205,53 @@ def room_for(recipe: Recipe) -> int:
     return max(1, min(len(os.sched_getaffinity(0)), fit))
 
 
-def run_trial(recipe: Recipe, trial: Trial, folder: Path, data: dict[str, str] | None = None) -> dict[str, Any]:
+def run_trial(recipe: Recipe, trial: Trial, folder: Path, content: dict[str, str] | None = None) -> dict[str, Any]:
     """The trial's result: read where there is one, else trained, scored and written.
 
     Args:
-        data: the task's `fingerprints`, where the caller has them; with them a result is found without reading data.
+        content: the task's `fingerprints`, where the caller has them; with them a result is found without reading data.
     Returns:
         What was `run`; `validation` and `test` scores, `predictions` and `per_item` on test, `parameters`, `seconds`,
         `memory`, `curve`; or `failed` or `impossible` with the reason.
     """
-    run = describe(recipe, trial, data or fingerprints(recipe, trial.task))
-    digest = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()[:16]
-    file = folder / trial.task / trial.contender.name / f"{digest}.json"
+    run = describe(recipe, trial, content or fingerprints(recipe, trial.task))
+    file = folder / trial.task / trial.contender.name / f"{digest(run)}.json"
     if file.exists():
         found: dict[str, Any] = json.loads(file.read_text())
         return found
+    result: dict[str, Any]
     try:
-        result = _run(recipe, trial)
+        result, lasting = _run(recipe, trial), True
     except NotPossible as error:
-        result = {"impossible": str(error)}
-    except RunError as error:
-        result = {"failed": str(error)}
+        result, lasting = {"impossible": str(error)}, False  # another version of PEFT may know how
+    except (RunError, FloatingPointError, DataError) as error:
+        result, lasting = {"failed": str(error)}, True
+    except torch.OutOfMemoryError:
+        result, lasting = {"failed": "out of memory"}, False
     result = {"run": run, "versions": versions(), **result}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, result)
+    if lasting:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, result)
     return result
 
 
-def describe(recipe: Recipe, trial: Trial, data: dict[str, str]) -> dict[str, Any]:
-    """All that decides a trial's outcome; data by its content, so that no path of this machine is in it."""
-    spec = recipe.tasks[trial.task].model_dump(mode="json", exclude={"adapter", "data"})
+def digest(described: Any) -> str:
+    """A short name for what JSON can say."""
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def describe(recipe: Recipe, trial: Trial, content: dict[str, str]) -> dict[str, Any]:
+    """All that decides a trial's outcome; files by their content, so that no path of this machine is in it."""
+    task = recipe.tasks[trial.task]
+    spec = task.model_dump(mode="json", exclude={"adapter", "data"})
+    if task.data.sets:
+        spec["sets"] = {name: one.model_dump(mode="json", exclude={"file"}) for name, one in task.data.sets.items()}
     return {
         "model": Path(recipe.model).name if Path(recipe.model).is_dir() else recipe.model,
         "dtype": recipe.dtype,
         "attention": recipe.attention,
         "task": spec,
-        "data": data,
+        "content": content,
         "settings": dict(trial.contender.settings),
         "learning_rate": trial.learning_rate,
         "seed": trial.seed,
@@ -237,7 +260,7 @@ def describe(recipe: Recipe, trial: Trial, data: dict[str, str]) -> dict[str, An
 
 
 def fingerprints(recipe: Recipe, name: str) -> dict[str, str]:
-    """Short hashes of what a task's splits, and the held-out text, say."""
+    """Short hashes of what a task's splits, the held-out text and a local model's files say."""
     task = build_task(name, recipe.tasks[name])
     texts = {
         split: json.dumps([(e.texts, e.answer, e.label, e.set) for e in task.examples(split)], ensure_ascii=False)
@@ -245,7 +268,20 @@ def fingerprints(recipe: Recipe, name: str) -> dict[str, str]:
     }
     if recipe.compare.held_out:
         texts["held_out"] = Path(recipe.compare.held_out).read_text(encoding="utf-8")
-    return {key: hashlib.sha256(text.encode()).hexdigest()[:16] for key, text in texts.items()}
+    found = {key: hashlib.sha256(text.encode()).hexdigest()[:16] for key, text in texts.items()}
+    kinds = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja")
+    files = sorted(f for f in Path(recipe.model).glob("*") if f.suffix in kinds)
+    return {**found, "model": _hash_of(tuple((f, f.stat().st_mtime_ns) for f in files))} if files else found
+
+
+@cache
+def _hash_of(files: tuple[tuple[Path, int], ...]) -> str:
+    """Of files of some age, names and contents."""
+    whole = hashlib.sha256()
+    for file, _ in files:
+        with file.open("rb") as opened:
+            whole.update(f"{file.name} {hashlib.file_digest(opened, 'sha256').hexdigest()} ".encode())
+    return whole.hexdigest()[:16]
 
 
 def _run(recipe: Recipe, trial: Trial) -> dict[str, Any]:
@@ -261,14 +297,15 @@ def _run(recipe: Recipe, trial: Trial) -> dict[str, Any]:
     some = replace(trial, examples=trial.examples or contender.shots)
     shots = drawn(task.examples("train"), some) if contender.shots else []
     set_seed(trial.seed)
-    adapted = contender.build(model, task.spec.task_type)
+    adapted = contender.build(model, task.spec.task_type, base.heads.get(trial.task, []), trial.seed)
     trained = _train(recipe, trial, task, adapted, tokenizer, examples) if contender.trains else {}
 
     def score(split: str) -> Evaluation:
-        asked = with_shots(task.examples(split), shots)
+        asked = with_shots(task, tokenizer, task.examples(split), shots)
         if shots:
             check_context(model, task, tokenizer, asked, len(shots))
-        return evaluate(adapted, tokenizer, task, asked)
+        until = "\n\n" if shots and not templated(task, tokenizer) else None
+        return evaluate(adapted, tokenizer, task, asked, equal_lengths=contender.adds_tokens, until=until)
 
     result: dict[str, Any] = {"validation": score("validation").main}
     if trial.test:
@@ -293,10 +330,20 @@ def drawn(examples: list[Example], trial: Trial) -> list[Example]:
     return [examples[i] for i in order[: trial.examples]]
 
 
-def with_shots(examples: Sequence[Example], shots: Sequence[Example]) -> list[Example]:
-    """The examples with solved ones before each prompt."""
+def with_shots(
+    task: Task[Any], tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], shots: Sequence[Example]
+) -> list[Example]:
+    """The examples with solved ones before each prompt: in the user's turn or, without a chat, as text that goes on."""
+    if not shots:
+        return list(examples)
     solved = "".join(f"{s.texts[0]}\n{s.answer}\n\n" for s in shots)
-    return [replace(e, texts=(solved + e.texts[0],)) for e in examples] if shots else list(examples)
+    end = "" if templated(task, tokenizer) else "\n"
+    return [replace(e, texts=(solved + e.texts[0] + end,)) for e in examples]
+
+
+def templated(task: Task[Any], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether prompts are put into a chat template."""
+    return tokenizer.chat_template is not None if task.spec.chat == "auto" else bool(task.spec.chat)
 
 
 def check_context(

@@ -11,16 +11,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from peft import PeftType, PromptLearningConfig, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 
 from trimtab.config import ReftConfig
+from trimtab.loading import heads_beyond_peft
 from trimtab.methods import METHODS
 from trimtab.schema import AdapterSpec, Recipe
-
-HEADS = ("classifier", "score", "classification_head")
-"""What transformers calls the new layers on top of a classifier; every contender trains them."""
 
 _LINEAR = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 CONTENDERS: dict[str, dict[str, Any]] = {
@@ -77,6 +76,11 @@ class Contender:
         kind = self.settings.get("peft_type")
         return kind is not None and issubclass(PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[kind]], PromptLearningConfig)
 
+    @property
+    def moves_last_token(self) -> bool:
+        """Whether the model is given embeddings, in which a decoder's classifier cannot tell where a text ends."""
+        return self.adds_tokens and self.settings["peft_type"] != PeftType.PREFIX_TUNING
+
     def config(self, task_type: str) -> Any:
         """The PEFT config; raises ValueError for a field or value that it does not take."""
         if self.is_reft:
@@ -88,31 +92,47 @@ class Contender:
         except TypeError as error:
             raise ValueError(f"{self.name}: {kind.__name__}: {str(error).partition('() ')[2] or error}") from None
 
-    def build(self, model: nn.Module, task_type: str) -> nn.Module:
+    def build(self, model: nn.Module, task_type: str, heads: Sequence[str] = (), seed: int = 0) -> nn.Module:
         """The model with this contender's parameters trainable and all others frozen.
 
+        Args:
+            heads: the model's new modules, which every contender trains.
+            seed: of what a method draws outside the global generator.
         Raises:
             NotPossible: the model has no such parameters, or PEFT does not know where to put them.
         """
         if "trains" not in self.settings:
+            if task_type == "SEQ_CLS" and self.moves_last_token and hasattr(model, "score"):
+                raise NotPossible("virtual tokens move the last token, which a decoder's classifier reads")
             try:
-                adapted: nn.Module = get_peft_model(model, self.config(task_type))
+                adapted: nn.Module = get_peft_model(model, self._config_for(task_type, heads, seed))
                 return adapted
             except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
-                raise NotPossible(f"{str(error).strip().splitlines()[0]}") from error
+                raise NotPossible(str(error).strip().partition("\n")[0] or type(error).__name__) from error
         part = self.settings["trains"]
         if self.shots and task_type == "SEQ_CLS":
             raise NotPossible("a classifier takes no solved examples")
         if part == "head" and task_type != "SEQ_CLS":
             raise NotPossible("a model that generates has no new head")
         names = [name for name, _ in model.named_parameters()]
-        head = {name for name in names if any(word in HEADS for word in name.split("."))}
+        head = {name for name in names if any(name.startswith(f"{module}.") for module in heads)}
         chosen = PARTS[part](model, names) - head
         if part in ("biases", "norms") and not chosen:
             raise NotPossible(f"the model has no {part}")
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in chosen or (name in head and self.trains))
+            if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+                kind = str(parameter.dtype).removeprefix("torch.")
+                raise NotPossible(f"its weights are {kind}, in which small steps are lost; set dtype: float32")
         return model
+
+    def _config_for(self, task_type: str, heads: Sequence[str], seed: int) -> Any:
+        config = self.config(task_type)
+        if extra := heads_beyond_peft(heads):
+            config.modules_to_save = [*(config.modules_to_save or []), *extra]
+        if hasattr(config, "projection_prng_key") and "projection_prng_key" not in self.settings:
+            config.projection_prng_key = seed
+        return config
 
 
 def _norms(model: nn.Module, names: list[str]) -> set[str]:
@@ -153,7 +173,12 @@ def as_contender(entry: str | Mapping[str, Mapping[str, Any]], adapter: AdapterS
         if kind not in known or kind == "REFT":
             raise ValueError(f"{name}: peft_type {kind!r} is none of {', '.join(k for k in known if k != 'REFT')}")
         settings = {**settings, "peft_type": kind}
-    elif "trains" not in settings:
+    elif "trains" in settings:
+        if settings["trains"] not in PARTS:
+            raise ValueError(f"{name}: trains: {settings['trains']!r} is none of {', '.join(PARTS)}")
+        if more := settings.keys() - {"trains", "shots"}:
+            raise ValueError(f"{name}: {sorted(more)[0]!r} does not go with trains:")
+    else:
         settings = AdapterSpec.model_validate({**adapter.model_dump(), **settings}).model_dump()
     contender = Contender(name, settings)
     if "trains" not in settings:
@@ -177,6 +202,9 @@ def choose_contenders(
         for method in only or ():
             if method not in (c.name for c in found):
                 found.append(as_contender(method, spec.adapter))
+        twice = [c.name for i, c in enumerate(found) if c.name in [d.name for d in found[:i]]]
+        if twice:
+            raise ValueError(f"compare: methods: two are called {twice[0]!r}; give one another name")
         chosen[name] = [c for c in found if not only or c.name in only]
     return chosen
 

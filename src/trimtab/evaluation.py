@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -37,14 +38,23 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     task: Task[Any],
     examples: Sequence[Example],
+    *,
+    equal_lengths: bool = False,
+    until: str | None = None,
 ) -> Evaluation:
     """Score the model on examples of the task, in batches of `training.eval_batch_size`.
 
+    Args:
+        equal_lengths: batches without padding, for a model whose answers it would change.
+        until: a generated text ends before this.
     Raises:
         DataError: an example cannot be tokenised for this model.
     """
     encoded, _ = task.encode(tokenizer, examples, training=False)
-    predictions = predict(model, tokenizer, encoded, task.spec.training.eval_batch_size, **decoding(task.spec))
+    how = {**decoding(task.spec), "equal_lengths": equal_lengths}
+    predictions = predict(model, tokenizer, encoded, task.spec.training.eval_batch_size, **how)
+    if until is not None:
+        predictions = [p.lstrip().partition(until)[0] for p in predictions]
     if task.spec.type == "regression":
         predictions = [p[0] for p in predictions]
     elif task.spec.type == "classification":
@@ -66,20 +76,21 @@ def predict(
     *,
     max_new_tokens: int | None = None,
     adapter_names: Sequence[str] | None = None,
+    equal_lengths: bool = False,
     **repetition: Any,
 ) -> list[Any]:
     """Greedy continuations as texts, or, where `max_new_tokens` is None, the logits of a classifier's head as lists.
 
     Args:
         adapter_names: one adapter (or `__base__`) for each example.
+        equal_lengths: batches of examples of one length, so that nothing is padded.
         repetition: `repetition_penalty` and `no_repeat_ngram_size`, as transformers' `generate` takes them.
     """
     collate, device = Collator(tokenizer), next(model.parameters()).device
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].input_ids), reverse=True)
     results: list[Any] = [None] * len(encoded)
     with evaluating(model):
-        for at in range(0, len(order), batch_size):
-            chosen = order[at : at + batch_size]
+        for chosen in _batches(order, batch_size, [len(e.input_ids) for e in encoded] if equal_lengths else None):
             batch = {k: v.to(device) for k, v in collate([encoded[i] for i in chosen]).items() if k != "labels"}
             extra = {"adapter_names": [adapter_names[i] for i in chosen]} if adapter_names else {}
             if max_new_tokens is None:
@@ -90,6 +101,13 @@ def predict(
             for i, output in zip(chosen, outputs, strict=True):
                 results[i] = output
     return results
+
+
+def _batches(order: list[int], size: int, lengths: list[int] | None) -> Iterator[list[int]]:
+    runs = [order] if lengths is None else [list(run) for _, run in groupby(order, lengths.__getitem__)]
+    for run in runs:
+        for at in range(0, len(run), size):
+            yield run[at : at + size]
 
 
 def _generate(model: Any, tokenizer: PreTrainedTokenizerBase, batch: dict[str, Tensor], **how: Any) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,34 @@ def load_causal_lm(name: str, dtype: str = "auto", attention: str = "auto") -> A
             name, dtype=as_dtype(dtype), attn_implementation=as_attention(attention)
         )
     return model.to(device())
+
+
+PEFT_HEADS = ("classifier", "score")
+"""Top modules that PEFT trains and saves with any adapter of a classifier."""
+
+
+def heads_of(model: Any, missing: Collection[str]) -> list[str]:
+    """What of a classifier is trained with any adapter: the highest modules all new to it, and what PEFT takes for it.
+
+    Args:
+        missing: names of the parameters that no weights were loaded for.
+    """
+    found: list[str] = [name for name, _ in model.named_children() if name in PEFT_HEADS]
+    for name, module in model.named_modules():
+        own = [f"{name}.{parameter}" for parameter, _ in module.named_parameters()]
+        if (
+            name
+            and own
+            and all(one in missing for one in own)
+            and not any(f"{name}.".startswith(f"{f}.") for f in found)
+        ):
+            found.append(name)
+    return found
+
+
+def heads_beyond_peft(heads: Sequence[str]) -> list[str]:
+    """Those that a config must name as `modules_to_save`; with all of them, since PEFT matches names by their ends."""
+    return list(heads) if set(heads) - set(PEFT_HEADS) else []
 
 
 def as_dtype(name: str) -> Any:

@@ -63,15 +63,21 @@ def summarise(recipe: Recipe, groups: Sequence[Group], command: str = "") -> Row
     return {
         "model": Path(recipe.model).name,
         "command": command,
-        "versions": versions(),
+        "versions": _versions(groups),
         "machine": f"{platform.system()} {platform.machine()}",
         "learning_rates": recipe.compare.learning_rates,
         "seeds": recipe.compare.seeds,
         "comparisons": len(compared),
         "tasks": tasks,
-        "overall": _overall(tasks, all(group.examples is None for group in groups)),
+        "overall": _overall(tasks, groups[0].contender.name if _distinct(recipe, groups) else None),
         "by_size": _by_size(groups, tasks),
     }
+
+
+def _versions(groups: Sequence[Group]) -> dict[str, str]:
+    """Those the trials ran with, which may be several."""
+    runs = [run["versions"] for group in groups for run in (*group.rates, *group.seeds)] or [versions()]
+    return {name: " and ".join(sorted({run[name] for run in runs if name in run})) for name in runs[0]}
 
 
 def _by_size(groups: Sequence[Group], tasks: dict[str, Row]) -> dict[str, Row]:
@@ -101,7 +107,7 @@ def _task_report(task: Task[Any], groups: list[Group], recipe: Recipe) -> Row:
             a, b = ([run[column] for run in g.seeds] for g in (group, reference))
             found = compare_runs(a, b, score, binary=binary).as_dict()
             row["against_reference"] = found
-            row["sentence"] = sentence(row, found, reference.contender.name, len(examples), len(a), len(b))
+            row["sentence"] = sentence(row, found, reference, len(examples), len(a), len(b))
     rows.sort(key=lambda row: -row["mean"] if "mean" in row else float("inf"))
     return {
         "score": task.main_score,
@@ -169,25 +175,32 @@ def _method_row(group: Group, task: Task[Any], recipe: Recipe) -> Row:
     return row
 
 
-def sentence(row: Row, found: Row, reference: str, items: int, seeds: int, reference_seeds: int) -> str:
+def sentence(row: Row, found: Row, reference: Group, items: int, seeds: int, reference_seeds: int) -> str:
     """The verdict in words."""
     said = {"better": "is better than", "worse": "is worse than", "not told apart": "is not told apart from"}
     points, low, high = (100 * found[k] for k in ("difference", "low", "high"))
     text = (
-        f"{row['name']} {said[found['verdict']]} {reference}"
+        f"{row['name']} {said[found['verdict']]} {reference.contender.name}"
         f"{' with this much data' if found['verdict'] == 'not told apart' else ''}: "
         f"{points:+.1f} points, 95% interval {low:+.1f} to {high:+.1f}, {items} test items, {seeds} against "
         f"{reference_seeds} seeds."
     )
-    lone = row["parameters"] and 1 in (seeds, reference_seeds)
+    lone = (row["parameters"] and seeds == 1) or (reference.contender.trains and reference_seeds == 1)
     return text + (" One seed says nothing of other seeds." if lone else "")
 
 
-def _overall(tasks: dict[str, Row], distinct: bool) -> list[Row]:
-    """Each method over all tasks that it could do, against the reference there.
+def _distinct(recipe: Recipe, groups: Sequence[Group]) -> bool:
+    """Whether no two tasks share test items, so that there is an interval for their mean."""
+    names = dict.fromkeys(group.task for group in groups)
+    sources = {recipe.tasks[name].data.model_dump_json(include={"name", "config", "train", "test"}) for name in names}
+    return len(sources) == len(names) and all(group.examples is None for group in groups)
+
+
+def _overall(tasks: dict[str, Row], reference: str | None) -> list[Row]:
+    """Each method over all tasks that it could do.
 
     Args:
-        distinct: no two tasks share test items, so that there is an interval for their mean.
+        reference: what to compare with, in the tasks where it is the reference; None to leave that out.
     """
     rows: dict[str, Row] = {}
     differences: dict[str, list[Difference]] = {}
@@ -197,11 +210,11 @@ def _overall(tasks: dict[str, Row], distinct: bool) -> list[Row]:
             if "mean" in method:
                 row["tasks"] += 1
                 row["total"] += method["mean"]
-                if found := method.get("against_reference"):
-                    differences.setdefault(method["name"], []).append(Difference(**found))
+            if "against_reference" in method and task["reference"] == reference:
+                differences.setdefault(method["name"], []).append(Difference(**method["against_reference"]))
     for row in rows.values():
         row["mean"] = row.pop("total") / row["tasks"] if row["tasks"] else None
-        if distinct and row["name"] in differences:
+        if row["name"] in differences:
             row["against_reference"] = over_tasks(differences[row["name"]]).as_dict()
     return sorted(rows.values(), key=lambda row: (-row["tasks"], -(row["mean"] or 0)))
 

@@ -74,6 +74,8 @@ def compare_runs(
     parts = [(of_items, items - 1.0)]
     parts += [(float(s.var(ddof=1)) / len(s), len(s) - 1.0) for s in (a_scores, b_scores) if len(s) > 1]
     found = _difference(difference, parts, "paired bootstrap over items, spread of seeds")
+    if found.error == 0:  # every item differs by as much; by chance their signs agree once in 2^(items - 1)
+        return _judged(replace(found, p=0.5 ** (items - 1) if difference else 1.0, test="sign test"))
     if binary and len(a) == len(b) == 1:
         return _judged(replace(found, p=_mcnemar(np.asarray(a[0]), np.asarray(b[0])), test="McNemar, exact"))
     return found

@@ -36,7 +36,17 @@ from trimtab.adapters import inspect_adapter
 from trimtab.config import ReftConfig
 from trimtab.data import Collator, Encoded
 from trimtab.evaluation import Evaluation, evaluate
-from trimtab.loading import as_attention, as_dtype, device, load_causal_lm, load_tokenizer, loading
+from trimtab.loading import (
+    ModelError,
+    as_attention,
+    as_dtype,
+    device,
+    heads_beyond_peft,
+    heads_of,
+    load_causal_lm,
+    load_tokenizer,
+    loading,
+)
 from trimtab.reuse import Reuse, Store, choose_reuse
 from trimtab.schema import Recipe, TrainingSpec
 from trimtab.tasks import Example, Task, build_task
@@ -150,6 +160,8 @@ class Base:
         self.recipe = recipe
         self.tokenizer = load_tokenizer(recipe.model)
         self._causal: nn.Module | None = None
+        self.heads: dict[str, list[str]] = {}
+        """The modules of each classification task's model that are trained with any adapter."""
 
     def model_for(self, task: Task[Any]) -> nn.Module:
         name, dtype = self.recipe.model, self.recipe.dtype
@@ -163,9 +175,16 @@ class Base:
                 config.problem_type = "regression"
             config.pad_token_id = Collator(self.tokenizer).pad_id  # by which the head of a decoder finds the last token
             set_seed(self.recipe.seed)  # the head is new
-            model = AutoModelForSequenceClassification.from_pretrained(
-                name, config=config, dtype=as_dtype(dtype), attn_implementation=as_attention(self.recipe.attention)
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                name,
+                config=config,
+                dtype=as_dtype(dtype),
+                attn_implementation=as_attention(self.recipe.attention),
+                output_loading_info=True,
             )
+        self.heads[task.name] = heads_of(model, info["missing_keys"])
+        if model.base_model_prefix in self.heads[task.name]:
+            raise ModelError(f"cannot load the model {name!r}: none of its weights fit a {type(model).__name__}")
         moved: nn.Module = model.to(device())
         return moved
 
@@ -246,7 +265,8 @@ class Run:
         test = self.task.examples("test")
         untuned = evaluate(model, tokenizer, self.task, test)
         set_seed(self.recipe.seed)
-        adapted = get_peft_model(model, ReftConfig(**self.spec.adapter_fields()))
+        whole = heads_beyond_peft(base.heads.get(self.name, []))
+        adapted = get_peft_model(model, ReftConfig(**self.spec.adapter_fields(), modules_to_save=whole or None))
         try:
             store = Store(int(self.spec.training.reuse_memory_gb * 1e9), self.folder / "reuse")
             reuse = self._reuse(adapted, store)

@@ -1,7 +1,8 @@
 """`trimtab tune`: a search over rank, positions, layers and learning rate, scored on validation (optuna).
 
 The default space is the paper's (tables 5 to 8), its layer subsets being all and each third of the blocks. A study is a
-journal file beside the trials, so that asking for more trials goes on where the last search stopped.
+journal file beside the trials, named by all that decides what it would find, so that asking for more trials goes on
+where the last search stopped.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import yaml
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from trimtab.comparison import Trial, fingerprints, run_trial
+from trimtab.comparison import Trial, describe, digest, fingerprints, run_trial
 from trimtab.contenders import as_contender
 from trimtab.schema import Recipe, TuneSpec
 from trimtab.training import RunError
@@ -36,19 +37,20 @@ def tune(recipe: Recipe, task: str, blocks: int, trials: int, watch: Watch = lam
     folder = Path(recipe.output) / "tune"
     folder.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    space, content = recipe.tune, fingerprints(recipe, task)
+    contender = as_contender({"tuned": {}}, recipe.tasks[task].adapter)
+    searched = [describe(recipe, Trial(task, contender, None, recipe.seed, test=False), content), space.model_dump()]
     study = optuna.create_study(
-        storage=JournalStorage(JournalFileBackend(str(folder / f"{task}.journal"))),
+        storage=JournalStorage(JournalFileBackend(str(folder / f"{task}-{digest(searched)}.journal"))),
         study_name=task,
         direction="maximize",
-        sampler=optuna.samplers.TPESampler(seed=recipe.seed),
         load_if_exists=True,
     )
-    space, data = recipe.tune, fingerprints(recipe, task)
 
     def objective(trial: optuna.Trial) -> float:
         settings, rate = suggested(trial, space, blocks)
         contender = as_contender({"tuned": settings}, recipe.tasks[task].adapter)
-        result = run_trial(recipe, Trial(task, contender, rate, recipe.seed, test=False), folder / "trials", data)
+        result = run_trial(recipe, Trial(task, contender, rate, recipe.seed, test=False), folder / "trials", content)
         if "validation" not in result:
             raise optuna.TrialPruned(result.get("failed") or result["impossible"])
         watch(trial.number, {**settings, "learning_rate": rate}, result["validation"])
@@ -56,7 +58,9 @@ def tune(recipe: Recipe, task: str, blocks: int, trials: int, watch: Watch = lam
 
     complete = optuna.trial.TrialState.COMPLETE
     tried = (complete, optuna.trial.TrialState.PRUNED)
-    study.optimize(objective, n_trials=max(0, trials - len(study.get_trials(deepcopy=False, states=tried))))
+    done = len(study.get_trials(deepcopy=False, states=tried))
+    study.sampler = optuna.samplers.TPESampler(seed=recipe.seed + done)  # the same seed would draw the same again
+    study.optimize(objective, n_trials=max(0, trials - done))
     if not study.get_trials(deepcopy=False, states=(complete,)):
         raise RunError(f"{task}: no trial trained; lower tune: learning_rates.")
     settings, rate = suggested(optuna.trial.FixedTrial(study.best_params), space, blocks)
