@@ -307,6 +307,20 @@ def overview(report: Row) -> tuple[list[str], list[list[str]]]:
     return ["method", "tasks", "mean", "against reference", "verdict", *report["tasks"]], lines
 
 
+def by_size(whole: Row) -> tuple[list[str], list[list[str]]]:
+    """Head and lines of a task's scores by number of training examples."""
+    sizes = sorted({size for points in whole["methods"].values() for size, _, _ in points})
+    lines = []
+    for name, points in whole["methods"].items():
+        scores = {size: _score(mean, sd) for size, mean, sd in points}
+        lines.append([name, *(scores.get(size, "") for size in sizes)])
+    return ["method", *map(str, sizes)], lines
+
+
+def _score(mean: float, sd: float | None) -> str:
+    return f"{100 * mean:.1f}" + ("" if sd is None else f" ± {100 * sd:.1f}")
+
+
 def _brief(name: str, task: Row) -> str:
     row = next((row for row in task["methods"] if row["name"] == name and "mean" in row), None)
     if row is None:
@@ -332,12 +346,11 @@ def heads(task: Row) -> list[str]:
 
 def cells(row: Row) -> list[str]:
     """A line of a task's table."""
-    spread = "" if row["sd"] is None else f" ± {100 * row['sd']:.1f}"
     failed = f" ({row['missing_seeds']} seeds failed)" if row.get("missing_seeds") else ""
     rate = f"{row['learning_rate']:g}" + (" (edge)" if row["at_edge"] else "") if "learning_rate" in row else ""
     return [
         row["name"],
-        f"{100 * row['mean']:.1f}{spread}{failed}",
+        _score(row["mean"], row["sd"]) + failed,
         *_against(row),
         f"{row['parameters']:,}",
         f"{100 * row['share']:.3g}%",
@@ -365,11 +378,13 @@ def ran(report: Row) -> str:
 def as_markdown(report: Row, plots: dict[str, Path]) -> str:
     """The report as Markdown; pictures are beside it."""
     lines = [f"# {report['model']}: methods compared", "", introduction(report), ""]
-    lines += [f"`{report['command']}`; {ran(report)}.", "", "## All tasks", ""]
-    lines += _markdown_table(*overview(report))
-    lines += ["", EXPLAINED]
-    for name in report["by_size"]:
-        lines += ["", f"![{name}]({plots[name].name})"]
+    lines += [f"`{report['command']}`; {ran(report)}.", ""]
+    for name, whole in report["by_size"].items():
+        lines += [f"## {name} by number of examples", "", *_markdown_table(*by_size(whole)), ""]
+        lines += [f"![{name}]({plots[name].name})", ""]
+    if not report["by_size"]:
+        lines += ["## All tasks", "", *_markdown_table(*overview(report)), ""]
+    lines += [EXPLAINED]
     for name, task in report["tasks"].items():
         lines += ["", f"## {name}", "", sizes(task), ""]
         rows = [row for row in task["methods"] if "mean" in row]
@@ -392,7 +407,7 @@ def as_page(report: Row, plots: dict[str, Path]) -> str:
     """The report as one HTML page that holds its pictures."""
     pictures = {name: base64.b64encode(path.read_bytes()).decode() for name, path in plots.items()}
     made = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    made.globals |= {"heads": heads, "sizes": sizes}
+    made.globals |= {"heads": heads, "sizes": sizes, "by_size": by_size}
     made.filters |= {"cells": cells, "verdict": _class_of}
     words = {
         "introduction": introduction(report),
@@ -436,10 +451,15 @@ img { max-width: 100% } .note { color: #555 } code { font-size: 13px }
 {% endmacro %}
 <h1>{{ report.model }}: methods compared</h1>
 <p>{{ introduction }}</p>
+{% for name, whole in report.by_size.items() %}
+<h2>{{ name }} by number of examples</h2>
+{{ table(by_size(whole)[0], by_size(whole)[1], []) }}
+{{ picture(name) }}
+{% else %}
 <h2>All tasks</h2>
 {{ table(overview[0], overview[1], []) }}
+{% endfor %}
 <p class="note">{{ explained }}</p>
-{% for name in report.by_size %}{{ picture(name) }}{% endfor %}
 {% for name, task in report.tasks.items() %}
 <h2>{{ name }}</h2>
 <p>{{ sizes(task) }}</p>
