@@ -149,6 +149,8 @@ class Study:
             return []
         if group.seeds or not (group.contender.trains or group.contender.shots):
             group.seeds = group.seeds or [r for r in group.rates if "validation" in r]
+            if not group.seeds:
+                group.impossible = group.rates[0]["failed"]
             return []
         rate = group.chosen
         group.seeds = [r for r in group.rates if "validation" in r and r["run"]["learning_rate"] == rate]
