@@ -50,10 +50,16 @@ def test_readme_commands_exist(capfd: pytest.CaptureFixture[str]) -> None:
         command.make_context(name, arguments, resilient_parsing=False)
 
 
-@pytest.mark.parametrize("name", ["skills", "sets", "minilm"])
-def test_the_study_and_its_report_are_of_one_config(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["skills", "sets"])
+def test_the_study_and_its_report_are_of_one_config(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.chdir(ROOT)
-    recipe = load_recipe(ROOT / f"benchmarks/verdict/{name}.yaml")
+    config = ROOT / f"benchmarks/verdict/{name}.yaml"
+    for file in re.findall(r"(?:glue|llm-adapters|text)/[\w./-]+\.(?:json|tsv|txt)", config.read_text()):  # which others hold
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    recipe = load_recipe(config, data=tmp_path)
     methods = {task: [c.name for c in found] for task, found in choose_contenders(recipe).items()}
     report = json.loads((ROOT / recipe.output / "compare/report.json").read_text())
     assert (report["seeds"], report["learning_rates"]) == (recipe.compare.seeds, recipe.compare.learning_rates)
