@@ -51,12 +51,12 @@ def test_readme_commands_exist(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("name", ["skills", "sets"])
-def test_the_study_and_its_report_are_of_one_config(
-    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_study_and_its_report_are_of_one_config(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(ROOT)
     config = ROOT / f"benchmarks/verdict/{name}.yaml"
-    for file in re.findall(r"(?:glue|llm-adapters|text)/[\w./-]+\.(?:json|tsv|txt)", config.read_text()):  # which others hold
+    for file in re.findall(
+        r"(?:glue|llm-adapters|text)/[\w./-]+\.(?:json|tsv|txt)", config.read_text()
+    ):  # which others hold
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).touch()
     recipe = load_recipe(config, data=tmp_path)

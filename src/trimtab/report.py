@@ -11,6 +11,7 @@ from typing import Any
 
 import matplotlib
 from jinja2 import Environment
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogFormatter
 
@@ -236,8 +237,7 @@ def draw(report: Row, task: str, path: Path) -> None:
             where = {"x": unit(row), "y": row["mean"], "yerr": row["sd"] or 0}
             place.errorbar(**where, fmt=marker, color=colour, capsize=2, label=row["name"])
         place.set(xlabel=label, ylabel=f"test {report['score']}", xscale="log")
-        for axis in (place.xaxis.set_major_formatter, place.xaxis.set_minor_formatter):
-            axis(Magnitude(labelOnlyBase=False, minor_thresholds=(1, 0.4)))
+        Magnitude.label(place.xaxis)
         for row in report["methods"]:
             if row["name"] in ("untuned", "few-shot") and "mean" in row:
                 style = "--" if row["name"] == "untuned" else ":"
@@ -247,16 +247,24 @@ def draw(report: Row, task: str, path: Path) -> None:
         colour, marker = looks[row["name"]]
         axes[1, 1].plot(steps, losses, color=colour, ls={"o": "-", "s": "--", "^": ":"}[marker])
     axes[1, 1].set(xlabel="step", ylabel="training loss", yscale="log")
+    Magnitude.label(axes[1, 1].yaxis)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.suptitle(f"{task}: {report['test_items']} test items; bars are one standard deviation over seeds")
     figure.savefig(path, dpi=110)
 
 
 class Magnitude(LogFormatter):
-    """Ticks as 10 k and 1 M."""
+    """Ticks of a logarithmic axis as 0.1, 10k and 1M; between powers of ten where there are few."""
+
+    @classmethod
+    def label(cls, axis: Axis) -> None:
+        for which in (axis.set_major_formatter, axis.set_minor_formatter):
+            which(cls(labelOnlyBase=False, minor_thresholds=(1, 0.4)))
 
     def __call__(self, x: float, pos: int | None = None) -> str:
-        return EngFormatter(sep="")(x) if super().__call__(x, pos) else ""
+        if not super().__call__(x, pos):
+            return ""
+        return EngFormatter(sep="")(x) if x >= 1000 else f"{x:g}"
 
 
 def draw_sizes(report: Row, task: str, path: Path) -> None:
@@ -264,7 +272,7 @@ def draw_sizes(report: Row, task: str, path: Path) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     place = figure.subplots()
     sizes = sorted({size for points in report["methods"].values() for size, _, _ in points})
-    for i, (name, points) in enumerate(report["methods"].items()):
+    for i, (name, points) in enumerate(sorted(report["methods"].items())):
         xs, means, sds = zip(*points, strict=True)
         shifted = [x * 1.02 ** (i - len(report["methods"]) / 2) for x in xs]  # so that bars do not hide one another
         style = ("-", "--")[i // 10 % 2]
