@@ -453,6 +453,12 @@ def test_a_group_of_which_one_seed_is_impossible_is_left_out(
     assert (group.impossible, group.seeds) == ("too long", [])
 
 
+def test_two_methods_of_one_name_are_refused(models: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(write_recipe(models, tmp_path, methods=["lora", {"lora": {"peft_type": "LORA", "r": 4}}]))
+    with pytest.raises(ValueError, match="2 are called 'lora'; give each a name of its own"):
+        choose_contenders(recipe)
+
+
 def test_the_test_split_must_not_be_the_one_that_rates_are_chosen_on(models: Path, tmp_path: Path) -> None:
     path = write_recipe(models, tmp_path)
     raw = json.loads(path.read_text())

@@ -72,6 +72,7 @@ def test_all_right_against_all_wrong_is_as_sure_as_there_are_items() -> None:
     for items, verdict in ((3, "not told apart"), (8, "better")):
         found = compare_runs([[1.0] * items] * 2, [[0.0] * items] * 2, mean_of, binary=True)
         assert (found.p, found.verdict) == (pytest.approx(stats.binomtest(items, items).pvalue), verdict)
+        assert over_tasks([found, found]).verdict == verdict  # two such tasks are no surer for having no spread
 
 
 def test_different_test_sets_cannot_be_compared() -> None:

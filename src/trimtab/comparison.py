@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
 
 from trimtab.config import ReftConfig
 from trimtab.contenders import Contender, NotPossible
-from trimtab.data import DataError, Encoded
+from trimtab.data import DataError, Encoded, is_templated
 from trimtab.evaluation import Evaluation, evaluate, evaluating
 from trimtab.loading import quiet
 from trimtab.reuse import Store, choose_reuse
@@ -306,7 +306,7 @@ def _run(recipe: Recipe, trial: Trial) -> dict[str, Any]:
         asked = with_shots(task, tokenizer, task.examples(split), shots)
         if shots:
             check_context(model, task, tokenizer, asked, len(shots))
-        until = "\n\n" if shots and not templated(task, tokenizer) else None
+        until = "\n\n" if shots and not is_templated(tokenizer, task.spec.chat) else None
         return evaluate(adapted, tokenizer, task, asked, equal_lengths=contender.adds_tokens, until=until)
 
     result: dict[str, Any] = {"validation": score("validation").main}
@@ -339,13 +339,8 @@ def with_shots(
     if not shots:
         return list(examples)
     solved = "".join(f"{s.texts[0]}\n{s.answer}\n\n" for s in shots)
-    end = "" if templated(task, tokenizer) else "\n"
+    end = "" if is_templated(tokenizer, task.spec.chat) else "\n"
     return [replace(e, texts=(solved + e.texts[0] + end,)) for e in examples]
-
-
-def templated(task: Task[Any], tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether prompts are put into a chat template."""
-    return tokenizer.chat_template is not None if task.spec.chat == "auto" else bool(task.spec.chat)
 
 
 def check_context(

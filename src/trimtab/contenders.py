@@ -7,6 +7,7 @@ model = contender.build(base, task_type="CAUSAL_LM")            # trainable, the
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -202,9 +203,9 @@ def choose_contenders(
         for method in only or ():
             if method not in (c.name for c in found):
                 found.append(as_contender(method, spec.adapter))
-        twice = [c.name for i, c in enumerate(found) if c.name in [d.name for d in found[:i]]]
-        if twice:
-            raise ValueError(f"compare: methods: two are called {twice[0]!r}; give one another name")
+        often, count = Counter(c.name for c in found).most_common(1)[0]
+        if count > 1:
+            raise ValueError(f"compare: methods: {count} are called {often!r}; give each a name of its own")
         chosen[name] = [c for c in found if not only or c.name in only]
     return chosen
 

@@ -26,6 +26,7 @@ __all__ = [
     "encode",
     "encode_messages",
     "encode_texts",
+    "is_templated",
     "locate",
     "read_rows",
 ]
@@ -58,7 +59,7 @@ def encode(
 
     Raises DataError when a chat template is asked for and the tokenizer has none, or refuses `system`.
     """
-    templated = tokenizer.chat_template is not None if chat == "auto" else chat
+    templated = is_templated(tokenizer, chat)
     if templated:
         text = _render_chat(tokenizer, prompt, system)
         ids = _ids(tokenizer, text)
@@ -71,6 +72,11 @@ def encode(
     end = _turn_end(tokenizer) if templated else _ids(tokenizer, tokenizer.eos_token or "")
     answer_ids = _ids(tokenizer, answer) + end
     return Encoded(ids + answer_ids, len(ids), [IGNORED] * len(ids) + answer_ids)
+
+
+def is_templated(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> bool:
+    """Whether prompts are put into a chat template."""
+    return tokenizer.chat_template is not None if chat == "auto" else chat
 
 
 def cut(encoded: Encoded, length: int) -> Encoded:

@@ -108,7 +108,7 @@ def _task_report(task: Task[Any], groups: list[Group], recipe: Recipe) -> Row:
             a, b = ([run[column] for run in g.seeds] for g in (group, reference))
             found = compare_runs(a, b, score, binary=binary).as_dict()
             row["against_reference"] = found
-            row["sentence"] = sentence(row, found, reference, len(examples), len(a), len(b))
+            row["sentence"] = sentence(row, found, reference, len(examples))
     rows.sort(key=lambda row: -row["mean"] if "mean" in row else float("inf"))
     return {
         "score": task.main_score,
@@ -116,7 +116,6 @@ def _task_report(task: Task[Any], groups: list[Group], recipe: Recipe) -> Row:
         "train_items": groups[0].examples or len(task.examples("train")),
         "validation_items": len(task.examples("validation")),
         "test_items": len(examples),
-        "test_is_validation": task.test_is_validation,
         "methods": rows,
     }
 
@@ -176,8 +175,9 @@ def _method_row(group: Group, task: Task[Any], recipe: Recipe) -> Row:
     return row
 
 
-def sentence(row: Row, found: Row, reference: Group, items: int, seeds: int, reference_seeds: int) -> str:
+def sentence(row: Row, found: Row, reference: Group, items: int) -> str:
     """The verdict in words."""
+    seeds, reference_seeds = len(row["scores"]), len(reference.seeds)
     said = {"better": "is better than", "worse": "is worse than", "not told apart": "is not told apart from"}
     points, low, high = (100 * found[k] for k in ("difference", "low", "high"))
     text = (
@@ -371,10 +371,9 @@ def cells(row: Row) -> list[str]:
 
 def sizes(task: Row) -> str:
     """What a task was trained and tested on."""
-    same = " (validation is the test)" if task["test_is_validation"] else ""
     return (
         f"{task['score']}; {task['train_items']} training, {task['validation_items']} validation and "
-        f"{task['test_items']} test items{same}."
+        f"{task['test_items']} test items."
     )
 
 

@@ -74,8 +74,6 @@ def compare_runs(
     parts = [(of_items, items - 1.0)]
     parts += [(float(s.var(ddof=1)) / len(s), len(s) - 1.0) for s in (a_scores, b_scores) if len(s) > 1]
     found = _difference(difference, parts, "paired bootstrap over items, spread of seeds")
-    if found.error == 0:  # every item differs by as much; by chance their signs agree once in 2^(items - 1)
-        return _judged(replace(found, p=0.5 ** (items - 1) if difference else 1.0, test="sign test"))
     if binary and len(a) == len(b) == 1:
         return _judged(replace(found, p=_mcnemar(np.asarray(a[0]), np.asarray(b[0])), test="McNemar, exact"))
     return found
@@ -91,10 +89,11 @@ def over_tasks(found: Sequence[Difference]) -> Difference:
 
 
 def _difference(difference: float, parts: Sequence[tuple[float, float]], test: str) -> Difference:
-    """The verdict on a difference whose variance is the sum of parts, each with its degrees of freedom."""
+    """The verdict on a difference whose variance is the sum of parts, each with its degrees of freedom; items first."""
     variance = sum(v for v, _ in parts)
-    if variance == 0:
-        freedom, margin, p = float(max(f for _, f in parts)), 0.0, 0.0 if difference else 1.0
+    if variance == 0:  # every item differs by as much; by chance their signs agree once in 2^(items - 1)
+        freedom, margin, test = parts[0][1], 0.0, "sign test"
+        p = 0.5**freedom if difference else 1.0
     else:
         freedom = variance**2 / sum(v**2 / max(f, 1.0) for v, f in parts)
         margin = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * variance**0.5
