@@ -214,7 +214,7 @@ class Trimtab(Contender):
         self.reuse = self._reuse(config) if reuse else None
 
     def _reuse(self, config: Any) -> Any:
-        from trimtab.reuse import Store, choose_reuse
+        from trimtab.runs.reuse import Store, choose_reuse
 
         self.folder = tempfile.TemporaryDirectory()
         found = choose_reuse(self.model, config, Store(int(4e9), Path(self.folder.name)), False)
@@ -235,7 +235,7 @@ class Trimtab(Contender):
             return self._loss(lighter)
 
     def _loss(self, batch: Batch) -> Tensor:
-        from trimtab.trainer import with_supervised
+        from trimtab.runs.trainer import with_supervised
 
         loss: Tensor = self.model(**(with_supervised(batch) if self.supervised else batch)).loss
         return loss
@@ -267,7 +267,7 @@ class Lora(Contender):
     def loss(self, batch: Batch) -> Tensor:
         if not self.supervised:
             return _language_model_loss(self.model, batch)
-        from trimtab.trainer import with_supervised
+        from trimtab.runs.trainer import with_supervised
 
         kept = with_supervised({k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "labels")})
         loss: Tensor = self.model(**kept).loss

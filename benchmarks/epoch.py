@@ -87,8 +87,8 @@ Marks = list[float]
 
 def train_trimtab(job: Job, reuse: bool = True) -> Marks:
     """A recipe, through `train_recipe`."""
-    from trimtab.recipe import load_recipe
-    from trimtab.training import train_recipe
+    from trimtab.recipe.load import load_recipe
+    from trimtab.runs.trial import train_recipe
 
     marks: Marks = []
 
@@ -171,7 +171,7 @@ def train_lora(job: Job, targets: list[str], trimmed: bool = False) -> Marks:
     model = get_peft_model(build_llama(job.shape, job.device, job.seed), config)
     collator: Any = DataCollatorForSeq2Seq(_fast_tokenizer(), label_pad_token_id=-100)
     if trimmed:
-        from trimtab.trainer import supervised_only
+        from trimtab.runs.trainer import supervised_only
 
         collator = supervised_only(collator)
     marks, callback = _marking()

@@ -29,7 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trimtab import ReftConfig
-from trimtab.pool import AdapterPool
+from trimtab.adapter.pool import AdapterPool
 
 REFT: dict[str, Any] = {"task_type": "CAUSAL_LM", "positions": "f7+l7", "r": 8, "init_weights": "paper"}
 

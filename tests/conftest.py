@@ -66,7 +66,7 @@ class Inline(Executor):
 @pytest.fixture
 def inline(monkeypatch: pytest.MonkeyPatch) -> None:
     """`compare` without processes of its own."""
-    from trimtab import comparison
+    from trimtab.study import compare as comparison
 
     @contextmanager
     def workers(jobs: int) -> Iterator[Executor]:

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from trimtab.config import REFT
-from trimtab.tuner import ReftModel
+from trimtab.adapter.config import REFT
+from trimtab.adapter.tuner import ReftModel
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
 """Context and continuation as texts (None: a window of a rolling request) and as tokens."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trimtab.schema import TaskSpec
+from trimtab.recipe.schema import TaskSpec
 from trimtab.tasks.base import Example, Task
 from trimtab.tasks.classification import ClassificationTask, RegressionTask
 from trimtab.tasks.generation import GenerationTask

@@ -10,8 +10,8 @@ from typing import Any, Generic, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from trimtab.data import DataError, Encoded, Row, read_rows
-from trimtab.schema import SPLITS, DataSpec, TaskSpec
+from trimtab.recipe.schema import SPLITS, DataSpec, TaskSpec
+from trimtab.tasks.tokens import DataError, Encoded, Row, read_rows
 
 SpecT = TypeVar("SpecT", bound=TaskSpec)
 CUT, CUT_MOST = (

@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from trimtab.data import DataError, Encoded, Row, encode_texts
-from trimtab.schema import ClassificationSpec, RegressionSpec
+from trimtab.recipe.schema import ClassificationSpec, RegressionSpec
 from trimtab.tasks.base import Example, Task, field, is_missing, needed
-from trimtab.tasks.scoring import accuracy, f1, mcc, pearson, spearman
+from trimtab.tasks.scores import accuracy, f1, mcc, pearson, spearman
+from trimtab.tasks.tokens import DataError, Encoded, Row, encode_texts
 
 TextSpecT = TypeVar("TextSpecT", ClassificationSpec, RegressionSpec)
 

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from trimtab.data import DataError, Encoded, Row, cut, encode
-from trimtab.schema import GenerationSpec, parse_template
+from trimtab.recipe.schema import GenerationSpec, parse_template
 from trimtab.tasks.base import Example, Task, field, is_missing, needed
-from trimtab.tasks.scoring import last_number, named_choice, overlap, same_number
+from trimtab.tasks.scores import last_number, named_choice, overlap, same_number
+from trimtab.tasks.tokens import DataError, Encoded, Row, cut, encode
 
 
 def render(template: str, row: Row, where: str, *, full: bool = False) -> str:

@@ -1,0 +1,155 @@
+"""`ReftConfig`: what a ReFT adapter is, checked before any model is touched."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, cast
+
+from peft import PeftConfig, PeftType
+
+from trimtab.edits import ACTIVATIONS, METHODS
+from trimtab.where.positions import Positions, parse_positions
+
+
+def extend_peft_types() -> PeftType:
+    """Add REFT to PEFT's enum of methods, which its registry demands before it takes a method.
+
+    Raises:
+        ImportError: PEFT has a REFT of its own by now.
+    """
+    if "REFT" in PeftType.__members__:
+        raise ImportError(
+            "this version of peft already has a method called REFT, which trimtab would hide. "
+            "Use peft's own, or install an older peft."
+        )
+    member = str.__new__(PeftType, "REFT")
+    member._name_, member._value_ = "REFT", "REFT"
+    PeftType._member_map_["REFT"] = member
+    PeftType._value2member_map_["REFT"] = member
+    PeftType._member_names_.append("REFT")
+    type.__setattr__(PeftType, "REFT", member)
+    return member
+
+
+REFT = extend_peft_types()
+
+
+@dataclass
+class ReftConfig(PeftConfig):
+    """Configuration of a ReFT adapter (Wu et al. 2024, arXiv:2404.03592).
+
+    Example:
+        >>> ReftConfig(task_type="CAUSAL_LM", method="loreft", r=4, positions="f7+l7", layers="all")
+
+    Raises:
+        ValueError: naming the field, its value and what is allowed.
+    """
+
+    method: str = field(default="loreft", metadata={"help": f"The edit: {', '.join(METHODS)}."})
+    r: int = field(default=4, metadata={"help": "Rank of the edit, at most the width of the model."})
+    positions: str = field(
+        default="f7+l7",
+        metadata={
+            "help": "Edited tokens: fN, lN, fN+lM (first N and last M of the prompt), prompt, generated or all; "
+            "randomN, a control."
+        },
+    )
+    layers: Literal["all"] | list[int] = field(
+        default="all", metadata={"help": "Edited blocks: 'all' or a list of indices, negative from the end."}
+    )
+    site: str = field(
+        default="block",
+        metadata={
+            "help": "Whose output is edited: block, attention, mlp, or a regular expression that matches module names "
+            "whole, as target_modules does elsewhere in PEFT."
+        },
+    )
+    tied: bool = field(
+        default=True, metadata={"help": "One edit for prefix and suffix, or (False) one each; False needs fN+lM."}
+    )
+    dropout: float = field(default=0.0, metadata={"help": "Dropout on the edit, never on the hidden state."})
+    activation: str | None = field(
+        default=None, metadata={"help": f"Applied to W h + b: null or {', '.join(ACTIVATIONS)}."}
+    )
+    init_weights: bool | Literal["paper"] = field(
+        default=True,
+        metadata={
+            "help": "True: a fresh adapter changes nothing. 'paper' (or False): random values, as pyreft starts."
+        },
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules trained and saved whole beside the edits, such as a classifier."}
+    )
+
+    # Read by PEFT of every tuner's config; a ReFT adapter is placed by `layers` and `site` instead.
+    target_modules: ClassVar[None] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = REFT
+        self._check_choice("method", METHODS)
+        self._check(_is_int(self.r) and self.r >= 1, "r", "a whole number of at least 1")
+        positions = parse_positions(self.positions)
+        if isinstance(self.layers, tuple | set | range):
+            self.layers = list(cast(Any, self.layers))
+        if isinstance(self.modules_to_save, tuple | set):
+            self.modules_to_save = list(cast(Any, self.modules_to_save))
+        self._check(
+            self.layers == "all"
+            or (isinstance(self.layers, list) and len(self.layers) > 0 and all(map(_is_int, self.layers))),
+            "layers",
+            "'all' or a list of block indices such as [0, 3, -1]",
+        )
+        if isinstance(self.layers, list):
+            self._check(len(set(self.layers)) == len(self.layers), "layers", "each block once")
+        self._check(isinstance(self.site, str) and self.site != "", "site", "block, attention, mlp or a module pattern")
+        self._check(isinstance(self.tied, bool), "tied", "true or false")
+        if not self.tied and not (positions.first and positions.last):
+            raise ValueError(
+                f"tied=False: needs a prefix and a suffix to edit apart, but positions={self.positions!r}. "
+                "Give positions like 'f7+l7', or leave tied=True."
+            )
+        self._check(
+            isinstance(self.dropout, int | float) and not isinstance(self.dropout, bool) and 0 <= self.dropout < 1,
+            "dropout",
+            "a number from 0 up to, not including, 1",
+        )
+        if self.activation is not None:
+            self._check_choice("activation", ACTIVATIONS)
+        if self.activation and not METHODS[self.method].has_weight:
+            raise ValueError(f"activation={self.activation!r}: method {self.method!r} has no W h + b to apply it to.")
+        self._check(
+            isinstance(self.init_weights, bool) or self.init_weights == "paper",
+            "init_weights",
+            "True, False or 'paper'",
+        )
+        self._check(
+            self.modules_to_save is None
+            or (isinstance(self.modules_to_save, list) and all(isinstance(name, str) for name in self.modules_to_save)),
+            "modules_to_save",
+            "null or a list of module names such as ['classifier']",
+        )
+
+    @property
+    def parsed_positions(self) -> Positions:
+        return parse_positions(self.positions)
+
+    def edit_names(self) -> tuple[str, ...]:
+        """The edits of one block: `edit` where prefix and suffix share one, else `prefix` and `suffix`."""
+        return ("edit",) if self.tied else ("prefix", "suffix")
+
+    def _check(self, ok: bool, name: str, allowed: str) -> None:
+        if not ok:
+            raise ValueError(f"{name}={getattr(self, name)!r}: must be {allowed}.")
+
+    def _check_choice(self, name: str, choices: Any) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, str) or value not in choices:
+            close = difflib.get_close_matches(str(value).lower(), choices, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"{name}={value!r}: must be one of {', '.join(choices)}.{hint}")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

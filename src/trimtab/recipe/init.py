@@ -1,0 +1,175 @@
+"""What `trimtab init` writes: a commented recipe for a model, with values that suit its size."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from trimtab.edits import parameter_count
+from trimtab.runs.models import loading
+from trimtab.tasks.files import DataError, read_rows
+from trimtab.where.sites import find_sites
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What `init` needs to know of a model, from its config alone: no weight is read."""
+
+    name: str
+    generates: bool
+    width: int
+    blocks: int
+    parameters: int
+    lora_parameters: int
+    """Of a LoRA of rank 8 on every linear layer but the output head."""
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """Adapter and training values for a size of model."""
+
+    r: int
+    positions: str
+    learning_rate: float
+    epochs: int
+
+
+def look_at(name: str) -> ModelFacts:
+    """Build the model without memory and measure it.
+
+    Raises:
+        ModelError: there is no such model folder or Hub name.
+        ValueError: the model has no blocks that trimtab could edit.
+    """
+    with loading(name):
+        config = AutoConfig.from_pretrained(name)
+    generates = any(str(a).endswith(("ForCausalLM", "LMHeadModel")) for a in config.architectures or [])
+    with torch.device("meta"):
+        model: nn.Module = (AutoModelForCausalLM if generates else AutoModel).from_config(config)
+    sites = find_sites(model, "block", "all")
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+    return ModelFacts(
+        name=name,
+        generates=generates,
+        width=sites[0].width,
+        blocks=len(sites),
+        parameters=sum(p.numel() for p in model.parameters()),
+        lora_parameters=sum(8 * (m.in_features + m.out_features) for m in linear),
+    )
+
+
+def suggest(facts: ModelFacts) -> Suggestion:
+    """Starting values: the paper's for large models (tables 5 to 8), higher rates and lower ranks for small ones."""
+    if not facts.generates:
+        return Suggestion(r=1 if facts.width < 512 else 2, positions="f3", learning_rate=1e-3, epochs=20)
+    if facts.width < 512:
+        return Suggestion(r=4, positions="f1+l2", learning_rate=4e-3, epochs=20)
+    if facts.width < 2048:
+        return Suggestion(r=4, positions="f3+l3", learning_rate=2e-3, epochs=9)
+    return Suggestion(r=8, positions="f7+l7", learning_rate=9e-4, epochs=6)
+
+
+def adapter_parameters(facts: ModelFacts, r: int) -> int:
+    """Of a tied LoReFT of rank r on every block."""
+    return facts.blocks * parameter_count("loreft", facts.width, r)
+
+
+def recipe_text(facts: ModelFacts, tasks: dict[str, str]) -> str:
+    """The YAML, commented, for tasks given by name and training file.
+
+    Raises:
+        DataError: a training file cannot be read.
+    """
+    s = suggest(facts)
+    weight = adapter_parameters(facts, s.r)
+    head = f"""\
+# A recipe for trimtab: `trimtab train THIS_FILE` trains one adapter for each task, on one frozen model.
+model: {json.dumps(facts.name)}
+output: runs            # each task leaves a folder here, which PEFT loads: runs/<task>
+seed: 0
+dtype: auto             # as the weights are stored; or float32, bfloat16, float16
+
+# The edit. {weight:,} parameters, {100 * weight / facts.parameters:.3g}% of the model's {facts.parameters:,}.
+adapter:
+  method: loreft        # loreft, direft, noreft, consreft, lobireft, direft_orthonormal
+  r: {s.r}                  # rank; raise it if training loss stays high, lower it if data is scarce
+  positions: {s.positions}      # edited prompt tokens: fN first, lN last; or prompt, generated, all
+  layers: all           # or a list such as [0, 4, -1]: fewer layers, fewer parameters
+
+training:
+  learning_rate: {s.learning_rate:g}
+  epochs: {s.epochs}            # or max_steps
+  batch_size: 16
+  warmup: 0.1           # share of the steps
+  weight_decay: 0.0
+  max_length: 512       # longer training examples are left out, and counted
+
+tasks:
+"""
+    body = _generation if facts.generates else _classification
+    return head + "\n".join(body(name, data) for name, data in tasks.items())
+
+
+def _fields(path: str) -> list[str]:
+    return list(read_rows(path)[0]) if Path(path).exists() else []
+
+
+def _generation(name: str, data: str) -> str:
+    fields = _fields(data)
+    prompt = next((f for f in ("input", "prompt", "question", "instruction") if f in fields), (fields or ["input"])[0])
+    others = [f for f in fields if f != prompt] or ["output"]
+    answer = next((f for f in ("output", "answer", "completion", "response") if f in others), others[-1])
+    return f"""\
+  {json.dumps(name)}:
+    type: generation
+    data:
+      train: {json.dumps(data)}     # .jsonl, .json, .csv, .tsv or .parquet; without validation: a tenth of it validates
+      # validation: ...
+      # test: ...
+    prompt: "{{{prompt}}}"     # the row's fields in braces; the chat template goes around it (chat: false: none)
+    answer: "{{{answer}}}"
+    score: exact_match     # or number (the last number counts), or choice with choices: [yes, no]
+    max_new_tokens: 32
+"""
+
+
+def _classification(name: str, data: str) -> str:
+    fields = _fields(data)
+    label = next((f for f in ("label", "labels", "class", "score") if f in fields), (fields or ["label"])[-1])
+    texts = [f for f in fields if f not in (label, "id", "idx", "index")] or ["sentence"]
+    return f"""\
+  {json.dumps(name)}:
+    type: classification   # or regression, for a number
+    data:
+      train: {json.dumps(data)}     # .jsonl, .json, .csv, .tsv or .parquet; without validation: a tenth of it validates
+      # validation: ...
+      # test: ...
+    text: {json.dumps(texts[0])}          # a field, or [first, second] for a pair
+    label: {json.dumps(label)}
+    score: accuracy        # or f1, mcc
+"""
+
+
+def parse_tasks(pairs: list[str]) -> dict[str, str]:
+    """`name=file` pairs; a file alone is named after itself.
+
+    Raises:
+        DataError: two tasks share a name.
+    """
+    tasks: dict[str, Any] = {}
+    for pair in pairs or ["first=data/first.train.jsonl", "second=data/second.train.jsonl"]:
+        name, sep, path = pair.partition("=")
+        if not sep:
+            name, path = re.sub(r"[^A-Za-z0-9_]+", "_", Path(pair).stem), pair
+        if name in tasks:
+            raise DataError(f"--task {pair}: there is a task {name!r} already; write other_name={path}")
+        tasks[name] = path
+    return tasks

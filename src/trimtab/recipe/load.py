@@ -1,0 +1,261 @@
+"""`load_recipe`: the YAML that `trimtab train` reads, with one-screen errors that name the line.
+
+recipe = load_recipe("words.yaml")
+recipe = load_recipe("commonsense", ["training.epochs=3"], data="LLM-Adapters")     # one that comes with trimtab
+recipe.tasks["plural"].training.learning_rate     # the task's own value, else the file's, else the default
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from trimtab.recipe.schema import (
+    SPLITS,
+    AdapterSpec,
+    ClassificationSpec,
+    CompareSpec,
+    DataSpec,
+    GenerationSpec,
+    Limits,
+    Recipe,
+    RegressionSpec,
+    SetSpec,
+    TaskSpec,
+    TrainingSpec,
+    TuneSpec,
+)
+from trimtab.recipe.yaml_lines import YamlError, find, parse_yaml
+from trimtab.tasks.files import DataError, locate
+
+__all__ = [
+    "SHIPPED",
+    "ClassificationSpec",
+    "GenerationSpec",
+    "Recipe",
+    "RecipeError",
+    "RegressionSpec",
+    "TaskSpec",
+    "load_recipe",
+]
+
+SHIPPED = {path.stem: path for path in sorted((Path(__file__).parent / "shipped").glob("*.yaml"))}
+"""The recipes that come with trimtab, by name."""
+SHOWN = 10  # problems listed before "and N more"
+Place = tuple[str | int, ...]
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run. The message lists the problems, each with its line, place, value and remedy."""
+
+
+def load_recipe(
+    path: str | Path,
+    settings: Sequence[str] = (),
+    *,
+    data: str | Path | None = None,
+    only: Collection[str] | None = None,
+) -> Recipe:
+    """Read and check a recipe, its adapters' values and the presence of its data files included.
+
+    A relative `model` is looked for in the working directory, then beside the file; data files the other way round.
+
+    Args:
+        path: a file, or the name of one of `SHIPPED`.
+        settings: `key.path=value` each, which replaces what the file says.
+        data: the folder where relative data files are, instead of the one beside the file.
+        only: the tasks whose data files have to be there; all by default.
+
+    Raises:
+        RecipeError: listing what is wrong, each problem with its line, its place and what to do.
+    """
+    path = Path(path) if Path(path).is_file() else SHIPPED.get(str(path), Path(path))
+    if data is not None and not Path(data).is_dir():
+        raise RecipeError(f"the data folder {str(data)!r} is no folder.")
+    try:
+        raw, node = parse_yaml(path.read_text(encoding="utf-8-sig"), settings)
+    except OSError as error:
+        shipped = f"; the recipes that go by a name are {', '.join(SHIPPED)}"
+        raise RecipeError(f"cannot read the recipe {path}: {error.strerror}{shipped}") from None
+    except UnicodeDecodeError:
+        raise RecipeError(f"{path} is not UTF-8 text; a recipe is a YAML file") from None
+    except YamlError as error:
+        raise RecipeError(f"{path}, {_line(error.line)}: {error}") from None
+    if not isinstance(raw, dict):
+        raise RecipeError(
+            f"{path} is {'empty' if raw is None else 'not a mapping'}; a recipe starts with model: and tasks:"
+        )
+    folder = path.parent if data is None else Path(data)
+    missing = _find_files(raw, folder, only)
+    problems = _find_model(raw, path.parent) + missing + _adapter_problems(raw) + _method_problems(raw)
+    looked = f"\nLooked in {folder} and the working directory. {raw.get('source') or ''}".rstrip() if missing else ""
+    try:
+        recipe = Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError(_report(path, node, problems + _schema_problems(error, node)) + looked) from None
+    if problems:
+        raise RecipeError(_report(path, node, problems) + looked)
+    return recipe
+
+
+def _section(raw: Any, key: str) -> dict[Any, Any]:
+    value = raw.get(key) if isinstance(raw, dict) else None
+    return value if isinstance(value, dict) else {}
+
+
+def _find_model(raw: dict[Any, Any], folder: Path) -> list[tuple[Place, str]]:
+    """Replace a model's path in `raw` by that of the folder beside the file, if it is there."""
+    model = raw.get("model")
+    if isinstance(model, str) and not Path(model).expanduser().exists():
+        if (folder / model).exists():
+            raw["model"] = str(folder / model)
+        elif model.startswith((".", "/", "~")) or model.count("/") > 1:
+            return [(("model",), f"no folder {model!r} in the working directory or beside this file")]
+    return []
+
+
+def _find_files(raw: dict[Any, Any], folder: Path, only: Collection[str] | None) -> list[tuple[Place, str]]:
+    """Replace the paths in `raw` by those of existing files; return what could not be found."""
+    problems: list[tuple[Place, str]] = []
+    files = [
+        (holder, key, ("tasks", name, "data", *place))
+        for name, task in _section(raw, "tasks").items()
+        if only is None or name in only
+        for holder, key, place in _files(_section(task, "data"))
+    ]
+    compare = _section(raw, "compare")
+    if isinstance(compare.get("held_out"), str):
+        files.append((compare, "held_out", ("compare", "held_out")))
+    for holder, key, place in files:
+        try:
+            holder[key] = str(locate(holder[key], folder))
+        except DataError as error:
+            problems.append((place, str(error)))
+    return problems
+
+
+def _files(data: dict[Any, Any]) -> Iterator[tuple[dict[Any, Any], Any, Place]]:
+    """The paths in a task's data: the mapping that each is in, its key there, and its place."""
+    if data.get("name") is not None:
+        return  # those are splits of a dataset on the Hub
+    sets = _section(data, "test")
+    yield from ((data, split, (split,)) for split in SPLITS if isinstance(data.get(split), str))
+    yield from ((sets, name, ("test", name)) for name, one in sets.items() if isinstance(one, str))
+    inner = ((one, name) for name, one in sets.items() if isinstance(one, dict) and isinstance(one.get("file"), str))
+    yield from ((one, "file", ("test", name, "file")) for one, name in inner)
+
+
+def _adapter_problems(raw: dict[Any, Any]) -> list[tuple[Place, str]]:
+    """What `ReftConfig` says of each task's adapter, placed at the task's own value or else at the common one."""
+    from trimtab.adapter.config import ReftConfig
+
+    problems: list[tuple[Place, str]] = []
+    common = _section(raw, "adapter")
+    for name, task in _section(raw, "tasks").items():
+        own = _section(task, "adapter")
+        try:
+            ReftConfig(**AdapterSpec.model_validate({**common, **own}).model_dump())
+        except ValidationError:
+            continue  # a wrong type or key, reported with the rest of the file
+        except ValueError as error:
+            field = str(error).partition("=")[0]
+            place: Place = ("tasks", name, "adapter", field) if field in own else ("adapter", field)
+            problems.append((place, str(error)))
+    return problems
+
+
+def _method_problems(raw: dict[Any, Any]) -> list[tuple[Place, str]]:
+    """What is wrong with the methods to compare, each at its place in the list."""
+    from trimtab.runs.ways import as_contender
+
+    problems: list[tuple[Place, str]] = []
+    methods = _section(raw, "compare").get("methods")
+    for i, entry in enumerate(methods if isinstance(methods, list) else []):
+        try:
+            adapter = AdapterSpec.model_validate(_section(raw, "adapter"))
+            as_contender(entry, adapter)
+        except (ValidationError, TypeError, AttributeError):
+            continue  # a wrong type or key, reported with the rest of the file
+        except ValueError as error:
+            problems.append((("compare", "methods", i), str(error)))
+    return problems
+
+
+TYPES: dict[str, type[BaseModel]] = {
+    "generation": GenerationSpec,
+    "classification": ClassificationSpec,
+    "regression": RegressionSpec,
+}
+SECTIONS: dict[Any, type[BaseModel]] = {
+    "adapter": AdapterSpec,
+    "training": TrainingSpec,
+    "data": DataSpec,
+    "limit": Limits,
+    "compare": CompareSpec,
+    "tune": TuneSpec,
+    **TYPES,
+}
+
+
+def _schema_problems(error: ValidationError, node: Any) -> list[tuple[Place, str]]:
+    """Pydantic's complaints by place in the file; the branches of a union, which it reports one by one, are joined."""
+    by_place: dict[Place, list[str]] = {}
+    values: dict[Place, str] = {}
+    for each in error.errors():
+        place = tuple(find(node, each["loc"])[1]) + (each["loc"][-1:] if each["type"] == "missing" else ())
+        by_place.setdefault(place, []).append(_explain(each))
+        if each["type"] != "missing" and not isinstance(each["input"], dict | list):
+            values[place] = f" (it is {str(each['input'])[:60]!r})"
+    return [
+        (place, " or ".join(texts).replace(" or must be ", " or ") + values.get(place, ""))
+        for place, texts in by_place.items()
+    ]
+
+
+def _explain(error: ErrorDetails) -> str:
+    kind, loc = error["type"], error["loc"]
+    model = SetSpec if loc[-3:-2] == ("sets",) else SECTIONS.get(loc[-2], Recipe) if len(loc) > 1 else Recipe
+    if kind == "missing":
+        return f"is missing: give {model.model_fields[str(loc[-1])].description}".rstrip()
+    if kind == "extra_forbidden":
+        return _unknown_key(str(loc[-1]), model)
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        return f"type must be generation, classification or regression, not {error['input'].get('type')!r}"
+    if kind in ("model_type", "dict_type", "model_attributes_type"):
+        return "must be a mapping of keys to values"
+    if kind == "too_short" and loc == ("tasks",):
+        return "has no task: give at least one"
+    text = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    near = (
+        difflib.get_close_matches(str(error["input"]), re.findall(r"'(\w+)'", text), 1)
+        if kind == "literal_error"
+        else []
+    )
+    return text.replace("True, False", "true, false") + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def _unknown_key(key: str, model: type[BaseModel]) -> str:
+    near = difflib.get_close_matches(key, model.model_fields, 1)
+    owners = [name for name, spec in TYPES.items() if key in spec.model_fields]
+    if near:
+        return f"is not a known key; did you mean {near[0]!r}?"
+    if model in TYPES.values() and owners:
+        return f"belongs to type: {' or '.join(owners)}"
+    return f"is not a known key; there are {', '.join(model.model_fields)}"
+
+
+def _line(number: int) -> str:
+    return f"line {number}" if number else "command line"
+
+
+def _report(path: Path, node: Any, problems: list[tuple[Place, str]]) -> str:
+    lines = sorted({(find(node, place)[0], ".".join(map(str, place)), text) for place, text in problems})
+    shown = [f"  {_line(line)}, {place or 'the whole file'}: {text}" for line, place, text in lines[:SHOWN]]
+    more = [f"  and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+    return "\n".join([f"{path} has {len(lines)} problem{'s' if len(lines) > 1 else ''}:", *shown, *more])

@@ -1,0 +1,1 @@
+"""One experiment: a model, a way to adapt it, a trial."""

@@ -1,0 +1,135 @@
+"""Answers from one base model under several adapters at once: what `generate` and `chat` run on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+from trimtab.adapter.folder import AdapterError, inspect_adapter
+from trimtab.adapter.forward import BASE
+from trimtab.recipe.schema import parse_template
+from trimtab.runs.models import load_causal_lm, load_tokenizer
+from trimtab.runs.predict import predict
+from trimtab.tasks.tokens import Encoded, encode, encode_messages
+
+Message = dict[str, str]
+
+
+def find_adapters(folders: Sequence[str]) -> dict[str, Path]:
+    """Adapter folders by name: each folder itself, or those that stand in it.
+
+    Raises:
+        AdapterError: a folder holds no adapter, or two adapters share a name.
+    """
+    found: dict[str, Path] = {}
+    for folder in map(Path, folders):
+        inside = (
+            [folder]
+            if (folder / "adapter_config.json").exists()
+            else sorted(path.parent for path in folder.glob("*/adapter_config.json"))
+        )
+        if not inside:
+            raise AdapterError(f"{folder}: no adapter there, nor in a folder inside it (no adapter_config.json).")
+        for path in inside:
+            name = path.resolve().name.replace(".", "_")
+            if name in found:
+                raise AdapterError(f"two adapters are called {name!r}, {found[name]} and {path}; rename a folder.")
+            found[name] = path
+    return found
+
+
+class Answerer:
+    """A base model with its adapters loaded; each row of a batch may use another one, or none (`__base__`)."""
+
+    def __init__(self, adapters: dict[str, Path], model: str | None = None) -> None:
+        """Load the base model and every adapter.
+
+        Raises:
+            AdapterError: an adapter is damaged, is of another base model, or does not generate text.
+        """
+        infos = {name: inspect_adapter(path) for name, path in adapters.items()}
+        bases = {info.base_model for info in infos.values()}
+        if model is None and not bases:
+            raise AdapterError("nothing to answer with: give an adapter's folder with --adapter, or a --model.")
+        if model is None and len(bases) > 1:
+            raise AdapterError(
+                f"the adapters name {len(bases)} base models ({', '.join(map(str, bases))}); say --model."
+            )
+        for name, info in infos.items():
+            if info.config.task_type not in (None, "CAUSAL_LM"):
+                raise AdapterError(
+                    f"{adapters[name]}: trained for {info.config.task_type}; it does not generate text. Name only "
+                    "those that do, each with --adapter."
+                )
+        self.base_name = model if model is not None else str(bases.pop())
+        self.tokenizer = load_tokenizer(self.base_name)
+        self.prompts = {name: _prompting(path) for name, path in adapters.items()}
+        loaded = load_causal_lm(self.base_name, _dtype(list(adapters.values())))
+        for name, path in adapters.items():
+            if isinstance(loaded, PeftModel):
+                loaded.load_adapter(str(path), adapter_name=name)
+            else:
+                loaded = PeftModel.from_pretrained(loaded, str(path), adapter_name=name)
+        self.model = loaded.eval()
+
+    def answer(self, prompt: str, names: Sequence[str], max_new_tokens: int | None = None) -> list[str]:
+        """The greedy answers to one prompt under each adapter named, worked out in a single batch."""
+        encoded = [self._encode(prompt, name) for name in names]
+        most = max_new_tokens or max(
+            (self.prompts[n]["max_new_tokens"] for n in names if n in self.prompts), default=64
+        )
+        return self._run(encoded, names, most)
+
+    def reply(self, messages: list[Message], name: str, max_new_tokens: int = 256) -> str:
+        """The next turn of a conversation."""
+        return self._run([encode_messages(self.tokenizer, messages)], [name], max_new_tokens)[0]
+
+    def _run(self, encoded: Sequence[Encoded], names: Sequence[str], max_new_tokens: int) -> list[str]:
+        adapter_names = names if isinstance(self.model, PeftModel) else None
+        texts = predict(self.model, self.tokenizer, encoded, max_new_tokens=max_new_tokens, adapter_names=adapter_names)
+        return [text.strip() for text in texts]
+
+    def _encode(self, prompt: str, name: str) -> Encoded:
+        """The prompt as the adapter's training wrote it; for the base model as the first adapter's did."""
+        how = self.prompts.get(name) or next(iter(self.prompts.values()), _PLAIN)
+        parts = parse_template(how["prompt"])
+        fields = {field for _, field in parts if field is not None}
+        if len(fields) > 1:
+            raise AdapterError(
+                f"{name}: was trained on prompts of several fields, {how['prompt']!r}; use trimtab eval."
+            )
+        text = "".join(text + (prompt if field is not None else "") for text, field in parts) if fields else prompt
+        return encode(self.tokenizer, text, chat=how["chat"], system=how["system"])
+
+
+_PLAIN: dict[str, Any] = {"prompt": "{prompt}", "chat": "auto", "system": None, "max_new_tokens": 64}
+
+
+def _prompting(folder: Path) -> dict[str, Any]:
+    """How a run of trimtab wrote its prompts; the chat template alone for adapters from elsewhere."""
+    task = _run_of(folder).get("task")
+    if not task:
+        return _PLAIN
+    prompts = task["prompt"] if isinstance(task["prompt"], list) else [task["prompt"]]
+    return {**{key: task[key] for key in _PLAIN}, "prompt": prompts[-1]}  # of several, the one of the fewest fields
+
+
+def _dtype(folders: list[Path]) -> str:
+    """What the adapters were trained in, where they agree; else as the weights are stored."""
+    dtypes = {_run_of(folder).get("dtype", "auto") for folder in folders}
+    return str(dtypes.pop()) if len(dtypes) == 1 else "auto"
+
+
+def _run_of(folder: Path) -> dict[str, Any]:
+    try:
+        run: dict[str, Any] = json.loads((folder / "run.json").read_text())["run"]
+    except (OSError, ValueError, KeyError):
+        return {}
+    return run
+
+
+__all__ = ["BASE", "Answerer", "Message", "find_adapters"]

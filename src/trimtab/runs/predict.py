@@ -1,0 +1,130 @@
+"""Predictions of a model on a task's examples, and their scores.
+
+`predict` works on any model, adapted or not; batches are formed by length, and results come back in the given order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from trimtab.recipe.schema import TaskSpec
+from trimtab.tasks import Example, Task
+from trimtab.tasks.tokens import Collator, Encoded
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of one model on one split, the task's main one first, and what they were taken from."""
+
+    scores: dict[str, float]
+    predictions: list[Any]
+    per_item: list[float]
+
+    @property
+    def main(self) -> float:
+        return next(iter(self.scores.values()))
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task[Any],
+    examples: Sequence[Example],
+    *,
+    equal_lengths: bool = False,
+    until: str | None = None,
+) -> Evaluation:
+    """Score the model on examples of the task, in batches of `training.eval_batch_size`.
+
+    Args:
+        equal_lengths: batches without padding, for a model whose answers it would change.
+        until: a generated text ends before this.
+    Raises:
+        DataError: an example cannot be tokenised for this model.
+    """
+    encoded, _ = task.encode(tokenizer, examples, training=False)
+    how = {**decoding(task.spec), "equal_lengths": equal_lengths}
+    predictions = predict(model, tokenizer, encoded, task.spec.training.eval_batch_size, **how)
+    if until is not None:
+        predictions = [p.lstrip().partition(until)[0] for p in predictions]
+    if task.spec.type == "regression":
+        predictions = [p[0] for p in predictions]
+    elif task.spec.type == "classification":
+        predictions = [max(range(len(p)), key=p.__getitem__) for p in predictions]
+    return Evaluation(task.score(predictions, examples), predictions, task.per_item(predictions, examples))
+
+
+def decoding(spec: TaskSpec) -> dict[str, Any]:
+    """A task's arguments of `predict`: how it generates; none for a classifier."""
+    return spec.model_dump(include={"max_new_tokens", "repetition_penalty", "no_repeat_ngram_size"})
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: Sequence[Encoded],
+    batch_size: int = 64,
+    *,
+    max_new_tokens: int | None = None,
+    adapter_names: Sequence[str] | None = None,
+    equal_lengths: bool = False,
+    **repetition: Any,
+) -> list[Any]:
+    """Greedy continuations as texts, or, where `max_new_tokens` is None, the logits of a classifier's head as lists.
+
+    Args:
+        adapter_names: one adapter (or `__base__`) for each example.
+        equal_lengths: batches of examples of one length, so that nothing is padded.
+        repetition: `repetition_penalty` and `no_repeat_ngram_size`, as transformers' `generate` takes them.
+    """
+    collate, device = Collator(tokenizer), next(model.parameters()).device
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].input_ids), reverse=True)
+    results: list[Any] = [None] * len(encoded)
+    with evaluating(model):
+        for chosen in _batches(order, batch_size, [len(e.input_ids) for e in encoded] if equal_lengths else None):
+            batch = {k: v.to(device) for k, v in collate([encoded[i] for i in chosen]).items() if k != "labels"}
+            extra = {"adapter_names": [adapter_names[i] for i in chosen]} if adapter_names else {}
+            if max_new_tokens is None:
+                outputs = model(**batch, **extra).logits.float().tolist()
+            else:
+                how = {"max_new_tokens": max_new_tokens, "pad_token_id": collate.pad_id, **repetition}
+                outputs = _generate(model, tokenizer, batch, **how, **extra)
+            for i, output in zip(chosen, outputs, strict=True):
+                results[i] = output
+    return results
+
+
+def _batches(order: list[int], size: int, lengths: list[int] | None) -> Iterator[list[int]]:
+    runs = [order] if lengths is None else [list(run) for _, run in groupby(order, lengths.__getitem__)]
+    for run in runs:
+        for at in range(0, len(run), size):
+            yield run[at : at + size]
+
+
+def _generate(model: Any, tokenizer: PreTrainedTokenizerBase, batch: dict[str, Tensor], **how: Any) -> list[str]:
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    first = ids.gather(1, mask.argmax(1, keepdim=True))
+    filled = ids.where(mask.bool(), first)  # a penalty on repetition sees padding: a row's own first token adds nothing
+    out = model.generate(**{**batch, "input_ids": filled}, **how, do_sample=False)
+    texts: list[str] = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+    return texts
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, and afterwards in the mode it was in."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -1,0 +1,271 @@
+"""Frozen-part reuse: what no training step changes is computed once.
+
+Under a frozen base model much of a forward pass is the same at every step of every epoch:
+
+- with suffix-only positions (`lN`) and causal attention, everything before the first edited token, in every layer. Its
+  keys and values are kept, and training runs only on the tokens from there on (`PrefixReuse`);
+- with edits from block k up, the hidden states that enter block k. They are kept, and the blocks below are skipped
+  (`LowerBlocksReuse`).
+
+Both are exact to rounding. Each example's part is computed alone, without padding, so that it does not depend on the
+batch it first came in: a resumed run ends in the same bits as an uninterrupted one. Kept parts stay in memory up to a
+budget and go to disk past it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from trimtab.adapter.config import ReftConfig
+from trimtab.adapter.forward import BASE
+from trimtab.tasks.tokens import IGNORED
+from trimtab.where.positions import Positions
+from trimtab.where.sites import find_blocks, find_sites
+
+
+class Store:
+    """Tensors by example number: in memory up to `budget` bytes, past it as files in `folder`."""
+
+    def __init__(self, budget: int, folder: Path) -> None:
+        self.budget, self.folder, self.used, self.on_disk = budget, folder, 0, 0
+        self._kept: dict[int, Tensor | Path] = {}
+
+    def __contains__(self, example: int) -> bool:
+        return example in self._kept
+
+    def put(self, example: int, tensor: Tensor) -> None:
+        size = tensor.numel() * tensor.element_size()
+        if self.used + size <= self.budget:
+            self.used += size
+            self._kept[example] = tensor
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{example}.safetensors"
+        save_file({"kept": tensor.contiguous()}, path)
+        self.on_disk += size
+        self._kept[example] = path
+
+    def get(self, example: int) -> Tensor:
+        kept = self._kept[example]
+        return kept if isinstance(kept, Tensor) else load_file(kept)["kept"]
+
+    def close(self) -> None:
+        self._kept.clear()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class Reuse(ABC):
+    """One way to reuse; `applied` turns a batch into a cheaper one with the same loss and gradients."""
+
+    def __init__(self, model: PeftModel, store: Store) -> None:
+        self.model, self.store = model, store
+        self.tokens, self.tokens_saved = 0, 0
+        """Real tokens of all batches, and those that the trained part of the pass did not have to touch."""
+
+    @property
+    @abstractmethod
+    def what(self) -> str:
+        """What is reused, in words."""
+
+    @abstractmethod
+    @contextmanager
+    def applied(self, batch: dict[str, Tensor], examples: Sequence[int]) -> Iterator[dict[str, Any]]:
+        """The batch to call the model with, within the context.
+
+        Args:
+            batch: input_ids, attention_mask, labels (B, T), padded on the right, and prompt_lengths (B,).
+            examples: the number of each row's example, under which its part is kept.
+        """
+
+    def summary(self) -> dict[str, Any]:
+        """For the run's metrics: what was reused, and what it saved."""
+        return {
+            "reused": self.what,
+            "tokens": self.tokens,
+            "tokens_saved": round(self.tokens_saved),
+            "bytes_in_memory": self.store.used,
+            "bytes_on_disk": self.store.on_disk,
+        }
+
+    def part(self, example: int, ids: Tensor) -> Tensor:
+        """The example's kept part, worked out at its first use from its token ids (1, n)."""
+        if example not in self.store:
+            tuner: Any = self.model.base_model
+            with torch.no_grad(), tuner._enable_peft_forward_hooks(adapter_names=[BASE]):  # as the base model alone
+                self.store.put(example, self.compute(ids).cpu())
+        return self.store.get(example).to(ids.device)
+
+    @abstractmethod
+    def compute(self, ids: Tensor) -> Tensor:
+        """The part of one example, from the token ids (1, n) it depends on."""
+
+
+class PrefixReuse(Reuse):
+    """Keys and values of the tokens before the first edited one, as (layers, 2, heads, tokens, head size)."""
+
+    def __init__(self, model: PeftModel, store: Store, positions: Positions) -> None:
+        super().__init__(model, store)
+        self.positions = positions
+
+    @property
+    def what(self) -> str:
+        return f"keys and values of the tokens before the edited ones ({self.positions.text})"
+
+    def compute(self, ids: Tensor) -> Tensor:
+        base: Any = self.model.get_base_model()
+        cache = base(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+        return torch.stack([torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers])
+
+    @contextmanager
+    def applied(self, batch: dict[str, Tensor], examples: Sequence[int]) -> Iterator[dict[str, Any]]:
+        ids, lengths = batch["input_ids"], batch["attention_mask"].sum(1)
+        ordinals, valid = self.positions.slots(batch["prompt_lengths"])
+        first = torch.where(valid, ordinals, ids.shape[1]).amin(1)  # (B,) tokens before the first edited one
+        starts = first.tolist()
+        rows = list(zip(examples, ids.split(1), starts, strict=True))
+        parts = [self.part(i, row[:, :n]) if n else None for i, row, n in rows]
+        self.tokens += int(lengths.sum())
+        self.tokens_saved += sum(starts)
+        width = int((lengths - first).max())
+        columns = first.unsqueeze(1) + torch.arange(width, device=ids.device)  # (B, width) of the original row
+        real = columns < lengths.unsqueeze(1)
+        taken = columns.clamp(max=ids.shape[1] - 1)
+        before = torch.arange(max(starts), device=ids.device) >= max(starts) - first.unsqueeze(
+            1
+        )  # prefixes end together
+        yield {
+            "input_ids": ids.gather(1, taken),
+            "labels": batch["labels"].gather(1, taken).masked_fill(~real, IGNORED),
+            "attention_mask": torch.cat([before, real], 1).long(),
+            "position_ids": taken,
+            "past_key_values": self._cache(parts, max(starts)),
+            "prompt_lengths": batch["prompt_lengths"],
+            "use_cache": True,
+        }
+
+    def _cache(self, parts: list[Tensor | None], width: int) -> DynamicCache | None:
+        some = next((part for part in parts if part is not None), None)
+        if some is None:
+            return None
+        layers, _, heads, _, size = some.shape
+        batch = some.new_zeros(layers, 2, len(parts), heads, width, size)
+        for row, part in enumerate(parts):
+            if part is not None:
+                batch[:, :, row, :, width - part.shape[3] :] = part
+        base: Any = self.model.get_base_model()
+        cache = DynamicCache(config=base.config)
+        for layer in range(layers):
+            cache.update(batch[layer, 0], batch[layer, 1], layer)
+        return cache
+
+
+class LowerBlocksReuse(Reuse):
+    """Hidden states (tokens, width) that enter the lowest edited block."""
+
+    def __init__(self, model: PeftModel, store: Store, blocks: list[nn.Module]) -> None:
+        super().__init__(model, store)
+        self.blocks = blocks
+        """Those below the lowest edited one."""
+        self.share = len(blocks) / len(find_blocks(model.get_base_model()))
+        self._as_output: Any = None
+
+    @property
+    def what(self) -> str:
+        return f"hidden states that enter block {len(self.blocks)}, the lowest edited one"
+
+    def compute(self, ids: Tensor) -> Tensor:
+        last, captured = self.blocks[-1], []
+        original = last.forward
+
+        def capture(*args: Any, **kwargs: Any) -> Any:
+            output = original(*args, **kwargs)
+            self._as_output = (lambda h: h) if isinstance(output, Tensor) else (lambda h: (h, *output[1:]))
+            captured.append(output if isinstance(output, Tensor) else output[0])
+            raise _Captured
+
+        with _forward_of([last], capture):
+            try:
+                base: Any = self.model.get_base_model()
+                base(input_ids=ids, use_cache=False)
+            except _Captured:
+                pass
+        hidden: Tensor = captured[0][0]
+        return hidden
+
+    @contextmanager
+    def applied(self, batch: dict[str, Tensor], examples: Sequence[int]) -> Iterator[dict[str, Any]]:
+        ids, lengths = batch["input_ids"], batch["attention_mask"].sum(1).tolist()
+        parts = [self.part(i, row[:, :n]) for i, row, n in zip(examples, ids.split(1), lengths, strict=True)]
+        self.tokens += sum(lengths)
+        self.tokens_saved += self.share * sum(lengths)
+        hidden = nn.utils.rnn.pad_sequence(parts, batch_first=True)
+        hidden = nn.functional.pad(hidden, (0, 0, 0, ids.shape[1] - hidden.shape[1]))
+        with _forward_of(self.blocks, lambda *args, **kwargs: self._as_output(hidden)):
+            yield {**batch, "use_cache": False}
+
+
+class _Captured(Exception):
+    """Ends a forward pass whose rest is not needed."""
+
+
+@contextmanager
+def _forward_of(modules: list[nn.Module], forward: Any) -> Iterator[None]:
+    """The modules with another `forward`, which their class's shows through again afterwards."""
+    for module in modules:
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
+
+
+def choose_reuse(model: PeftModel, config: ReftConfig, store: Store, checkpointing: bool) -> Reuse | str:
+    """The reuse that holds for this model and adapter, or why none does."""
+    base: Any = model.get_base_model()
+    if config.task_type != "CAUSAL_LM" or getattr(base.config, "is_encoder_decoder", False):
+        return "only decoders that generate are supported"
+    random = _dropouts(base)
+    if random:
+        return f"the base model is random in training ({random})"
+    if getattr(base.config, "output_router_logits", False):
+        return "the router's loss needs every block"
+    positions = config.parsed_positions
+    if positions.last and not positions.first and not checkpointing and _plain_cache(base.config):
+        return PrefixReuse(model, store, positions)
+    if config.site in ("block", "attention", "mlp") and config.layers != "all":
+        blocks = [block for _, block in find_blocks(base)]
+        lowest = find_sites(base, "block", config.layers)[0].module
+        below = next(i for i, block in enumerate(blocks) if block is lowest)
+        if below and not any("forward" in block.__dict__ for block in blocks[:below]):
+            return LowerBlocksReuse(model, store, blocks[:below])
+    return (
+        "the first tokens of the lowest block are edited" if config.layers == "all" else "no part of a pass is frozen"
+    )
+
+
+def _plain_cache(config: Any) -> bool:
+    """Whether every layer's cache is just its keys and values, all of them."""
+    text = config.get_text_config()
+    types = getattr(text, "layer_types", None) or ["full_attention"]
+    return set(types) == {"full_attention"} and not getattr(text, "sliding_window", None)
+
+
+def _dropouts(base: Any) -> str | None:
+    """A dropout of the base model itself, heads for other tasks aside."""
+    for name, value in base.config.get_text_config().to_dict().items():
+        random = ("dropout" in name or "pdrop" in name) and not name.startswith(("classifier", "summary"))
+        if random and isinstance(value, float) and value > 0:
+            return f"{name}={value}"
+    return None

@@ -1,0 +1,1 @@
+"""Many experiments: comparison, search, ablations, and what they report."""

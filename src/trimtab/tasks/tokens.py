@@ -1,0 +1,167 @@
+"""Text to batches: prompts and answers to tokens, tokens to padded tensors.
+
+rows = read_rows("data/train.jsonl")
+encoded = encode(tokenizer, "What is 2+2?", "4")      # token ids; labels are -100 on the prompt
+batch = Collator(tokenizer)([encoded])                # input_ids, attention_mask, labels, prompt_lengths
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from trimtab.tasks.files import DataError, Row, locate, read_rows
+
+__all__ = [
+    "Collator",
+    "DataError",
+    "Encoded",
+    "Row",
+    "cut",
+    "encode",
+    "encode_messages",
+    "encode_texts",
+    "is_templated",
+    "locate",
+    "read_rows",
+]
+
+IGNORED = -100  # the label of a token that the loss skips
+Chat = Literal[True, False, "auto"]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One example as token ids, before padding."""
+
+    input_ids: list[int]
+    prompt_length: int
+    labels: list[int] | int | float | None
+    """One label a token, or a class, or a number; None for a prompt to generate from."""
+    token_type_ids: list[int] | None = None
+    """Which text of a pair each token is from, for the models that ask."""
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    answer: str | None = None,
+    *,
+    chat: Chat = "auto",
+    system: str | None = None,
+) -> Encoded:
+    """Tokenise a prompt, and the answer apart from it, so that training sees the tokens that generation will.
+
+    Raises DataError when a chat template is asked for and the tokenizer has none, or refuses `system`.
+    """
+    templated = is_templated(tokenizer, chat)
+    if templated:
+        text = _render_chat(tokenizer, prompt, system)
+        ids = _ids(tokenizer, text)
+    else:
+        ids = list(tokenizer(prompt)["input_ids"])
+        if ids and ids[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id) and ids != _ids(tokenizer, prompt):
+            ids.pop()  # the tokenizer closes whole texts; a prompt goes on
+    if answer is None:
+        return Encoded(ids, len(ids), None)
+    end = _turn_end(tokenizer) if templated else _ids(tokenizer, tokenizer.eos_token or "")
+    answer_ids = _ids(tokenizer, answer) + end
+    return Encoded(ids + answer_ids, len(ids), [IGNORED] * len(ids) + answer_ids)
+
+
+def is_templated(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> bool:
+    """Whether prompts are put into a chat template."""
+    return tokenizer.chat_template is not None if chat == "auto" else chat
+
+
+def cut(encoded: Encoded, length: int) -> Encoded:
+    """The example's first `length` tokens, of a prompt with an answer."""
+    labels = encoded.labels[:length] if isinstance(encoded.labels, list) else encoded.labels
+    return replace(encoded, input_ids=encoded.input_ids[:length], labels=labels)
+
+
+def encode_messages(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> Encoded:
+    """Tokenise a conversation up to where the next answer starts; raises DataError without a chat template."""
+    ids = _ids(tokenizer, _render_messages(tokenizer, messages))
+    return Encoded(ids, len(ids), None)
+
+
+def encode_texts(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], label: int | float | None, max_length: int
+) -> tuple[Encoded, bool]:
+    """Tokenise a text or a pair for classification; also say whether it was cut to `max_length`."""
+    kept = tokenizer(*texts, truncation=True, max_length=max_length)
+    ids, types = list(kept["input_ids"]), list(kept.get("token_type_ids", []))
+    cut = len(ids) == max_length and len(tokenizer(*texts)["input_ids"]) > max_length
+    return Encoded(ids, len(ids), label, types if any(types) else None), cut
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _render_chat(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | None) -> str:
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    return _render_messages(tokenizer, [*messages, {"role": "user", "content": prompt}])
+
+
+def _render_messages(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
+    if tokenizer.chat_template is None:
+        raise DataError("the tokenizer has no chat template; in a recipe set chat: false or auto")
+    try:
+        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    except Exception as error:  # jinja's errors, whose package need not be imported here
+        raise DataError(
+            f"the tokenizer's chat template refuses the prompt ({error}); remove system: or set chat: false"
+        ) from None
+
+
+def _turn_end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the chat template writes after an answer, up to the token that ends it; eos where it writes nothing."""
+    mark = "[answer]"
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
+    _, _, rest = str(tokenizer.apply_chat_template(messages, tokenize=False)).rpartition(mark)
+    eos = str(tokenizer.eos_token or "")
+    return _ids(tokenizer, rest[: rest.index(eos)] + eos if eos and eos in rest else rest.rstrip() or eos)
+
+
+class Collator:
+    """Pads encoded examples into a batch, on the right; prompts to generate from, which end together, on the left.
+
+    Training examples also get `prompt_lengths` (B,). Without a pad token eos fills, and the mask tells them apart.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        self.pad_id = int(next(i for i in ids if i is not None))
+
+    def __call__(self, batch: Sequence[Encoded]) -> dict[str, Tensor]:
+        left = batch[0].labels is None
+        rows = [e.input_ids for e in batch]
+        out = {
+            "input_ids": _pad(rows, self.pad_id, left),
+            "attention_mask": _pad([[1] * len(r) for r in rows], 0, left),
+        }
+        if any(e.token_type_ids for e in batch):
+            out["token_type_ids"] = _pad([e.token_type_ids or [0] * len(e.input_ids) for e in batch], 0, left)
+        labels: list[Any] = [e.labels for e in batch]
+        if isinstance(labels[0], list):
+            out["labels"] = _pad(labels, IGNORED, left)
+            out["prompt_lengths"] = torch.tensor([e.prompt_length for e in batch])
+        elif labels[0] is not None:
+            out["labels"] = torch.tensor(labels, dtype=torch.float if isinstance(labels[0], float) else torch.long)
+        return out
+
+
+def _pad(rows: Sequence[Sequence[int]], value: int, left: bool) -> Tensor:
+    """(B, T) from rows of different lengths."""
+    width = max(map(len, rows))
+    fill = [[value] * (width - len(row)) for row in rows]
+    return torch.tensor(
+        [[*f, *row] if left else [*row, *f] for row, f in zip(rows, fill, strict=True)], dtype=torch.long
+    )

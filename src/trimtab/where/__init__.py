@@ -1,0 +1,1 @@
+"""Which tokens and which modules are edited; knows no adapter."""

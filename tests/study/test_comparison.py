@@ -1,0 +1,541 @@
+"""`compare`: every method for real on tiny models, the same budget for all, what is kept, chosen and reported."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoTokenizer,
+    BartConfig,
+    BartModel,
+    BertConfig,
+    BertModel,
+    DebertaV2Config,
+    DebertaV2Model,
+    DistilBertConfig,
+    DistilBertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
+
+from trimtab.recipe.load import RecipeError, load_recipe
+from trimtab.recipe.schema import AdapterSpec
+from trimtab.runs.predict import predict
+from trimtab.runs.trial import Base, RunError
+from trimtab.runs.ways import CONTENDERS, Contender, NotPossible, as_contender, choose_contenders
+from trimtab.study import compare as comparison
+from trimtab.study.ablations import adapter_variants
+from trimtab.study.compare import Group, Study, Trial, describe, drawn, fingerprints, run_trial, thinned, windows
+from trimtab.study.report import as_markdown, scoring_of, summarise, write_report
+from trimtab.tasks import build_task
+from trimtab.tasks.tokens import DataError, encode
+
+ROOT = Path(__file__).parents[2]
+QUICK = ("loreft", "lora", "prefix", "prompt", "bitfit", "ln", "head", "full", "untuned")
+"""One method of each kind; the others on an encoder are slow tests, since they differ in PEFT's code alone."""
+WORDS = [("cat", "cats"), ("dog", "dogs"), ("box", "boxes"), ("city", "cities"), ("man", "men"), ("leaf", "leaves")]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama and a BERT with random weights and the bundled tokenizer."""
+    folder = tmp_path_factory.mktemp("models")
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "models/tiny-llama")
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    ids = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    LlamaForCausalLM(
+        LlamaConfig(**sizes, **ids, num_key_value_heads=2, eos_token_id=tokenizer.eos_token_id, bos_token_id=None)
+    ).save_pretrained(folder / "llama")
+    BertModel(BertConfig(**sizes, **ids)).save_pretrained(folder / "bert")
+    for name in ("llama", "bert"):
+        tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+def write_recipe(models: Path, folder: Path, kind: str = "generation", **compare: Any) -> Path:
+    rows = [{"input": a, "output": b, "long": len(b) > 4, "size": len(b)} for a, b in WORDS * 3]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"train": "rows.jsonl", "validation": "rows.jsonl", "test": "rows.jsonl", "limit": {"test": 8}}
+    tasks: dict[str, dict[str, Any]] = {
+        "generation": {"prompt": "{input}", "answer": "{output}", "max_new_tokens": 3},
+        "classification": {"text": "input", "label": "long"},
+        "regression": {"text": ["input", "output"], "label": "size"},
+    }
+    recipe = {
+        "model": str(models / ("llama" if kind == "generation" else "bert")),
+        "output": str(folder / "runs"),
+        "dtype": "float32",
+        "adapter": {"r": 2, "positions": "f1+l2" if kind == "generation" else "f2"},
+        "training": {"max_steps": 2, "batch_size": 4, "warmup": 0.0},
+        "compare": {"learning_rates": [1e-3, 1e-2], "seeds": 2, **compare},
+        "tasks": {"words": {"type": kind, "data": data, **tasks[kind]}},
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps(recipe))
+    return path
+
+
+def trial(name: str, rate: float = 1e-2, seed: int = 0) -> Trial:
+    contender = as_contender(name, AdapterSpec(r=2, positions="f1+l2"))
+    return Trial("words", contender, rate if contender.trains else None, seed)
+
+
+@pytest.mark.parametrize("name", CONTENDERS)
+def test_every_method_trains_a_decoder_or_says_why_not(name: str, models: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(write_recipe(models, tmp_path))
+    result = run_trial(recipe, trial(name), tmp_path / "trials")
+    if name in ("head", "bitfit"):
+        assert "no " in result["impossible"]
+        return
+    assert len(result["predictions"]) == len(result["per_item"]) == 8
+    if name in ("untuned", "few-shot"):
+        assert result["parameters"] == 0 and "seconds" not in result
+        return
+    assert (result["steps"], result["tokens"]) == (2, expected_tokens(recipe))
+    assert result["parameters"] > 0 and result["memory"] > 12 * result["parameters"]
+    assert all(loss > 0 for _, loss in result["curve"])
+
+
+def expected_tokens(recipe: Any) -> int:
+    """Of two batches in the order that the seed gives: the same for every method."""
+    loreft = run_trial(recipe, trial("loreft"), Path(recipe.output) / "again")
+    return int(loreft["tokens"])
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *((n, "classification") for n in QUICK),
+        *(pytest.param(n, "classification", marks=pytest.mark.slow) for n in CONTENDERS if n not in QUICK),
+        *((n, "regression") for n in ("loreft", "head")),
+    ],
+)
+def test_every_method_trains_an_encoder(name: str, kind: str, models: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(write_recipe(models, tmp_path, kind))
+    contender = as_contender(name, recipe.tasks["words"].adapter)
+    result = run_trial(recipe, Trial("words", contender, 1e-2 if contender.trains else None, 0), tmp_path / "trials")
+    if name == "few-shot":
+        assert "impossible" in result
+        return
+    assert len(result["predictions"]) == 8
+    head = 64 * (2 if kind == "classification" else 1) + (2 if kind == "classification" else 1)
+    assert result["parameters"] == {"untuned": 0, "head": head}.get(name, result["parameters"])
+    if name not in ("untuned", "head"):
+        assert result["parameters"] > head
+
+
+def test_a_method_that_trains_changes_what_it_should_and_nothing_else(models: Path) -> None:
+    for name, part in (("full", ""), ("lora", "lora_"), ("beft", "beft_"), ("ln", "norm"), ("loreft", "reft_")):
+        model = LlamaForCausalLM.from_pretrained(models / "llama")
+        adapted = as_contender(name, AdapterSpec()).build(model, "CAUSAL_LM")
+        trained = [n for n, p in adapted.named_parameters() if p.requires_grad]
+        assert trained and all(part in n for n in trained), (name, trained)
+        if name == "full":
+            assert len(trained) == len(list(model.parameters()))
+
+
+def test_a_study_runs_what_is_missing_and_nothing_twice(
+    models: Path, tmp_path: Path, inline: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe(write_recipe(models, tmp_path, methods=["loreft", "lora", "untuned", "few-shot", "bitfit"]))
+    seen: list[str] = []
+
+    def study(recipe: Any) -> list[Group]:
+        made = Study(recipe, choose_contenders(recipe), tmp_path / "trials")
+        return made.run(1, lambda group: seen.append(group.contender.name))
+
+    groups = {g.contender.name: g for g in study(recipe)}
+    assert sorted(seen) == sorted(groups)
+    assert [len(groups[n].rates) for n in ("loreft", "lora", "untuned", "few-shot")] == [2, 2, 1, 1]
+    assert [len(groups[n].seeds) for n in ("loreft", "lora", "untuned", "few-shot")] == [2, 2, 1, 2]
+    assert groups["bitfit"].impossible == "the model has no biases"
+    for name in ("loreft", "lora"):
+        assert {r["run"]["learning_rate"] for r in groups[name].seeds} == {groups[name].chosen}
+        assert [r["run"]["seed"] for r in groups[name].seeds] == [0, 1]
+    files = sorted((tmp_path / "trials").rglob("*.json"))
+    more = recipe.model_copy(update={"compare": recipe.compare.model_copy(update={"seeds": 3})})
+    study(more)
+    added = set((tmp_path / "trials").rglob("*.json")) - set(files)
+    assert sorted(f.parent.name for f in added) == ["few-shot", "lora", "loreft"]
+    tried: list[Trial] = []
+
+    def run(_: Any, trial: Trial) -> dict[str, Any]:
+        tried.append(trial)
+        raise NotPossible("the model has no biases")
+
+    monkeypatch.setattr(comparison, "_run", run)
+    study(more)
+    assert {t.contender.name for t in tried} == {"bitfit"}  # what is not possible is asked again
+
+
+def test_another_setting_or_other_data_is_another_trial(models: Path, tmp_path: Path) -> None:
+    path = write_recipe(models, tmp_path)
+    recipe = load_recipe(path)
+    run_trial(recipe, trial("loreft"), tmp_path / "trials")
+    run_trial(load_recipe(path), trial("loreft"), tmp_path / "trials")
+    folder = tmp_path / "trials/words/loreft"
+    assert len(list(folder.iterdir())) == 1
+    raw = json.loads(path.read_text())
+    raw["training"]["max_steps"] = 3
+    path.write_text(json.dumps(raw))
+    run_trial(load_recipe(path), trial("loreft"), tmp_path / "trials")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(rows.read_text().replace("leaves", "leafs"))
+    run_trial(load_recipe(path), trial("loreft"), tmp_path / "trials")
+    assert len(list(folder.iterdir())) == 3
+    assert str(tmp_path) not in "".join(f.read_text() for f in folder.iterdir())  # results can be shared
+
+
+def test_the_rate_is_chosen_on_validation_alone() -> None:
+    def result(rate: float, validation: float, test: float) -> dict[str, Any]:
+        return {"run": {"learning_rate": rate}, "validation": validation, "test": {"exact_match": test}}
+
+    rates = [result(1e-3, 0.5, 0.9), result(1e-2, 0.7, 0.1), result(1e-1, 0.6, 0.2), {"run": {}, "failed": "NaN"}]
+    assert Group("words", Contender("lora", {}), None, rates).chosen == 1e-2
+    plateau = [result(rate, 0.7, 0.1) for rate in (1e-4, 1e-3, 1e-2)]
+    assert Group("words", Contender("lora", {}), None, plateau).chosen == 1e-3
+
+
+def test_a_rate_that_diverges_is_passed_over_and_all_diverging_is_said(
+    models: Path, tmp_path: Path, inline: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = comparison._run
+
+    def diverging(recipe: Any, trial: Trial) -> Any:
+        if trial.learning_rate == 1:
+            raise RunError("the loss is NaN")
+        return train(recipe, trial)
+
+    monkeypatch.setattr(comparison, "_run", diverging)
+    recipe = load_recipe(write_recipe(models, tmp_path, methods=["full", "untuned"], learning_rates=[1e-3, 1]))
+    group = Study(recipe, choose_contenders(recipe), tmp_path / "trials").run(1)[0]
+    assert group.rates[1]["failed"] == "the loss is NaN" and group.chosen == 1e-3
+    only = load_recipe(write_recipe(models, tmp_path, methods=["full", "untuned"], learning_rates=[1]))
+    group = Study(only, choose_contenders(only), tmp_path / "trials").run(1)[0]
+    assert group.impossible == "no learning rate trained: at 1.0 the loss is NaN"
+    assert "Left out: full: no learning rate" in as_markdown(summarise(only, [group]), {})
+
+
+def test_a_report_is_whole(models: Path, tmp_path: Path, inline: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparison, "HELD_OUT_WINDOWS", 2)
+    text = tmp_path / "text.txt"
+    text.write_text("All is well that ends well, and nothing ends. " * 400)
+    methods = ["loreft", "lora", "untuned", {"lora r1": {"peft_type": "lora", "r": 1}}, "bitfit"]
+    recipe = load_recipe(write_recipe(models, tmp_path, methods=methods, held_out=str(text)))
+    groups = Study(recipe, choose_contenders(recipe), tmp_path / "trials").run(1)
+    report = write_report(recipe, groups, tmp_path / "out", "report", "trimtab compare recipe.yaml")
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "report.json",
+        "report.md",
+        "report.html",
+        "report-words.png",
+    }
+    assert json.loads((tmp_path / "out/report.json").read_text()) == json.loads(json.dumps(report))
+    task = report["tasks"]["words"]
+    assert task["reference"] == "loreft" and task["test_items"] == 8
+    rows = {row["name"]: row for row in task["methods"]}
+    assert rows["lora"]["against_reference"]["verdict"] in ("better", "worse", "not told apart")
+    assert "8 test items, 2 against 2 seeds" in rows["lora"]["sentence"]
+    assert rows["lora r1"]["parameters"] < rows["lora"]["parameters"]
+    assert rows["untuned"]["forgetting"] == 0 and rows["lora"]["forgetting"] != 0
+    page = (tmp_path / "out/report.html").read_text()
+    assert "http" not in page and page.count("data:image/png;base64,") == 1
+    for name in ("lora r1", "the model has no biases", "95% interval"):
+        assert name in page and name in (tmp_path / "out/report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("kind", "score"),
+    [("classification", "mcc"), ("classification", "f1"), ("regression", None), ("regression", "pearson")],
+)
+def test_scores_that_are_no_means_get_a_verdict(
+    kind: str, score: str | None, models: Path, tmp_path: Path, inline: None
+) -> None:
+    path = write_recipe(models, tmp_path, kind, methods=["loreft", "head"])
+    if score:
+        raw = json.loads(path.read_text())
+        raw["tasks"]["words"]["score"] = score
+        path.write_text(json.dumps(raw))
+    recipe = load_recipe(path)
+    groups = Study(recipe, choose_contenders(recipe), tmp_path / "trials").run(1)
+    row = next(r for r in summarise(recipe, groups)["tasks"]["words"]["methods"] if r["name"] == "head")
+    means = [sum(s["test"][recipe.tasks["words"].score] for s in g.seeds) / 2 for g in groups]
+    assert row["against_reference"]["difference"] == pytest.approx(means[1] - means[0])
+
+
+def test_several_test_sets_are_compared_by_the_plain_mean_of_theirs(models: Path, tmp_path: Path, inline: None) -> None:
+    path = write_recipe(models, tmp_path, methods=["loreft", "lora"])
+    raw = json.loads(path.read_text())
+    rows = (tmp_path / "rows.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "few.jsonl").write_text("".join(rows[:2]))
+    raw["tasks"]["words"]["score"] = "overlap"
+    raw["tasks"]["words"]["data"]["test"] = {"many": "rows.jsonl", "few": "few.jsonl"}
+    path.write_text(json.dumps(raw))
+    recipe = load_recipe(path)
+    score, column, binary = scoring_of(build_task("words", recipe.tasks["words"]))
+    assert (column, binary) == ("per_item", False)
+    right_on_few = [0.0] * 8 + [1.0] * 2  # the limit cuts the larger set to eight
+    assert score(right_on_few, np.ones((1, 10))) == pytest.approx(0.5)
+    groups = Study(recipe, choose_contenders(recipe), tmp_path / "trials").run(1)
+    row = next(r for r in summarise(recipe, groups)["tasks"]["words"]["methods"] if r["name"] == "lora")
+    means = [sum(s["test"]["overlap"] for s in g.seeds) / 2 for g in groups]
+    assert row["against_reference"]["difference"] == pytest.approx(means[1] - means[0])
+
+
+def test_another_held_out_text_is_another_trial(models: Path, tmp_path: Path) -> None:
+    names = []
+    for words in ("All is well. ", "Nothing ends. "):
+        (tmp_path / "text.txt").write_text(words * 400)
+        recipe = load_recipe(write_recipe(models, tmp_path, held_out="text.txt"))
+        names.append(fingerprints(recipe, "words")["held_out"])
+    assert names[0] != names[1]
+    assert "held_out" not in fingerprints(load_recipe(write_recipe(models, tmp_path)), "words")
+
+
+def test_few_shot_draws_by_the_seed_and_trains_on_those_only(
+    models: Path, tmp_path: Path, inline: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparison, "SMALL_STEPS", 3)
+    recipe = load_recipe(write_recipe(models, tmp_path, methods=["loreft", "few-shot"], seeds=2))
+    examples = build_task("words", recipe.tasks["words"]).examples("train")
+    picked = [drawn(examples, Trial("words", as_contender("loreft", AdapterSpec()), 1e-3, s, 4)) for s in (0, 0, 1)]
+    assert picked[0] == picked[1] != picked[2] and all(len(p) == 4 for p in picked)
+    groups = Study(recipe, choose_contenders(recipe), tmp_path / "trials", (2, 4, 99)).run(1)
+    assert {g.examples for g in groups} == {2, 4, 99}
+    assert all("99 examples asked for, 18 there" in (g.impossible or "") for g in groups if g.examples == 99)
+    report = write_report(recipe, groups, tmp_path / "out", "few-shot", "")
+    assert [size for size, _, _ in report["by_size"]["words"]["methods"]["loreft"]] == [2, 4]
+    assert (tmp_path / "out/few-shot-words.png").stat().st_size > 1000
+
+
+def test_an_ablation_changes_one_thing_at_a_time(models: Path, tmp_path: Path) -> None:
+    spec = load_recipe(write_recipe(models, tmp_path)).tasks["words"]
+    own = spec.adapter.model_dump()
+    variants = {n: s for v in adapter_variants(spec, "positions,layers,r,tied,init", 2) for n, s in v.items()}
+    assert variants["as given"] == own
+    assert {"positions f1", "positions l2", "positions prompt", "positions all", "positions random3"} <= variants.keys()
+    assert {"layers last", "layers upper half", "r 16", "tied false", "init paper"} <= variants.keys()
+    assert not {"positions f1+l2", "layers all", "r 2", "tied true", "init identity"} & variants.keys()
+    for name, settings in variants.items():
+        changed = [k for k in own if settings[k] != own[k]]
+        assert len(changed) == (0 if name == "as given" else 1), name
+        as_contender({name: settings}, spec.adapter)
+    with pytest.raises(ValueError, match="'rank': there are positions, layers"):
+        adapter_variants(spec, "rank", 2)
+
+
+@pytest.mark.parametrize(
+    ("compare", "message"),
+    [
+        ({"methods": ["loreft", "lroa"]}, "'lroa' is no method"),
+        ({"methods": ["loreft", {"x": {"peft_type": "NOPE"}}]}, "peft_type 'NOPE' is none of"),
+        ({"methods": ["loreft", {"x": {"peft_type": "LORA", "rank": 3}}]}, "rank"),
+        ({"methods": ["loreft", {"x": {"r": -1}}]}, "r=-1"),
+        ({"methods": ["loreft"]}, "at least 2"),
+        ({"seeds": 0}, "seeds"),
+        ({"learning_rates": []}, "learning_rates"),
+        ({"held_out": "nowhere.txt"}, "no file 'nowhere.txt'"),
+    ],
+)
+def test_a_wrong_comparison_is_refused_before_it_starts(
+    compare: dict[str, Any], message: str, models: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write_recipe(models, tmp_path, **compare))
+    assert message in str(caught.value) and "compare" in str(caught.value)
+
+
+def test_held_out_windows_and_curves() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "models/tiny-llama")
+    assert windows(None, tokenizer) == []
+    assert thinned([1.0, 2.0, 3.0]) == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    curve = thinned([float(i) for i in range(1000)])
+    assert len(curve) <= comparison.CURVE and curve[-1][0] == 1000
+
+
+@pytest.mark.slow
+def test_processes_give_what_one_process_gives(models: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(write_recipe(models, tmp_path, methods=["loreft", "lora"]))
+    far = Study(recipe, choose_contenders(recipe), tmp_path / "far").run(2)
+    for group in far:
+        for found in group.seeds:
+            here = run_trial(
+                recipe,
+                Trial("words", group.contender, group.chosen, found["run"]["seed"]),
+                tmp_path / "near",
+            )
+            assert here["predictions"] == found["predictions"] and here["curve"] == found["curve"]
+
+
+def test_solved_examples_that_the_model_cannot_read_are_left_out(models: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(write_recipe(models, tmp_path))
+    contender = as_contender({"many": {"trains": "nothing", "shots": 18}}, AdapterSpec())
+    config = models / "llama/config.json"
+    room = json.loads(config.read_text())
+    try:
+        config.write_text(json.dumps({**room, "max_position_embeddings": 32}))
+        result = run_trial(recipe, Trial("words", contender, None, 0), tmp_path / "trials")
+    finally:
+        config.write_text(json.dumps(room))
+    assert "18 solved examples make a prompt of" in result["impossible"] and "reads 32" in result["impossible"]
+
+
+def test_a_trial_leaves_nothing_in_memory(models: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(write_recipe(models, tmp_path))
+
+    def alive(seed: int) -> int:
+        run_trial(recipe, trial("loreft", seed=seed), tmp_path / "trials")
+        gc.collect()
+        return sum(isinstance(found, torch.Tensor) for found in gc.get_objects())
+
+    assert alive(0) == alive(1) == alive(2)
+
+
+def test_another_model_under_the_same_name_and_other_scoring_are_other_trials(models: Path, tmp_path: Path) -> None:
+    path = write_recipe(models, tmp_path)
+    shutil.copytree(models / "llama", tmp_path / "llama")
+    here, there = load_recipe(path), load_recipe(path, settings=[f"model={tmp_path / 'llama'}"])
+    first = describe(here, trial("loreft"), fingerprints(here, "words"))
+    assert first == describe(there, trial("loreft"), fingerprints(there, "words"))
+    weights = tmp_path / "llama/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1")
+    assert first != describe(there, trial("loreft"), fingerprints(there, "words"))
+
+    raw = json.loads(path.read_text())
+    found = []
+    for choices in (["cat", "dog"], ["cat", "dog", "box"]):
+        raw["tasks"]["words"]["data"]["test"] = {"a": {"file": "rows.jsonl", "score": "choice", "choices": choices}}
+        path.write_text(json.dumps(raw))
+        found.append(describe(load_recipe(path), trial("loreft"), {}))
+    assert found[0] != found[1]
+
+
+def test_what_one_trial_cannot_do_does_not_end_the_study(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe(write_recipe(models, tmp_path))
+    for error, said, seed in (
+        (FloatingPointError("a rotation holds NaN"), "a rotation holds NaN", 1),
+        (DataError("none fits"), "none fits", 2),
+        (torch.OutOfMemoryError("on this card"), "out of memory", 3),
+    ):
+
+        def fail(*_: Any, error: Exception = error) -> Any:
+            raise error
+
+        monkeypatch.setattr(comparison, "_run", fail)
+        assert run_trial(recipe, trial("loreft", seed=seed), tmp_path / "trials")["failed"] == said
+    assert len(list((tmp_path / "trials").rglob("*.json"))) == 2  # another card may have more memory
+
+
+def test_a_group_of_which_one_seed_is_impossible_is_left_out(
+    models: Path, tmp_path: Path, inline: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe(write_recipe(models, tmp_path, methods=["few-shot", "untuned"], seeds=3))
+    real = comparison._run
+
+    def run(recipe: Any, trial: Trial) -> dict[str, Any]:
+        if trial.seed == 1:
+            raise NotPossible("too long")
+        return real(recipe, trial)
+
+    monkeypatch.setattr(comparison, "_run", run)
+    group = Study(recipe, choose_contenders(recipe), tmp_path / "trials").run(1)[0]
+    assert (group.impossible, group.seeds) == ("too long", [])
+
+
+def test_two_methods_of_one_name_are_refused(models: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(write_recipe(models, tmp_path, methods=["lora", {"lora": {"peft_type": "LORA", "r": 4}}]))
+    with pytest.raises(ValueError, match="2 are called 'lora'; give each a name of its own"):
+        choose_contenders(recipe)
+
+
+def test_the_test_split_must_not_be_the_one_that_rates_are_chosen_on(models: Path, tmp_path: Path) -> None:
+    path = write_recipe(models, tmp_path)
+    raw = json.loads(path.read_text())
+    del raw["tasks"]["words"]["data"]["test"]
+    path.write_text(json.dumps(raw))
+    recipe = load_recipe(path)
+    with pytest.raises(DataError, match=r"words: .* give test data"):
+        Study(recipe, choose_contenders(recipe), tmp_path / "trials")
+
+
+def test_answers_under_virtual_tokens_do_not_depend_on_the_batch(models: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(models / "llama")
+    base = LlamaForCausalLM.from_pretrained(models / "llama")
+    torch.manual_seed(1)
+    model = as_contender({"p": {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4}}, AdapterSpec()).build(
+        base, "CAUSAL_LM"
+    )
+    torch.nn.init.normal_(next(p for p in model.parameters() if p.requires_grad))
+    prompts = [encode(tokenizer, text) for text in ("cat", "a much longer prompt than that", "dog", "two words")]
+    together = predict(model, tokenizer, prompts, 4, max_new_tokens=6, equal_lengths=True)
+    assert together == [predict(model, tokenizer, [one], max_new_tokens=6)[0] for one in prompts]
+
+
+def test_contenders_that_would_train_wrongly_are_left_out(models: Path) -> None:
+    llama = LlamaForCausalLM.from_pretrained(models / "llama", dtype=torch.bfloat16)
+    with pytest.raises(NotPossible, match="bfloat16, in which small steps are lost"):
+        as_contender("ln", AdapterSpec()).build(llama, "CAUSAL_LM")
+    classifier = LlamaForSequenceClassification.from_pretrained(models / "llama")
+    with pytest.raises(NotPossible, match="virtual tokens move the last token"):
+        as_contender("prompt", AdapterSpec()).build(classifier, "SEQ_CLS", ["score"])
+    for wrong, message in (
+        ({"x": {"trains": "bias"}}, "'bias' is none of"),
+        ({"x": {"trains": "norms", "r": 2}}, "'r' does not go with trains"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            as_contender(wrong, AdapterSpec())
+
+
+@pytest.mark.parametrize("name", ["distilbert", "bart", "deberta"])
+def test_every_contender_trains_all_that_is_new(name: str, models: Path, tmp_path: Path) -> None:
+    """Not only what is called `classifier` or `score`: BART's head, DistilBERT's two layers, DeBERTa's pooler."""
+    small = {"vocab_size": 4096, "pad_token_id": 0}
+    kinds: dict[str, Any] = {
+        "distilbert": DistilBertModel(DistilBertConfig(dim=32, hidden_dim=48, n_layers=2, n_heads=2, **small)),
+        "bart": BartModel(
+            BartConfig(
+                d_model=32,
+                encoder_layers=1,
+                decoder_layers=1,
+                encoder_attention_heads=2,
+                decoder_attention_heads=2,
+                encoder_ffn_dim=48,
+                decoder_ffn_dim=48,
+                **small,
+            )
+        ),
+        "deberta": DebertaV2Model(
+            DebertaV2Config(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, **small)
+        ),
+    }
+    kinds[name].save_pretrained(tmp_path / name)
+    AutoTokenizer.from_pretrained(models / "llama").save_pretrained(tmp_path / name)
+    expected = {
+        "distilbert": {"pre_classifier", "classifier"},
+        "bart": {"classification_head"},
+        "deberta": {"pooler", "classifier"},
+    }[name]
+    recipe = load_recipe(write_recipe(models, tmp_path, "classification"), settings=[f"model={tmp_path / name}"])
+    task = build_task("words", recipe.tasks["words"])
+    for method in ("loreft", "lora", "head"):
+        base = Base(recipe)
+        model = base.model_for(task)
+        assert set(base.heads["words"]) == expected
+        heads = {n for n, _ in model.named_parameters() if n.split(".")[0] in expected}
+        adapted = as_contender(method, AdapterSpec(positions="f2")).build(model, "SEQ_CLS", base.heads["words"])
+        trained = [n for n, p in adapted.named_parameters() if p.requires_grad]
+        for head in heads:
+            module, _, rest = head.partition(".")
+            assert any(module in n and n.endswith(rest) for n in trained), (method, head)
+        assert method != "head" or set(trained) == heads

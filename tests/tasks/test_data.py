@@ -1,0 +1,222 @@
+"""Files to rows, rows to tokens, tokens to batches."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import io
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from trimtab.tasks.tokens import Collator, DataError, Encoded, encode, encode_texts, locate, read_rows
+
+ROWS = [{"input": "cat", "output": "cats"}, {"input": "ox", "output": "oxen"}]
+MODEL = Path(__file__).parents[2] / "models/tiny-llama"
+once = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(MODEL)
+
+
+def parquet(rows: list[dict[str, Any]]) -> bytes:
+    pyarrow, writer = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    out = io.BytesIO()
+    writer.write_table(pyarrow.Table.from_pylist(rows), out)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.json", json.dumps(ROWS)),
+        ("b.json", json.dumps({"data": ROWS, "version": 1})),
+        ("c.json", "\n".join(map(json.dumps, ROWS))),
+        ("d.jsonl", "\ufeff" + "\r\n\n".join(map(json.dumps, ROWS)) + "\n"),
+        ("e.csv", 'input,output\r\ncat,cats\r\n"ox",oxen\r\n'),
+        ("f.tsv", "input\toutput\ncat\tcats\n\nox\toxen\n"),
+    ],
+)
+def test_every_format_gives_the_same_rows(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8", newline="")
+    assert read_rows(tmp_path / name) == ROWS
+
+
+def test_parquet(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(parquet(ROWS))
+    assert read_rows(tmp_path / "a.parquet") == ROWS
+
+
+def test_tsv_keeps_stray_quotes_and_columns_name_a_file_without_a_header(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text('1\t" It \'s" good\n0\t"bad\n')
+    assert read_rows(tmp_path / "a.tsv", columns=["label", "text"]) == [
+        {"label": "1", "text": '" It \'s" good'},
+        {"label": "0", "text": '"bad'},
+    ]
+
+
+@once
+@given(st.lists(st.fixed_dictionaries({"a": text, "b": st.none() | st.integers() | text}), min_size=1, max_size=5))
+def test_jsonl_round_trip(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in rows), encoding="utf-8", newline="")
+    assert read_rows(path) == rows
+
+
+@once
+@given(st.lists(st.tuples(text, text), min_size=1, max_size=5))
+def test_csv_round_trip(tmp_path: Path, cells: list[tuple[str, str]]) -> None:
+    out = io.StringIO(newline="")
+    csv.writer(out).writerows([("a", "b"), *cells])
+    (tmp_path / "rows.csv").write_text(out.getvalue(), encoding="utf-8", newline="")
+    assert read_rows(tmp_path / "rows.csv") == [{"a": a, "b": b} for a, b in cells]
+
+
+# A file's name and content, then what the message must hold.
+BAD: list[tuple[str, bytes, list[str]]] = [
+    ("a.jsonl", b"", ["a.jsonl", "empty"]),
+    ("a.json", b"[]", ["a.json", "no rows"]),
+    ("a.csv", b"x,y\n", ["a.csv", "no rows"]),
+    ("a.jsonl", b'{"a": 1}\n{"a": "cu', ["a.jsonl, line 2", "cut short", "remove the line"]),
+    ("a.json", b'[{"a": 1},\n{"a"', ["a.json, line 2", "cut short"]),
+    ("a.json", b'{"rows": 3}', ["a.json", '{"data": [...]}', "dict"]),
+    ("a.json", b"[[1]]", ["a.json, item 1", "named fields", "list"]),
+    ("a.jsonl", b"[1]", ["a.jsonl, line 1", "named fields", "list"]),
+    ("a.csv", b"name,b\n\xe9t\xe9,1\n", ["a.csv, line 2", "not UTF-8", "iconv"]),
+    ("a.json", pickle.dumps([{"a": 1}]), ["a.json", "pickle", "export", ".jsonl"]),
+    ("a.csv", b"\x1f\x8b\x08\x00", ["a.csv", "gzip", ".jsonl"]),
+    ("a.csv", b"a,b\n1,2\n\n1,2,3\n", ["a.csv, line 4", "3 cells", "2 columns (a, b)", "quote"]),
+    ("a.tsv", b"a\tb\n1\n", ["a.tsv, line 2", "1 cells", "2 columns"]),
+    ("a.csv", b'a,b\n1,"2\n', ["a.csv, line 2", "quotes"]),
+    ("a.csv", b"a,a\n1,2\n", ["a.csv, line 1", "repeated", "columns:"]),
+    ("a.txt", b"hello", ["a.txt", "unknown suffix", ".jsonl, .csv"]),
+    ("a.parquet", b"PAR1 but not whole", ["a.parquet", "not a whole parquet"]),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "said"), BAD)
+def test_a_bad_file_is_told_where_and_what_to_do(tmp_path: Path, name: str, content: bytes, said: list[str]) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        read_rows(tmp_path / name)
+    assert [part for part in said if part not in str(caught.value)] == [], caught.value
+
+
+def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:
+    (tmp_path / "plural.train.jsonl").write_text("{}")
+    with pytest.raises(DataError, match=r"no file 'plural.trian.jsonl'; did you mean plural.train.jsonl\?"):
+        locate("plural.trian.jsonl", tmp_path)
+    with pytest.raises(DataError, match="there is no folder nowhere"):
+        locate("nowhere/x.jsonl", tmp_path)
+    with pytest.raises(DataError, match="columns are for"):
+        read_rows(tmp_path / "plural.train.jsonl", columns=["a", "b"])
+
+
+def test_the_hub_out_of_reach_says_how_to_use_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    calls: list[tuple[Any, ...]] = []
+
+    def load(name: str, config: str | None, split: str) -> list[dict[str, Any]]:
+        calls.append((name, config, split))
+        if name == "gone":
+            raise ConnectionError("no network\ndetails")
+        return ROWS
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert read_rows("glue", "train", config="rte") == ROWS
+    assert calls == [("glue", "rte", "train")]
+    with pytest.raises(DataError, match=r"'train' of the Hub dataset 'gone' \(ConnectionError: no network\).*save it"):
+        read_rows("gone", "train")
+
+
+def test_chat_prompt_and_answer_join_to_the_rendered_conversation(tokenizer: PreTrainedTokenizerBase) -> None:
+    both = encode(tokenizer, "cat", "cats")
+    assert tokenizer.decode(both.input_ids) == "<|bos|><|user|>cat<|assistant|>cats<|end|>"
+    assert both.input_ids[: both.prompt_length] == encode(tokenizer, "cat").input_ids
+    assert both.labels == [-100] * both.prompt_length + both.input_ids[both.prompt_length :]
+
+
+def test_a_plain_prompt_has_no_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    both = encode(tokenizer, "cat", " cats", chat=False)
+    assert tokenizer.decode(both.input_ids) == "cat cats<|end|>"
+    assert encode(tokenizer, "cat", chat=False).input_ids == both.input_ids[: both.prompt_length]
+
+
+@once
+@given(st.text(min_size=1, max_size=20), st.text(min_size=1, max_size=20), st.booleans())
+def test_training_begins_with_what_generation_sees(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, chat: bool
+) -> None:
+    seen = encode(tokenizer, prompt, chat=chat).input_ids
+    trained = encode(tokenizer, prompt, answer, chat=chat)
+    assert trained.input_ids[: len(seen)] == seen
+    assert trained.input_ids[-1] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        ("{% for m in messages %}{{ m['content'] }}{% endfor %}", "<|end|>"),  # writes no end of turn
+        ("{% for m in messages %}{{ m['content'] }}<|end|>\n{% endfor %}", "<|end|>"),
+        ("{% for m in messages %}{{ m['content'] }}<|user|>\n{% endfor %}", "<|user|>"),  # an end that is not eos
+    ],
+)
+def test_the_end_of_turn_is_the_templates(tokenizer: PreTrainedTokenizerBase, template: str, end: str) -> None:
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = template
+    encoded = encode(other, "a", "b")
+    assert other.decode(encoded.input_ids[encoded.prompt_length :]) == "b" + end
+
+
+def test_a_missing_or_refusing_template_says_what_to_set(tokenizer: PreTrainedTokenizerBase) -> None:
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = None
+    with pytest.raises(DataError, match="no chat template; in a recipe set chat: false"):
+        encode(other, "a", chat=True)
+    other.chat_template = "{{ raise_exception('no system role') }}"
+    with pytest.raises(DataError, match=r"no system role.*remove system:"):
+        encode(other, "a", system="b")
+
+
+def test_training_batches_pad_right_and_prompts_left(tokenizer: PreTrainedTokenizerBase) -> None:
+    collate, pad = Collator(tokenizer), tokenizer.pad_token_id
+    batch = collate([Encoded([5, 6, 7], 1, [-100, 6, 7]), Encoded([8, 9], 1, [-100, 9])])
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, pad]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert batch["labels"].tolist() == [[-100, 6, 7], [-100, 9, -100]]
+    assert batch["prompt_lengths"].tolist() == [1, 1]
+    prompts = collate([Encoded([5, 6, 7], 3, None), Encoded([8], 1, None)])
+    assert prompts["input_ids"].tolist() == [[5, 6, 7], [pad, pad, 8]]
+    assert prompts["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert set(prompts) == {"input_ids", "attention_mask"}
+
+
+def test_without_a_pad_token_eos_fills_and_the_mask_still_tells(tokenizer: PreTrainedTokenizerBase) -> None:
+    other = copy.deepcopy(tokenizer)
+    other.pad_token = None
+    batch = Collator(other)([Encoded([5, 1], 1, [-100, 1]), Encoded([8], 1, [-100])])
+    assert batch["input_ids"].tolist() == [[5, 1], [8, other.eos_token_id]]
+    assert batch["attention_mask"].tolist() == [[1, 1], [1, 0]]
+
+
+def test_classes_are_long_numbers_are_float_and_long_texts_are_cut(tokenizer: PreTrainedTokenizerBase) -> None:
+    pair, cut = encode_texts(tokenizer, ["a cat", "an ox"], 1, 64)
+    short, was_cut = encode_texts(tokenizer, ["one two three four"], 0, 2)
+    assert (cut, was_cut, len(short.input_ids)) == (False, True, 2)
+    batch = Collator(tokenizer)([pair, short])
+    assert batch["labels"].tolist() == [1, 0]
+    assert batch["labels"].dtype == torch.long
+    assert set(batch) == {"input_ids", "attention_mask", "labels"}
+    scored = Collator(tokenizer)([Encoded([3], 1, 0.5, [0]), Encoded([3, 4], 2, 1.0, [0, 1])])
+    assert scored["labels"].dtype == torch.float
+    assert scored["token_type_ids"].tolist() == [[0, 0], [0, 1]]

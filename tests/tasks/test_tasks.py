@@ -1,0 +1,324 @@
+"""Tasks: their splits, their examples and their scores."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import TypeAdapter
+from transformers import AutoTokenizer
+
+from trimtab.recipe.schema import TaskSpec
+from trimtab.tasks import TASKS, Task, build_task
+from trimtab.tasks.scores import accuracy, f1, last_number, mcc, named_choice, overlap, pearson, ranks, spearman
+from trimtab.tasks.tokens import DataError
+
+MODEL = Path(__file__).parents[2] / "models/tiny-llama"
+PLURAL = {"type": "generation", "prompt": "{input}", "answer": "{output}"}
+MOOD = {"type": "classification", "text": "text", "label": "label"}
+Make = Callable[..., Task[Any]]
+several = settings(max_examples=100, deadline=None)
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """A task over rows written to a file for each split."""
+
+    def build(fields: dict[str, Any], data: dict[str, Any] | None = None, **splits: list[dict[str, Any]]) -> Task[Any]:
+        for split, rows in splits.items():
+            (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        files = {split: str(tmp_path / f"{split}.jsonl") for split in splits}
+        spec: TaskSpec = TypeAdapter(TaskSpec).validate_python({**fields, "data": {**files, **(data or {})}})
+        return build_task("words", spec)
+
+    return build
+
+
+def words(n: int, start: int = 0) -> list[dict[str, Any]]:
+    return [{"input": f"in{i}", "output": f"out{i}"} for i in range(start, start + n)]
+
+
+def prompts(task: Task[Any], split: str) -> list[str]:
+    return [e.texts[0] for e in task.examples(split)]
+
+
+def test_every_type_of_a_recipe_has_a_task() -> None:
+    assert set(TASKS) == {"generation", "classification", "regression"}
+
+
+@pytest.mark.parametrize(("rows", "cut"), [(2, 1), (9, 1), (20, 2), (200, 20), (6000, 500)])
+def test_validation_is_cut_from_the_end_of_train(make: Make, rows: int, cut: int) -> None:
+    task = make(PLURAL, train=words(rows))
+    assert prompts(task, "train") + prompts(task, "validation") == [f"in{i}" for i in range(rows)]
+    assert len(prompts(task, "validation")) == cut
+    assert task.validation_is_cut
+    assert task.test_is_validation
+    assert task.examples("test") is task.examples("validation")
+
+
+def test_given_splits_are_used_and_a_limit_counts_after_the_cut(make: Make) -> None:
+    task = make(PLURAL, train=words(10), validation=words(3, 10), test=words(4, 20))
+    assert [len(task.examples(s)) for s in ("train", "validation", "test")] == [10, 3, 4]
+    assert (task.validation_is_cut, task.test_is_validation) == (False, False)
+    limited = make(PLURAL, {"limit": {"train": 5, "validation": 1}}, train=words(100))
+    assert prompts(limited, "train") == [f"in{i}" for i in range(5)]
+    assert prompts(limited, "validation") == ["in90"]
+    with pytest.raises(ValueError, match="split='dev': must be one of train, validation, test"):
+        task.examples("dev")
+
+
+@pytest.mark.parametrize(
+    ("fields", "rows", "said"),
+    [
+        (PLURAL, [{"input": "a", "outputs": "b"}] * 3, r"row 1: no field 'output'; the fields are input, outputs"),
+        (PLURAL, [*words(2), {"input": "a", "output": None}, *words(2)], r"row 3: the field 'output' is None; fill it"),
+        (PLURAL, [{"input": "a", "output": math.nan}] * 3, r"row 1: the field 'output' is nan"),
+        (PLURAL, [{"input": " ", "output": "b"}] * 3, r"row 1: the prompt .* comes out empty"),
+        (PLURAL | {"score": "number"}, words(2) + [{"input": "a", "output": "no"}] * 2, r"row 3: .*needs a number"),
+        (PLURAL | {"score": "choice", "choices": ["yes", "no"]}, words(3), r"row 1: .*'out0' names none of choices"),
+        (PLURAL, words(1), "one row cannot be split; give data: validation:"),
+        (MOOD, [{"text": "a", "label": 1}] * 3, "'label' is always '1'; a task needs two classes"),
+        (MOOD | {"labels": ["no", "yes"]}, [{"text": "a", "label": "maybe"}] * 3, "not one of the labels no, yes"),
+        (MOOD | {"type": "regression"}, [{"text": "a", "label": "x"}] * 3, "'x', not a finite number"),
+    ],
+)
+def test_bad_rows_name_their_place(make: Make, fields: dict[str, Any], rows: list[dict[str, Any]], said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        make(fields, train=rows).examples("train")
+
+
+def test_null_in_a_prompt_is_empty_and_numbers_are_text(make: Make) -> None:
+    rows = [{"q": 3, "note": None, "output": 5}] * 2
+    example = make(PLURAL | {"prompt": "{q}{note}?"}, train=rows).examples("train")[0]
+    assert (example.texts, example.answer) == (("3?",), "5")
+
+
+def test_training_leaves_out_what_is_too_long_and_evaluation_nothing(make: Make) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    rows = [*words(2), {"input": "long " * 99, "output": "x"}]
+    task = make(PLURAL | {"training": {"max_length": 40}}, train=rows, validation=rows)
+    encoded, dropped = task.encode(tokenizer, task.examples("train"), training=True)
+    assert (len(encoded), dropped) == (2, 1)
+    encoded, dropped = task.encode(tokenizer, task.examples("train"), training=False)
+    assert (len(encoded), dropped, encoded[0].labels) == (3, 0, None)
+    with pytest.raises(DataError, match="none of 1 training examples fits in max_length 40; the shortest has"):
+        task.encode(tokenizer, task.examples("train")[2:], training=True)
+
+
+def test_labels_are_names_or_numbers(make: Make) -> None:
+    rows = [{"text": "a", "label": v} for v in ("neg", "pos", 0, 1)]
+    task = make(MOOD | {"labels": ["neg", "pos"]}, train=rows, validation=rows)
+    assert [e.label for e in task.examples("train")] == [0, 1, 0, 1]
+    derived = make(MOOD, train=[{"text": "a", "label": v} for v in (10, 2.0, "9", 10)], validation=rows)
+    assert derived.labels == ["2", "9", "10"]
+    assert [e.label for e in derived.examples("train")] == [2, 0, 1, 2]
+    with pytest.raises(DataError, match="label is '0', not one of the labels 2, 9, 10"):
+        derived.label(0, "row 1")  # not the first class
+    assert make(MOOD, train=[{"text": "a", "label": v} for v in (True, False)]).labels == ["false", "true"]
+
+
+def test_scores_of_each_type(make: Make) -> None:
+    task = make(PLURAL, train=words(4), validation=words(2))
+    assert task.score(["out0\n", "out"], task.examples("validation")) == {"exact_match": 0.5}
+    assert task.per_item(["out0\n", "out"], task.examples("validation")) == [1.0, 0.0]
+    number = make(PLURAL | {"score": "number"}, train=words(4), validation=words(2))
+    assert number.score(["it is 0.0", "none"], number.examples("validation")) == {"number": 0.5, "answered": 0.5}
+    yes = [{"input": "a", "output": "the answer is yes"}, {"input": "b", "output": "no"}]
+    choice = make(PLURAL | {"score": "choice", "choices": ["yes", "no"]}, train=yes, validation=yes)
+    assert choice.score(["Yes!", "(B)"], choice.examples("validation")) == {"choice": 1.0, "answered": 1.0}
+    numbers = [{"text": "a", "label": v} for v in ("1", 2, 3.5)]
+    regression = make(MOOD | {"type": "regression"}, train=numbers, validation=numbers)
+    assert regression.score([0.0, 1.0, 2.5], regression.examples("train"))["correlation"] == pytest.approx(1.0)
+    assert regression.per_item([0.0, 2.0, 3.0], regression.examples("train")) == [-1.0, 0.0, -0.5]
+    pair = make(
+        MOOD | {"text": ["text", "label"], "score": "mcc"}, train=[{"text": "a", "label": v} for v in (0, 1)] * 2
+    )
+    assert list(pair.score([1] * 3, pair.examples("train"))) == ["mcc", "accuracy", "f1"]
+    with pytest.raises(ValueError, match="1 predictions for 2 examples"):
+        task.score(["a"], task.examples("validation"))
+
+
+@pytest.mark.parametrize(
+    ("said", "number"),
+    [
+        ("so 3 + 4 = 7.", 7),
+        ("#### 1,234,567", 1234567),
+        ("$1,234.50 in all", 1234.5),
+        ("-$3", -3),
+        ("5-3", 3),
+        ("it is -3", -3),
+        ("3, 4", 4),
+        (".5", 0.5),
+        ("1e-3", 0.001),
+        ("none", None),
+        ("1.", 1),
+    ],
+)
+def test_the_last_number(said: str, number: float | None) -> None:
+    assert last_number(said) == number
+
+
+@pytest.mark.parametrize(
+    ("said", "choices", "chosen"),
+    [
+        ("the correct answer is true", ["true", "false"], 0),
+        ("False, not true", ["true", "false"], 1),
+        ("untrue", ["true", "false"], None),
+        ("not_entailment", ["entailment", "not_entailment"], 1),
+        ("very good", ["very", "very good"], 1),
+        ("b", ["A", "B"], 1),
+        ("a guess: B", ["A", "B"], 1),
+        ("(B)", ["red", "blue"], 1),
+        ("It is B.", ["red", "blue"], 1),
+        ("A dog", ["red", "blue"], None),
+        ("answer12", ["answer1", "answer2"], None),
+        ("", ["yes", "no"], None),
+        ("C++ of course", ["Java", "C++"], 1),
+    ],
+)
+def test_the_choice_named(said: str, choices: list[str], chosen: int | None) -> None:
+    assert named_choice(said, choices) == chosen
+
+
+pairs = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=12)
+
+
+@several
+@given(pairs)
+def test_classification_scores_against_the_definitions(items: list[tuple[int, int]]) -> None:
+    predicted, wanted = zip(*items, strict=True)
+    assert accuracy(predicted, wanted) == sum(p == w for p, w in items) / len(items)
+
+    def naive_f1(c: int) -> float:
+        tp, fp = items.count((c, c)), sum(p == c != w for p, w in items)
+        fn = sum(w == c != p for p, w in items)
+        return 2 * tp / (2 * tp + fp + fn) if tp else 0.0
+
+    seen = set(predicted) | set(wanted)
+    assert f1(predicted, wanted, 3) == pytest.approx(sum(map(naive_f1, seen)) / len(seen))
+    assert f1(predicted, wanted, 2) == pytest.approx(naive_f1(1))
+    # The multiclass MCC is the correlation of one-hot vectors, centred by class (Gorodkin 2004).
+    n = len(items)
+
+    def covariance(a: tuple[int, ...], b: tuple[int, ...]) -> float:
+        both = sum(x == y for x, y in zip(a, b, strict=True)) / n
+        return both - sum(a.count(k) / n * b.count(k) / n for k in range(3))
+
+    spread = covariance(predicted, predicted) * covariance(wanted, wanted)
+    naive = covariance(predicted, wanted) / math.sqrt(spread) if spread > 1e-12 else 0.0
+    assert mcc(predicted, wanted) == pytest.approx(naive)
+
+
+def test_constant_and_diverged_predictions_score_zero() -> None:
+    assert mcc([1, 1, 1], [0, 1, 1]) == 0.0
+    assert pearson([2.0, 2.0], [1.0, 3.0]) == spearman([2.0, 2.0], [1.0, 3.0]) == 0.0
+    assert pearson([math.nan, 1.0], [1.0, 2.0]) == spearman([math.inf, 1.0], [1.0, 2.0]) == 0.0
+    assert mcc([1, 0, 1, 1], [1, 0, 0, 1]) == pytest.approx(0.5773502691896258)  # by hand: 1/sqrt(3)
+
+
+def test_ties_share_their_rank() -> None:
+    assert ranks([3.0, 1.0, 3.0, 2.0]) == [3.5, 1.0, 3.5, 2.0]
+    assert spearman([1, 2, 2, 3], [1, 3, 2, 4]) == pytest.approx(4.5 / math.sqrt(4.5 * 5))  # by hand
+
+
+@several
+@given(st.lists(st.tuples(st.integers(-9, 9), st.integers(-9, 9)), min_size=3, max_size=12))
+def test_correlations_agree_with_scipy(items: list[tuple[int, int]]) -> None:
+    stats = pytest.importorskip("scipy.stats")
+    a, b = ([float(v) for v in side] for side in zip(*items, strict=True))
+    if len(set(a)) > 1 and len(set(b)) > 1:
+        assert pearson(a, b) == pytest.approx(stats.pearsonr(a, b).statistic, abs=1e-9)
+        assert spearman(a, b) == pytest.approx(stats.spearmanr(a, b).statistic, abs=1e-9)
+
+
+def test_several_test_sets_have_a_score_each_and_their_plain_mean(make: Make, tmp_path: Path) -> None:
+    sets = {"short": words(1), "long": words(3), "sums": [{"input": "a", "output": "-", "answer": "so 7"}] * 2}
+    for name, rows in sets.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    test: dict[str, Any] = {name: str(tmp_path / f"{name}.jsonl") for name in sets}
+    test["sums"] = {"file": test["sums"], "answer": "{answer}", "score": "number"}
+    task = make(PLURAL, {"test": test, "limit": {"test": 2}}, train=words(4))
+    examples = task.examples("test")
+    assert [e.set for e in examples] == ["short", "long", "long", "sums", "sums"]
+    assert (task.main_score, task.test_is_validation) == ("exact_match", False)
+    predictions = ["out0", "out0", "wrong", "7.0", "8"]
+    assert task.per_item(predictions, examples) == [1.0, 1.0, 0.0, 1.0, 0.0]
+    scores = task.score(predictions, examples)
+    assert list(scores) == ["exact_match", "short", "long", "sums"]
+    assert scores == {"exact_match": pytest.approx(2 / 3), "short": 1.0, "long": 0.5, "sums": 0.5}
+    assert task.score(["out3"], task.examples("validation")) == {"exact_match": 1.0}
+    assert task.score(predictions[::-1], examples[::-1])["exact_match"] == pytest.approx(2 / 3)
+
+
+def test_sets_of_a_classification_share_the_classes_of_train(make: Make, tmp_path: Path) -> None:
+    rows = [{"text": "a", "label": v} for v in ("neg", "pos", "odd")]
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows[1:])))
+    task = make(MOOD, {"test": {name: str(tmp_path / f"{name}.jsonl") for name in ("one", "two")}}, train=rows)
+    assert [e.label for e in task.examples("test")] == [2, 1, 2, 1]
+    assert task.score([2, 1, 2, 2], task.examples("test")) == {"accuracy": 0.75, "one": 1.0, "two": 0.5}
+
+
+def test_sets_of_a_hub_dataset_are_its_splits(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def load(name: str, split: str, *, config: str) -> list[dict[str, Any]]:
+        asked.append((name, split, config))
+        return words(2)
+
+    monkeypatch.setattr("trimtab.tasks.base.read_rows", load)
+    sets = {"matched": "validation_matched", "other": {"file": "validation_other", "answer": "{input}"}}
+    task = make(PLURAL, {"name": "some/data", "config": "c", "train": "train", "validation": False, "test": sets})
+    assert [(e.set, e.answer) for e in task.examples("test")] == [
+        ("matched", "out0"),
+        ("matched", "out1"),
+        ("other", "in0"),
+        ("other", "in1"),
+    ]
+    assert asked == [("some/data", "validation_matched", "c"), ("some/data", "validation_other", "c")]
+
+
+def test_without_validation_every_row_trains(make: Make) -> None:
+    task = make(PLURAL, {"validation": False}, train=words(3), test=words(1))
+    assert len(task.examples("train")) == 3
+    with pytest.raises(DataError, match="no validation split"):
+        task.examples("validation")
+
+
+def test_rows_of_train_that_cannot_be_used_are_left_out_on_request(make: Make) -> None:
+    rows = [*words(2), {"input": "a", "output": ""}]
+    task = make(PLURAL, {"skip_bad_rows": True}, train=rows, validation=rows)
+    assert (len(task.examples("train")), task.skipped) == (2, 1)
+    with pytest.raises(DataError, match="row 3"):
+        task.examples("validation")
+    with pytest.raises(DataError, match="no field 'output'"):
+        make(PLURAL, {"skip_bad_rows": True}, train=[{"input": "a"}] * 3, validation=rows).examples("train")
+
+
+def test_of_several_prompts_the_first_that_is_filled_is_used(make: Make) -> None:
+    rows = [{"input": "a", "note": note, "output": "b"} for note in ("n", "", None)] + [{"input": "a", "output": "b"}]
+    task = make(PLURAL | {"prompt": ["{input} ({note})", "{input}."]}, train=rows, validation=rows)
+    assert prompts(task, "train") == ["a (n)", "a.", "a.", "a."]
+
+
+def test_answers_can_be_cut_to_the_length(make: Make) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    rows = [*words(1), {"input": "x", "output": "long " * 99}, {"input": "long " * 99, "output": "x"}]
+    task = make(PLURAL | {"training": {"max_length": 40, "too_long": "cut"}}, train=rows, validation=rows)
+    encoded, too_long = task.encode(tokenizer, task.examples("train"), training=True)
+    assert (len(encoded), too_long) == (2, 2)
+    assert len(encoded[1].input_ids) == 40 == len(encoded[1].labels or [])  # type: ignore[arg-type]
+    whole, _ = make(PLURAL, train=rows, validation=rows).encode(tokenizer, task.examples("train"), training=True)
+    assert whole[1].input_ids[:40] == encoded[1].input_ids
+
+
+def test_the_overlap_of_words() -> None:
+    assert overlap("The red fish.", "the fish is red") == pytest.approx(2 * 3 / 7)
+    assert overlap("a a", "a") == pytest.approx(2 / 3)
+    assert overlap("", "a") == overlap("a", "") == 0.0
