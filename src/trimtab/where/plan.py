@@ -133,8 +133,8 @@ def block_keys(
 ) -> Iterator[bytes]:
     """Keys of the whole blocks of a sequence, such that equal keys mean equal keys and values in every layer.
 
-    In a causal model they are a function of the weights, the tokens so far and the edits at those tokens, and of nothing
-    else; so a block without an edited token adds only its tokens, and is shared by all adapters and the base model until
+    In a causal model they are a function of the weights, the tokens so far and the edits at those, and of nothing else;
+    so a block without an edited token adds only its tokens, and is shared by all adapters and the base model until
     the first edited one.
 
     Args:
