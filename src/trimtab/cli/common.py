@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from click import Context
 from rich.console import Console
 from typer.core import TyperCommand
 
@@ -29,7 +28,7 @@ console = Console()
 class QuietCommand(TyperCommand):
     """Silences the libraries underneath when it runs, which loads them, and not when its help is read."""
 
-    def invoke(self, ctx: Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         from trimtab.runs.models import quiet
 

@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from trimtab.cli.common import Folders, ModelName, console
+from trimtab.cli.common import Folders, ModelName, command, console
 
 
 @command()
