@@ -33,8 +33,9 @@ from trimtab.adapter.forward import (
     named_arguments,
     past_length,
 )
-from trimtab.edits import METHODS, Edit
-from trimtab.edits.orthonormal import restore
+from trimtab.adapter.loading import as_saved, own_modules, resized_embeddings, saved_twice
+from trimtab.edits import METHODS, Edit, as_parameters
+from trimtab.edits.orthonormal import Rotation, restore
 from trimtab.where.positions import Positions
 from trimtab.where.sites import Site, find_sites, host
 
@@ -88,8 +89,18 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
     def edits(self, adapter: str) -> dict[str, Edit]:
         """The adapter's edits here, by `edit`, `prefix` or `suffix`."""
-        named = {name: getattr(self, f"reft_{name}") for name in ("edit", "prefix", "suffix")}
-        return {name: edits[adapter] for name, edits in named.items() if adapter in edits}
+        return {name: edits[adapter] for name, edits in self.edit_dicts().items() if adapter in edits}
+
+    def edit_dicts(self) -> dict[str, Any]:
+        """The edits of all adapters here."""
+        return {name: getattr(self, f"reft_{name}") for name in ("edit", "prefix", "suffix")}
+
+    def rename(self, adapter: str, new: str) -> None:
+        """Let the adapter here go by another name."""
+        named: Any
+        for named in (*self.edit_dicts().values(), self.positions, self.scaling):
+            if adapter in named:
+                named[new] = named.pop(adapter)
 
     def _edit_output(self, module: nn.Module, args: Any, output: Any) -> Any:
         """The forward hook: the block's output with the rows of this pass edited; None leaves it as it is."""
@@ -179,7 +190,7 @@ class ReftModel(BaseTuner):
             raise ValueError(f"adapter name {adapter_name!r}: must not contain a dot nor be {BASE!r}.")
         sites = find_sites(model, config.site, config.layers)
         for site in sites:
-            if config.r > site.width:
+            if config.r is not None and config.r > site.width:
                 raise ValueError(
                     f"r={config.r}: larger than the width {site.width} of {site.name}; use a rank well below it."
                 )
@@ -328,11 +339,12 @@ class ReftModel(BaseTuner):
     def _upkeep(self) -> None:
         """Retract what an optimizer, or anyone, moved off the manifold since the last pass."""
         rotations = [
-            edit.rotation
+            module
             for layer in self._layers
-            for name in layer.active_adapters
-            for edit in layer.edits(name).values()
-            if edit.orthonormal
+            for edits in layer.edit_dicts().values()
+            for edit in edits.values()
+            for module in edit.modules()
+            if isinstance(module, Rotation)
         ]
         # Those in training by value: writes through `.data` leave no trace in the version.
         restore([r for r in rotations if r.halved.requires_grad])
@@ -389,32 +401,46 @@ class ReftModel(BaseTuner):
     def merge_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise NotImplementedError(_NO_MERGE)
 
+    # ---- saving, loading: files hold R, parameters half of it --------------------------------------------------
+
+    @classmethod
+    def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        return as_saved(super()._get_adapter_state_dict(*args, **kwargs))
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return super()._remove_adapter_name_from_key(key.removesuffix(".halved"), adapter_name)
+
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """PEFT's renaming, and a check that the file holds this adapter: all of it, and nothing that has no place here.
+        """PEFT's renaming, and a check that the file holds this adapter: all of it, and nothing that is not its own.
 
         Raises:
             ValueError: tensors are missing or left over; PEFT alone would load what fits and leave the rest random.
         """
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        expected = {
-            f"{module_name}.reft_{name}.{adapter_name}.{tensor}"
-            for module_name, layer in model.named_modules()
-            if isinstance(layer, ReftLayer)
-            for name, edit in layer.edits(adapter_name).items()
-            for tensor in edit.state_dict()
-        }
+        expected, checked = set(), {}
+        for module_name, layer in model.named_modules():
+            for name, edit in layer.edits(adapter_name).items() if isinstance(layer, ReftLayer) else ():
+                prefix = f"{module_name}.reft_{name}.{adapter_name}."
+                keys = {tensor: prefix + tensor for tensor, _ in edit.named_parameters()}
+                expected |= set(keys.values())
+                if expected <= set(mapped):
+                    saved = {tensor.removesuffix(".halved"): mapped[key] for tensor, key in keys.items()}
+                    saved = edit.check(f"{module_name}.reft_{name}", saved, edit.r, edit.width)
+                    checked.update({prefix + tensor: value for tensor, value in as_parameters(saved).items()})
+        mapped = {key: tensor for key, tensor in mapped.items() if key not in saved_twice(model, mapped)}
         missing = sorted(expected - set(mapped))
-        left_over = sorted(set(mapped) - expected - set(model.state_dict()))
+        left_over = sorted(set(mapped) - expected - own_modules(model, adapter_name) - resized_embeddings(model))
         if missing or left_over:
             raise ValueError(
                 f"adapter {adapter_name!r}: the file does not fit this model and config. "
                 f"Missing: {_some(missing)}. Without a place here: {_some(left_over)}. "
                 "It was saved from another base model, under another config, or incompletely."
             )
-        return mapped
+        return mapped | checked
 
 
 def set_scale(model: nn.Module, adapter: str, scale: float) -> None:
