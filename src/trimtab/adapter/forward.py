@@ -507,14 +507,15 @@ class Forwards:
         flat = mask if isinstance(mask, Tensor) and mask.dim() == 2 and counts_tokens else None
         if generation is not None and generation.complete and past is not None:
             running.prompt, running.after_prompt = generation.prompt, True
-            running.mask = flat if flat is None else flat[:, : (past_length(past) or flat.shape[1]) + length]
+            seen = past_length(past) if flat is not None else None
+            running.mask = _first_columns(flat, seen + length if seen is not None else None)
             return running
         start = past_length(past)
         if start is None and generation is not None:
             start = generation.given
         columns = start + length if start is not None and length else None
         if flat is not None and flat.shape[1] >= (columns or 0):
-            running.mask = flat[:, :columns]  # Bloom's goes on over the free places of a static cache
+            running.mask = _first_columns(flat, columns)
         running.start = start or 0
         chunk = Chunk(role, start, columns, mask if counts_tokens else None, past)
         if generation is not None:
@@ -675,6 +676,11 @@ class Chunk(NamedTuple):
 
     def real(self) -> Tensor | None:
         return as_real(self.mask, self.columns)
+
+
+def _first_columns(mask: Tensor | None, columns: int | None) -> Tensor | None:
+    """A mask without what Bloom's has on the free places of a static cache."""
+    return mask[:, :columns] if mask is not None and columns is not None and mask.shape[1] > columns else mask
 
 
 def _entrances(model: nn.Module) -> dict[Role, nn.Module]:
