@@ -3,11 +3,57 @@
 Importing it registers the method with PEFT, after which `get_peft_model` and `PeftModel.from_pretrained` know it.
 """
 
-from trimtab.adapter.config import ReftConfig
-from trimtab.adapter.forward import prompts
-from trimtab.adapter.tuner import ReftModel, set_scale
-from trimtab.edits import METHODS
-from trimtab.where.positions import Positions, parse_positions
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from trimtab.registration import register
+
+if TYPE_CHECKING:
+    from trimtab.adapter.config import ReftConfig
+    from trimtab.adapter.forward import prompts
+    from trimtab.adapter.tuner import ReftModel, set_scale
+    from trimtab.edits import METHODS
+    from trimtab.runs.trainer import supervised_only, with_prompts
+    from trimtab.where.positions import Positions, parse_positions
 
 __version__ = "0.1.0"
-__all__ = ["METHODS", "Positions", "ReftConfig", "ReftModel", "__version__", "parse_positions", "prompts", "set_scale"]
+__all__ = [
+    "METHODS",
+    "Positions",
+    "ReftConfig",
+    "ReftModel",
+    "__version__",
+    "parse_positions",
+    "prompts",
+    "set_scale",
+    "supervised_only",
+    "with_prompts",
+]
+
+_HOMES = {
+    "METHODS": "edits",
+    "Positions": "where.positions",
+    "ReftConfig": "adapter.config",
+    "ReftModel": "adapter.tuner",
+    "parse_positions": "where.positions",
+    "prompts": "adapter.forward",
+    "set_scale": "adapter.tuner",
+    "supervised_only": "runs.trainer",
+    "with_prompts": "runs.trainer",
+}
+"""Where each public name lives; imported when it is first asked for."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'trimtab' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(import_module(f"trimtab.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+register()

@@ -67,6 +67,8 @@ class Pass:
     earlier: Prompt | None = None
     """The prompt that the cache was filled under, if another: up to column `compared` both must edit alike."""
     compared: int = 0
+    paged: bool = False
+    """The rows are chunks of many requests, as continuous batching lays them out."""
     adapter_names: list[str] | None = None
     training: bool = False
     notes: set[str] = field(default_factory=set)
@@ -153,6 +155,8 @@ class Pass:
     # ---- what cannot be right -----------------------------------------------------------------------------------
 
     def _check_prompt(self, positions: Positions, parts: tuple[Part, ...], batch: int, device: torch.device) -> None:
+        if self.paged:
+            raise ValueError(_PAGED)
         if self.prompt.mid_sequence and positions.needs_prompt_end:
             raise ValueError(
                 f"positions={positions.text!r}: the call continues a cache of which it is not known where its prompt "
@@ -236,6 +240,9 @@ class Generation:
         self.prompt, self.awaits_mask = prompt, awaits_mask
         self.earlier, self.compared = earlier, compared
         self.decoder = Prompt()
+        self.negative: Tensor | None = None
+        """(B, N) what guidance steers away from, whose forwards without a cache grow by what is generated."""
+        self.negative_mask: Tensor | None = None
         self.started = False
         self.given = 0
         self.complete = False
@@ -244,6 +251,16 @@ class Generation:
     def begin(self) -> None:
         """A decoding loop starts; Whisper's `generate` has one for each segment, each with a prompt of its own."""
         self.decoder, self.started, self.given, self.complete = Prompt(), True, 0, False
+
+    def negative_lengths(self, ids: Any) -> Tensor | None:
+        """The prompts' lengths, should a forward that is not the generation's own continue the negative prompt."""
+        if self.negative is None or not isinstance(ids, Tensor) or ids.dim() != 2:
+            return None
+        start = ids[:, : self.negative.shape[1]]
+        if start.shape != self.negative.shape or not torch.equal(start, self.negative.to(ids.device)):
+            return None
+        mask = self.negative_mask if self.negative_mask is not None else torch.ones_like(self.negative)
+        return mask.sum(1)
 
     def receive_mask(self, columns: int, real: Tensor | None) -> None:
         """Take, from the first forward, the mask that `generate` made.
@@ -343,8 +360,13 @@ class Forwards:
                 module.register_forward_hook(partial(self._close, role), with_kwargs=True, always_call=True),
             )
         ]
-        self._wrapped = [n for n in ("generate", "prepare_inputs_for_generation") if callable(getattr(model, n, None))]
-        for name, wrap in zip(self._wrapped, (self._generate, self._prepare), strict=False):
+        wraps = {
+            "generate": self._generate,
+            "prepare_inputs_for_generation": self._prepare,
+            "init_continuous_batching": self._refuse_paged,
+        }
+        self._wrapped = {name: wrap for name, wrap in wraps.items() if callable(getattr(model, name, None))}
+        for name, wrap in self._wrapped.items():
             original = getattr(model, name)
             setattr(model, name, update_wrapper(partial(wrap, original), original))  # transformers reads the signature
         model._reft_forwards = self  # type: ignore[assignment]
@@ -488,8 +510,6 @@ class Forwards:
 
     def _pass(self, role: Role, arguments: dict[str, Any], call: Call) -> Pass:
         """What is known of a forward; `call` is that of the whole model, where there is one."""
-        if arguments.get("cache") is not None:
-            raise ValueError(_PAGED)
         past = cache_in(arguments) if role != "encoder" else None
         generation = call.generation if role != "encoder" else None
         ids = next((arguments[k] for k in ("input_ids", "inputs_embeds") if arguments.get(k) is not None), None)
@@ -504,6 +524,7 @@ class Forwards:
             training=self.model.training and torch.is_grad_enabled(),
             notes=self.notes,
         )
+        running.paged = arguments.get("cache") is not None
         flat = mask if isinstance(mask, Tensor) and mask.dim() == 2 and counts_tokens else None
         if generation is not None and generation.complete and past is not None:
             running.prompt, running.after_prompt = generation.prompt, True
@@ -543,6 +564,9 @@ class Forwards:
         """Where the prompt ends, for a forward that `generate` did not make."""
         kept = self._kept(chunk)
         lengths = call.decoder_lengths if chunk.role == "decoder" else call.lengths
+        around = self._generation()
+        if around is not None and lengths is None and chunk.start == 0:
+            lengths = around.negative_lengths(arguments.get("input_ids"))
         if chunk.start is None:  # a recurrent state, which does not count what it has seen
             running.after_prompt = True
             running.prompt = Prompt(mid_sequence=running.length != 1)
@@ -615,6 +639,7 @@ class Forwards:
         """`generate` of the base model, which also takes `prompt_lengths` (B,) and remembers where the prompt ends."""
         self.upkeep()
         lengths = kwargs.pop("prompt_lengths", None)
+        kwargs.pop("decoder_prompt_lengths", None)  # a trainer's batch has them; here the decoder's input says it
         before, outer = _here.generations, self._generation()
         if outer is not None and getattr(kwargs.get("generation_config"), "is_assistant", False):
             generation = Generation(outer.prompt)  # the model proposes for itself
@@ -638,7 +663,18 @@ class Forwards:
         start = past_length(past) or 0
         earlier = getattr(past, "_reft_prompt", None) if start else None
         prompt.mid_sequence = start > 0 and earlier is None and told is None
-        return Generation(prompt, real is None, earlier, start)
+        generation = Generation(prompt, real is None, earlier, start)
+        if (kwargs.get("guidance_scale") or 1) != 1:
+            ids = kwargs.get("negative_prompt_ids")
+            generation.negative = ids if ids is not None else source[:, -1:] if isinstance(source, Tensor) else None
+            generation.negative_mask = kwargs.get("negative_prompt_attention_mask")
+        return generation
+
+    def _refuse_paged(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Continuous batching, before it starts: its worker would only log the error of a forward."""
+        if any(layer.active_adapters and not layer.disable_adapters for layer in self.layers):
+            raise ValueError(_PAGED)
+        return original(*args, **kwargs)
 
     def _prepare(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """`prepare_inputs_for_generation`: its forward is this generation's own, which no other one is."""

@@ -5,6 +5,7 @@ Lengths are counted in real tokens: padding, wherever it stands, belongs to no p
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,6 +126,19 @@ def first_supervised(labels: Tensor, real: Tensor | None) -> Tensor:
         return (supervised.cumsum(1) == 0).sum(1)
     real = real.to(labels.device)
     return ((supervised & real).cumsum(1).eq(0) & real).sum(1)
+
+
+def prompt_lengths_of(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What a batch's labels say of where its prompts end, as the arguments by which a forward is told."""
+    labels, mask = batch.get("labels"), batch.get("attention_mask")
+    if not isinstance(labels, Tensor) or labels.dim() != 2:
+        return {}
+    if batch.get("decoder_input_ids") is not None:  # a start token and then the labels
+        return {"decoder_prompt_lengths": first_supervised(labels, None) + 1}
+    packed = find_packed(batch.get("position_ids")) if mask is None else None
+    if packed is not None:
+        return {"prompt_lengths": first_supervised(labels[packed[0]], packed[1])}
+    return {"prompt_lengths": first_supervised(labels, as_real(mask, labels.shape[1]))}
 
 
 def repeated(rows: Tensor, batch: int) -> Tensor:
