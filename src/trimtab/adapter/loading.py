@@ -5,11 +5,17 @@ Files hold R under `rotation`; parameters are called `rotation.halved` and hold 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+from peft import set_peft_model_state_dict
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+
+from trimtab.adapter.config import REFT
+from trimtab.adapter.folder import read_tensors
 
 _FILE, _PARAMETER = ".rotation", ".rotation.halved"
 
@@ -61,3 +67,27 @@ def saved_twice(model: nn.Module, keys: Iterable[str]) -> set[str]:
     resized."""
     wrapped = [name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     return {key for key in keys if any(key == f"{name}.modules_to_save.weight" for name in wrapped)}
+
+
+def take_over_loading(model: Any) -> None:
+    """Have transformers' `load_adapter` and `from_pretrained` read a ReFT adapter as PEFT does, with the same checks.
+
+    They load by name whatever a file holds, the base model's own weights included.
+    """
+    if hasattr(model, "_load_pretrained_model") and "_load_pretrained_model" not in vars(model):
+        model._load_pretrained_model = partial(_load, model._load_pretrained_model)
+
+
+def _load(original: Callable[..., Any], model: Any, **kwargs: Any) -> Any:
+    from transformers.utils.loading_report import LoadStateDictInfo
+
+    adapter, config = next(reversed(model.peft_config.items()))  # which transformers has just added
+    if config.peft_type != REFT:
+        return original(model=model, **kwargs)
+    try:
+        tensors = kwargs.get("state_dict") or read_tensors(Path(kwargs["checkpoint_files"][0]))
+        set_peft_model_state_dict(model, tensors, adapter)
+    except BaseException:
+        model.delete_adapter(adapter)
+        raise
+    return LoadStateDictInfo(set(), set(), set(), [], {}, set()), None
