@@ -144,6 +144,13 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             states = states.index_add(0, index, change)
         return states.view_as(hidden)
 
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        raise RuntimeError(
+            "nn.DataParallel runs copies of the model that share its hooks, so edits would land in the wrong one. "
+            "Use DistributedDataParallel (torchrun, accelerate launch), or show the process one GPU (with "
+            "CUDA_VISIBLE_DEVICES)."
+        )
+
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, None]:
         """The block's device; no dtype, since edits keep float32 whatever the base's."""
         own = {id(p) for p in self.parameters()}
@@ -235,8 +242,9 @@ class ReftModel(BaseTuner):
         if unknown:
             raise ValueError(f"adapter_names: no adapter {unknown}; there are {sorted(self.peft_config)} and {BASE!r}.")
 
-        def pass_names(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-            return args, {**kwargs, "adapter_names": names}
+        def pass_names(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            own = self._passes.adapter_names()  # of the thread that runs the wrapper, which may be another one
+            return (args, {**kwargs, "adapter_names": own}) if own is not None else None
 
         wrappers = [m for m in self.model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
         handles = [m.register_forward_pre_hook(pass_names, with_kwargs=True) for m in wrappers]
