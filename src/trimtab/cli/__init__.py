@@ -15,12 +15,15 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Column, Table
 
+from trimtab.cli.convert import commands as conversion
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Train, score and switch LoReFT adapters on one frozen model.",
 )
+app.add_typer(conversion)
 console = Console()
 
 RecipeFile = Annotated[

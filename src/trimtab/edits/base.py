@@ -82,6 +82,14 @@ class Edit(nn.Module):
         """Φ(h) - h: (n, d) -> (n, d)."""
         raise NotImplementedError
 
+    def affine(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Φ(h) - h as Bᵀ(A h + c): B and A (r, d) and c (r,) in float64; None where it is not of that form."""
+        if self.activation is not None:
+            return None
+        basis, bias = self.basis().detach().double(), self.bias.detach().double()
+        reads = self.weight.detach().double() if self.has_weight else torch.zeros_like(basis)
+        return basis, reads - basis if self.subtracts else reads, bias
+
     def forward(self, h: Tensor) -> Tensor:
         """Φ(h) - h for rows h (n, d), with dropout on the edit (never on the hidden state)."""
         with torch.autocast(h.device.type, enabled=False):
