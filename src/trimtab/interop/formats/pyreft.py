@@ -58,6 +58,11 @@ class Intervention:
             found: dict[str, Tensor] = _READ[self.kind](saved)
         except KeyError as error:
             raise ConversionError(f"{self.file}: holds {sorted(saved)}, without {error} of a {self.kind}.") from None
+        if "rotation" in found and not found["rotation"].any():
+            raise ConversionError(
+                f"{self.file}: R is 0, as any weight decay leaves it in pyreft, so the checkpoint edits nothing. Train "
+                "it again without weight decay."
+            )
         return found
 
 
