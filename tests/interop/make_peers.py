@@ -6,7 +6,6 @@ Each case is a folder with `base` (the model, shared by its cases), `adapter` (a
 """
 
 import json
-import sys
 from pathlib import Path
 
 import adapters
@@ -134,25 +133,42 @@ def make_adapterhub(case, base, config, seed, **facts):
         finish(case, base, facts, [model(input_ids=ids).logits[0] for ids in rows_of()])
 
 
+PYREFT = {
+    "consreft": ("llama", "ConsreftIntervention", "block_output", [0, 1, 2], 3, 2, True),
+    "lobireft": ("llama", "LobireftIntervention", "block_output", [2, 1], 0, 1, True),
+    "direft": ("gpt2", "DireftIntervention", "block_output", [0, 1], 2, 2, False),
+    "noreft": ("qwen2", "NoreftIntervention", "mlp_output", [1], 4, 0, True),
+    "nodireft-gelu": ("llama", "NodireftIntervention", "block_output", [0, 2], 1, 3, False),
+    "attention": ("gpt2", "LoreftIntervention", "attention_output", [0, 1], 2, 3, True),
+    "path": ("phi", "LoreftIntervention", "model.layers[%].output", [0, 2], 1, 1, True),
+    "path-mlp": ("phi", "LoreftIntervention", "model.layers[%].mlp.output", [1], 0, 2, True),
+    "path-linear": ("phi", "LobireftIntervention", "model.layers[%].self_attn.v_proj.output", [1], 1, 2, True),
+    "classifier": ("llama-cls", "LoreftIntervention", "block_output", [0, 1], 2, 2, False),
+    "full-rank": ("llama", "LoreftIntervention", "block_output", [1], 1, 1, True),
+}
+OPTIONS = {
+    "direft": {"r": 5},
+    "noreft": {"add_bias": True},
+    "nodireft-gelu": {"act_fn": "gelu"},
+    "full-rank": {"r": 16},
+}
+LOREFT, NOREFT, DIREFT = adapters.LoReftConfig, adapters.NoReftConfig, adapters.DiReftConfig
+ADAPTERHUB = {
+    "tied": ("gpt2", LOREFT(prefix_positions=2, suffix_positions=3, r=4, tied_weights=True)),
+    "prefix": ("llama", LOREFT(layers=[0, 2], prefix_positions=3, r=2)),
+    "suffix": ("llama", NOREFT(prefix_positions=0, suffix_positions=2, r=2, non_linearity="swish")),
+    "classifier": ("roberta", LOREFT(prefix_positions=1, suffix_positions=1, r=16)),
+    "direft": ("bert-cls", DIREFT(layers=[1], prefix_positions=2, suffix_positions=1, r=3)),
+}
+FACTS = {"suffix": {"method": "noreft"}, "direft": {"method": "direft"}}
+
+
 def main():
-    block = "block_output"
-    make_pyreft("pyreft-consreft", "llama", "ConsreftIntervention", block, [0, 1, 2], 3, 2, True, 1)
-    make_pyreft("pyreft-lobireft", "llama", "LobireftIntervention", block, [2, 1], 0, 1, True, 2)
-    make_pyreft("pyreft-direft", "gpt2", "DireftIntervention", block, [0, 1], 2, 2, False, 3, r=5)
-    make_pyreft("pyreft-noreft", "qwen2", "NoreftIntervention", "mlp_output", [1], 4, 0, True, 4, add_bias=True)
-    make_pyreft("pyreft-nodireft-gelu", "llama", "NodireftIntervention", block, [0, 2], 1, 3, False, 5, act_fn="gelu")
-    make_pyreft("pyreft-attention", "gpt2", "LoreftIntervention", "attention_output", [0, 1], 2, 3, True, 6)
-    make_pyreft("pyreft-path", "phi", "LoreftIntervention", "model.layers[%].output", [0, 2], 1, 1, True, 7)
-    make_pyreft("pyreft-path-mlp", "phi", "LoreftIntervention", "model.layers[%].mlp.output", [1], 0, 2, True, 8)
-    make_pyreft("pyreft-path-linear", "phi", "LobireftIntervention", "model.layers[%].self_attn.v_proj.output", [1], 1, 2, True, 9)
-    make_pyreft("pyreft-classifier", "llama-cls", "LoreftIntervention", block, [0, 1], 2, 2, False, 10)
-    make_pyreft("pyreft-full-rank", "llama", "LoreftIntervention", block, [1], 1, 1, True, 11, r=16)
-    make_adapterhub("adapterhub-tied", "gpt2", adapters.LoReftConfig(prefix_positions=2, suffix_positions=3, r=4, tied_weights=True), 12)
-    make_adapterhub("adapterhub-prefix", "llama", adapters.LoReftConfig(layers=[0, 2], prefix_positions=3, r=2), 13)
-    make_adapterhub("adapterhub-suffix", "llama", adapters.NoReftConfig(prefix_positions=0, suffix_positions=2, r=2, non_linearity="swish"), 14, method="noreft")
-    make_adapterhub("adapterhub-classifier", "roberta", adapters.LoReftConfig(prefix_positions=1, suffix_positions=1, r=16), 15)
-    make_adapterhub("adapterhub-direft", "bert-cls", adapters.DiReftConfig(layers=[1], prefix_positions=2, suffix_positions=1, r=3), 16, method="direft")
+    for seed, (case, arguments) in enumerate(PYREFT.items()):
+        make_pyreft(f"pyreft-{case}", *arguments, seed, **OPTIONS.get(case, {}))
+    for seed, (case, arguments) in enumerate(ADAPTERHUB.items()):
+        make_adapterhub(f"adapterhub-{case}", *arguments, seed, **FACTS.get(case, {}))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -234,9 +234,14 @@ class Format:
 
 def all_formats() -> dict[str, Format]:
     """Every format by name: the subclasses of `Format` in the files of `formats/`."""
-    for module in pkgutil.iter_modules(formats.__path__):
-        import_module(f"{formats.__name__}.{module.name}")
-    return {kind.name: kind() for kind in sorted(Format.__subclasses__(), key=lambda kind: kind.name)}
+    modules = [import_module(f"{formats.__name__}.{found.name}") for found in pkgutil.iter_modules(formats.__path__)]
+    own = [
+        kind
+        for module in modules
+        for kind in vars(module).values()
+        if getattr(kind, "__module__", "") == module.__name__
+    ]
+    return {kind.name: kind() for kind in own if isinstance(kind, type) and issubclass(kind, Format)}
 
 
 def recognise(path: Path) -> Format:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
+from transformers.utils.hub import cached_file
 
 from trimtab.interop.base import Base, ConversionError, logits_of
 from trimtab.interop.convert import (
@@ -21,6 +21,7 @@ from trimtab.interop.convert import (
     report,
 )
 from trimtab.interop.projections import Change, changes_of
+from trimtab.runs.models import load_tokenizer
 
 BIASES = ("mlp_bias", "attention_bias")
 """Switches of transformers' configs that give a model's projections a bias."""
@@ -98,10 +99,9 @@ def _add(model: Any, changes: list[Change]) -> None:
 
 
 def _save_tokenizer(base: Base, path: Path) -> list[str]:
-    try:
-        AutoTokenizer.from_pretrained(base.name).save_pretrained(path)
-    except (OSError, ValueError, KeyError):
+    if cached_file(base.name, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False) is None:
         return ["the base has no tokenizer to copy"]
+    load_tokenizer(base.name).save_pretrained(path)
     return []
 
 
