@@ -88,6 +88,10 @@ class Edit(nn.Module):
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 
+    def affine(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Φ(h) - h as Bᵀ(A h + c): B and A (r, d) and c (r,) in float64; None where it is not of that form."""
+        return None
+
     def forward(self, h: Tensor) -> Tensor:
         """Φ(h) - h for rows h (n, d), with dropout on the edit (never on the hidden state)."""
         dtype = self.dtype

@@ -66,6 +66,14 @@ class LowRank(Edit):
         return self.inner(h, basis) @ basis
 
     @torch.no_grad()
+    def affine(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        if self.activation is not None:
+            return None
+        basis, bias = self.basis().double(), self.bias.double()
+        reads = self.weight.double() if self.has_weight else torch.zeros_like(basis)
+        return basis, reads - basis if self.subtracts else reads, bias
+
+    @torch.no_grad()
     def size(self) -> float:
         basis = self.basis()
         columns = torch.cat([torch.zeros_like(basis[:1]), torch.eye(self.width).to(basis)])
