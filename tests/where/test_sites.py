@@ -239,3 +239,9 @@ def test_blocks_that_give_tuples_keep_the_rest(name: str) -> None:
 def test_too_large_a_rank_names_the_site() -> None:
     with pytest.raises(ValueError, match=r"r=33: larger than the width 32 of model.layers.0"):
         edited("llama", r=33)
+
+
+def test_a_pattern_that_never_ends_is_refused() -> None:
+    model = nn.ModuleDict({"a" * 40: nn.Linear(2, 2)})
+    with pytest.raises(ValueError, match="takes too long to match"):
+        find_sites(model, r"(a|a|aa)+$b", "all")

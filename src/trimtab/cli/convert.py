@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from trimtab.cli.common import command, console
@@ -85,7 +84,7 @@ def _show(report: Report, output: Path) -> None:
             f"{check.difference:.2g}, at a scale of {check.scale:.3g}",
         ),
     ):
-        facts.add_row(name, escape(value))
+        facts.add_row(name, value)
 
     console.print(facts)
-    console.print(f"Wrote {escape(str(output))}.", soft_wrap=True, highlight=False)
+    console.print(f"Wrote {output!s}.", soft_wrap=True)
