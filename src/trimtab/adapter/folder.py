@@ -42,6 +42,9 @@ class AdapterInfo:
     edit_norms: dict[str, float]
     """By edited module (and /prefix or /suffix): the Frobenius norm of [A c], where the edit is h + A h + c."""
 
+    extras: tuple[str, ...] = ()
+    """Keys of whatever else it carries: `modules_to_save`, resized embeddings."""
+
     @property
     def base_model(self) -> str | None:
         name: str | None = self.config.base_model_name_or_path
@@ -79,7 +82,7 @@ def inspect_adapter(folder: str | Path) -> AdapterInfo:
         edit = _checked_edit(f"{folder / WEIGHTS}: {module}.reft.reft_{part}", config, own)
         norms[module if part == "edit" else f"{module}/{part}"] = edit.size()
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    return AdapterInfo(config, shapes, (folder / WEIGHTS).stat().st_size, norms)
+    return AdapterInfo(config, shapes, (folder / WEIGHTS).stat().st_size, norms, tuple(others))
 
 
 def _read_config(folder: Path) -> ReftConfig:
