@@ -26,6 +26,7 @@ import torch
 from peft.utils import TaskType
 from torch import Tensor, nn
 
+from trimtab.edits.orthonormal import restore
 from trimtab.where.plan import Part
 from trimtab.where.positions import Positions
 from trimtab.where.prompts import (
@@ -535,9 +536,10 @@ class Forwards:
             self._bind(module)
 
     def upkeep(self) -> None:
-        """Have each layer mend what an optimizer, or anyone, moved off the manifold since the last forward."""
-        for layer in self.layers:
-            layer.upkeep()
+        """Retract what an optimizer, or anyone, moved off the manifold since the last forward, in use now or later."""
+        rotations = [rotation for layer in self.layers for rotation in layer.rotations()]
+        # Those in training by value: writes through `.data` leave no trace in the version.
+        restore([r for r in rotations if r.changed() or r.halved.requires_grad])
 
     def _told(self) -> tuple[Tensor | None, Tensor | None]:
         for forwards, *lengths in reversed(_told.get() if _telling[0] else ()):

@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any, NoReturn, get_args
 
 import torch
@@ -20,8 +21,9 @@ from torch import Tensor, nn
 
 from trimtab.adapter.config import ReftConfig
 from trimtab.adapter.forward import BASE, Forwards, Pass
-from trimtab.edits import METHODS, Edit
-from trimtab.edits.orthonormal import restore
+from trimtab.adapter.loading import as_saved, own_modules, resized_embeddings, saved_twice, take_over_loading
+from trimtab.edits import METHODS, Edit, as_parameters
+from trimtab.edits.orthonormal import Rotation
 from trimtab.where.plan import Part
 from trimtab.where.positions import Positions
 from trimtab.where.sites import Site, find_sites, host
@@ -29,6 +31,10 @@ from trimtab.where.sites import Site, find_sites, host
 _NO_MERGE = (
     "a ReFT adapter cannot be merged: it edits hidden states at some tokens only, which no change of the weights can "
     "express. Keep the adapter beside the base model; it costs nothing while decoding when only the prompt is edited."
+)
+_NO_AVERAGE = (
+    "ReFT adapters cannot be averaged into one: the mean of two rotations is none. Use several at once, with weights: "
+    "model.base_model.set_adapter([first, second]) and trimtab.set_scale(model, first, 0.7)."
 )
 
 
@@ -76,19 +82,26 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self.scaling[adapter], self.tasks[adapter] = 1.0, config.task_type
         self._move_adapter_to_device_of_base_layer(adapter)
 
-    def upkeep(self) -> None:
-        """Retract what an optimizer, or anyone, moved off the manifold since the last forward."""
-        rotations = [
-            edit.rotation for name in self.active_adapters for edit in self.edits(name).values() if edit.orthonormal
+    def rotations(self) -> list[Rotation]:
+        """Every R of every adapter here, active or not."""
+        return [
+            module for edits in self.edit_dicts().values() for module in edits.modules() if isinstance(module, Rotation)
         ]
-        # Those in training by value: writes through `.data` leave no trace in the version.
-        restore([r for r in rotations if r.halved.requires_grad])
-        restore([r for r in rotations if r.changed()])
 
     def edits(self, adapter: str) -> dict[Part, Edit]:
         """The adapter's edits here, by `edit`, `prefix` or `suffix`."""
-        named: dict[Part, Any] = {name: getattr(self, f"reft_{name}") for name in get_args(Part)}
-        return {name: edits[adapter] for name, edits in named.items() if adapter in edits}
+        return {name: edits[adapter] for name, edits in self.edit_dicts().items() if adapter in edits}
+
+    def edit_dicts(self) -> dict[Part, Any]:
+        """The edits of all adapters here."""
+        return {name: getattr(self, f"reft_{name}") for name in get_args(Part)}
+
+    def rename(self, adapter: str, new: str) -> None:
+        """Let the adapter here go by another name."""
+        named: Any
+        for named in (*self.edit_dicts().values(), self.positions, self.scaling, self.tasks):
+            if adapter in named:
+                named[new] = named.pop(adapter)
 
     def _edit_output(self, module: nn.Module, args: Any, output: Any) -> Any:
         """The forward hook: the block's output with the rows of this pass edited; None leaves it as it is."""
@@ -152,14 +165,19 @@ class ReftModel(BaseTuner):
 
     prefix = "reft_"
     tuner_layer_cls = ReftLayer
-    # The layers share the record of running passes, so they cannot be injected into a model without this wrapper.
-    uses_shared_state = True
+    uses_shared_state = False
+    """What the layers share is kept with the model, for every tuner that comes by, and goes on without any."""
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         self._sites: dict[str, Site] = {}
-        self._layers: list[ReftLayer] = []
         self._passes = Forwards.of(model)
-        super().__init__(model, *args, **kwargs)
+        try:
+            super().__init__(model, *args, **kwargs)
+        except BaseException:
+            if not self._passes.layers:
+                self._passes.remove()
+            raise
+        take_over_loading(model)
 
     # ---- placing edits -----------------------------------------------------------------------------------------
 
@@ -175,11 +193,12 @@ class ReftModel(BaseTuner):
             raise ValueError(f"adapter name {adapter_name!r}: must not contain a dot nor be {BASE!r}.")
         sites = find_sites(model, config.site, config.layers)
         for site in sites:
-            if config.r > site.width:
+            if config.r is not None and config.r > site.width:
                 raise ValueError(
                     f"r={config.r}: larger than the width {site.width} of {site.name}; use a rank well below it."
                 )
             there = getattr(host(site.module), "reft", None)
+            _check_saved_modules(config, site.name)
             if there is not None and not (isinstance(there, ReftLayer) and there.site.module is site.module):
                 raise ValueError(f"{site.name} already has a submodule called 'reft'; choose another site.")
         return {site.name: site for site in sites}
@@ -206,7 +225,6 @@ class ReftModel(BaseTuner):
         if layer is None:
             layer = ReftLayer(self._sites[current_key], self._passes)
             place.add_module("reft", layer)
-            self._layers.append(layer)
             self._passes.layers.append(layer)
         layer.add(adapter_name, peft_config)
 
@@ -242,10 +260,10 @@ class ReftModel(BaseTuner):
     def unload(self) -> nn.Module:
         """The base model as it was: no submodule, hook or wrapper of trimtab left on it."""
         self._passes.remove()
-        for layer in self._layers:
+        for layer in self._passes.layers:
             layer.hook.remove()
-        for layer in self._layers:
             del host(layer.site.module).reft
+        vars(self.model).pop("_load_pretrained_model", None)
         for module in list(self.model.modules()):
             if isinstance(module, AuxiliaryTrainingWrapper):
                 name = next(n for n, m in self.model.named_modules() if m is module)
@@ -253,41 +271,70 @@ class ReftModel(BaseTuner):
                 setattr(self.model.get_submodule(parent), child, module.original_module)
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
+        vars(self.model).pop("_hf_peft_config_loaded", None)
         model: nn.Module = self.model
         return model
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise NotImplementedError(_NO_MERGE)
 
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise NotImplementedError(_NO_AVERAGE)
+
     def merge_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise NotImplementedError(_NO_MERGE)
+
+    # ---- saving, loading: files hold R, parameters half of it --------------------------------------------------
+
+    @classmethod
+    def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        return as_saved(super()._get_adapter_state_dict(*args, **kwargs))
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return super()._remove_adapter_name_from_key(key.removesuffix(".halved"), adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """PEFT's renaming, and a check that the file holds this adapter: all of it, and nothing that has no place here.
+        """PEFT's renaming, and a check that the file holds this adapter: all of it, and nothing that is not its own.
 
         Raises:
             ValueError: tensors are missing or left over; PEFT alone would load what fits and leave the rest random.
         """
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        expected = {
-            f"{module_name}.reft_{name}.{adapter_name}.{tensor}"
-            for module_name, layer in model.named_modules()
-            if isinstance(layer, ReftLayer)
-            for name, edit in layer.edits(adapter_name).items()
-            for tensor in edit.state_dict()
-        }
+        expected, checked = set(), {}
+        for module_name, layer in model.named_modules():
+            for name, edit in layer.edits(adapter_name).items() if isinstance(layer, ReftLayer) else ():
+                prefix = f"{module_name}.reft_{name}.{adapter_name}."
+                keys = {tensor: prefix + tensor for tensor, _ in edit.named_parameters()}
+                expected |= set(keys.values())
+                if expected <= set(mapped):
+                    saved = {tensor.removesuffix(".halved"): mapped[key] for tensor, key in keys.items()}
+                    saved = edit.check(f"{module_name}.reft_{name}", saved, edit.r, edit.width)
+                    checked.update({prefix + tensor: value for tensor, value in as_parameters(saved).items()})
+        mapped = {key: tensor for key, tensor in mapped.items() if key not in saved_twice(model, mapped)}
         missing = sorted(expected - set(mapped))
-        left_over = sorted(set(mapped) - expected - set(model.state_dict()))
+        left_over = sorted(set(mapped) - expected - own_modules(model, adapter_name) - resized_embeddings(model))
         if missing or left_over:
             raise ValueError(
                 f"adapter {adapter_name!r}: the file does not fit this model and config. "
                 f"Missing: {_some(missing)}. Without a place here: {_some(left_over)}. "
                 "It was saved from another base model, under another config, or incompletely."
             )
-        return mapped
+        return mapped | checked
+
+
+def _check_saved_modules(config: ReftConfig, site: str) -> None:
+    """Refuse to train whole, in a copy, what holds an edited module or its edits."""
+    holders = list(accumulate(f"{site}.reft".split("."), "{}.{}".format))
+    for name in config.modules_to_save or []:
+        if name.startswith("reft") or any(holder.endswith(name) for holder in holders):
+            raise ValueError(
+                f"modules_to_save={config.modules_to_save!r}: {name!r} holds {site}, whose output is edited; a copy "
+                "of it would not be. Name modules beside or within the edited ones."
+            )
 
 
 def set_scale(model: nn.Module, adapter: str, scale: float) -> None:
