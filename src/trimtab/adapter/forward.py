@@ -342,6 +342,7 @@ class _Here(threading.local):
 
 _here = _Here()
 _told: ContextVar[tuple[tuple[Forwards, Any, Any], ...]] = ContextVar("prompts", default=())
+_upkeep = threading.Lock()
 _telling = [0]
 """How many `prompts` blocks are open anywhere: where there is none, a compiled forward need not look."""
 
@@ -538,8 +539,9 @@ class Forwards:
     def upkeep(self) -> None:
         """Retract what an optimizer, or anyone, moved off the manifold since the last forward, in use now or later."""
         rotations = [rotation for layer in self.layers for rotation in layer.rotations()]
-        # Those in training by value: writes through `.data` leave no trace in the version.
-        restore([r for r in rotations if r.changed() or r.halved.requires_grad])
+        with _upkeep:
+            # Those in training by value: writes through `.data` leave no trace in the version.
+            restore([r for r in rotations if r.changed() or r.halved.requires_grad])
 
     def _told(self) -> tuple[Tensor | None, Tensor | None]:
         for forwards, *lengths in reversed(_told.get() if _telling[0] else ()):
