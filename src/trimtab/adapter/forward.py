@@ -30,7 +30,15 @@ from trimtab.adapter.sharding import keep_in_float32
 from trimtab.edits.orthonormal import restore
 from trimtab.where.plan import Part
 from trimtab.where.positions import Positions
-from trimtab.where.prompts import Prompt, as_lengths, as_real, find_packed, first_supervised, repeated
+from trimtab.where.prompts import (
+    Prompt,
+    as_lengths,
+    as_real,
+    find_packed,
+    first_supervised,
+    has_several_turns,
+    repeated,
+)
 
 BASE = "__base__"
 """PEFT's name, among `adapter_names`, for a row without an adapter."""
@@ -73,6 +81,10 @@ class Pass:
     """The rows are chunks of many requests, as continuous batching lays them out."""
     adapter_names: list[str] | None = None
     training: bool = False
+    watched: bool = True
+    """Whether the host may look at the prompts, which waits for an accelerator."""
+    several_turns: bool = False
+    """A row's labels are supervised, -100 and supervised again."""
     notes: set[str] = field(default_factory=set)
     """What was said once for this model."""
     _rows: dict[Any, EditedRows | None] = field(default_factory=dict)
@@ -196,20 +208,28 @@ class Pass:
             raise ValueError(
                 f"positions={positions.text!r}: in training the end of the prompt must be known, but the model was "
                 "called with neither labels nor prompt_lengths. Pass labels with -100 on the prompt, or prompt_lengths "
-                "(one number of real prompt tokens a row) to the forward call; positions such as 'f7' or 'all' need "
-                "neither. In a trainer that takes the labels away (label smoothing, compute_loss_func) wrap the "
-                "collator: trimtab.with_prompts(collator); around a loss that calls the model by itself: "
-                "with trimtab.prompts(model, lengths)."
+                "(one number of real prompt tokens a row; decoder_prompt_lengths for a decoder that has an encoder); "
+                "positions such as 'f7' or 'all' need neither. In a trainer that takes the labels away (label "
+                "smoothing, compute_loss_func): data_collator=trimtab.with_prompts(collator). Around a loss that calls "
+                "the model by itself: with trimtab.prompts(model, lengths)."
             )
-        if prompt.lengths is None or positions.scope in ("all", "generated") or torch.compiler.is_compiling():
+        if self.several_turns and positions.needs_prompt_end:
+            say_once(self.notes, "turns", _TURNS.format(positions.text))
+        self._check_empty(prompt, positions, batch, device)
+
+    def _check_empty(self, prompt: Prompt, positions: Positions, batch: int, device: torch.device) -> None:
+        if prompt.lengths is None or positions.scope in ("all", "generated") or not self.watched:
             return
         unsupervised = 1 if self.owner is not None else 0  # the first token of a packed sequence is never supervised
-        if not bool((prompt.lengths_of(batch, device) > unsupervised).any()):
+        empty = int((prompt.lengths_of(batch, device) <= unsupervised).sum())
+        if empty == batch:
             raise ValueError(
                 f"positions={positions.text!r}: every prompt in the batch is empty, so nothing would be edited or "
                 "learned. The labels supervise the first token; set them to -100 on the prompt (in TRL: a "
                 "prompt-completion data set or completion_only_loss=True), or use positions='all'."
             )
+        if empty:
+            say_once(self.notes, "empty", _EMPTY.format(positions.text, empty, batch))
 
 
 _GUESSED = (
@@ -218,6 +238,22 @@ _GUESSED = (
     "(one number of real prompt tokens a row), in a trainer by data_collator=trimtab.with_prompts(collator), or call "
     "within trimtab.prompts(model, lengths). Said once."
 )
+
+
+_EMPTY = (
+    "positions={0!r}: {1} of the {2} prompts of this batch are empty (their labels supervise the first token), so "
+    "nothing is edited there. Packing that cuts sequences anywhere (TRL's packing_strategy='wrapped') does that: use "
+    "packing_strategy='bfd' or no packing, and -100 on the prompts. Said once."
+)
+_TURNS = (
+    "positions={0!r}: some rows have several supervised turns (labels, -100, labels again). Their prompt ends before "
+    "the first one, so that only the edits before it are trained, while at the second turn generate takes all that "
+    "came before for the prompt. Give each turn a row of its own: the earlier turns as prompt, the last as completion. "
+    "Said once."
+)
+WATCHED = 8
+"""Training forwards whose prompts are looked at for what is worth a warning; from then on labels on an accelerator,
+of which looking waits for it, are left alone."""
 
 
 def say_once(notes: set[str], name: str, text: str) -> None:
@@ -307,6 +343,7 @@ class _Here(threading.local):
 
 _here = _Here()
 _told: ContextVar[tuple[tuple[Forwards, Any, Any], ...]] = ContextVar("prompts", default=())
+_upkeep = threading.Lock()
 _telling = [0]
 """How many `prompts` blocks are open anywhere: where there is none, a compiled forward need not look."""
 
@@ -353,6 +390,7 @@ class Forwards:
         self.model = model
         self.layers: list[Any] = []
         self.notes: set[str] = set()
+        self.looks = 0
         self._checkpointing = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
         self._handles = [
             handle
@@ -502,10 +540,11 @@ class Forwards:
     def upkeep(self) -> None:
         """Retract what an optimizer, or anyone, moved off the manifold since the last forward, in use now or later."""
         rotations = [rotation for layer in self.layers for rotation in layer.rotations()]
-        if any(hasattr(rotation.halved, "full_tensor") for rotation in rotations):
-            keep_in_float32(self.model)
-        # Those in training by value: writes through `.data` leave no trace in the version.
-        restore([r for r in rotations if r.changed() or r.halved.requires_grad])
+        with _upkeep:
+            if any(hasattr(rotation.halved, "full_tensor") for rotation in rotations):
+                keep_in_float32(self.model)
+            # Those in training by value: writes through `.data` leave no trace in the version.
+            restore([r for r in rotations if r.changed() or r.halved.requires_grad])
 
     def _told(self) -> tuple[Tensor | None, Tensor | None]:
         for forwards, *lengths in reversed(_told.get() if _telling[0] else ()):
@@ -548,6 +587,8 @@ class Forwards:
             self._place_generated(running, chunk, generation)
         else:
             self._place(running, chunk, call, arguments)
+            if role == "model":
+                self._look_at(running, call.labels)
             if role == "model" and not counts_tokens and isinstance(mask, Tensor) and running.prompt.lengths is None:
                 running.prompt.blurred = not bool(mask.all())
         running.after_prompt = running.after_prompt or running.prompt.is_over(running.start, columns)
@@ -580,6 +621,16 @@ class Forwards:
         else:
             running.earlier, running.compared = (kept, chunk.start) if lengths is not None else (None, 0)
             running.prompt, running.owner = self._prompt(chunk, call, lengths, arguments)
+
+    def _look_at(self, running: Pass, labels: Any) -> None:
+        """In training, at the labels: always on the CPU, else in the first steps only."""
+        if torch.compiler.is_compiling() or not running.training or not isinstance(labels, Tensor):
+            running.watched = not torch.compiler.is_compiling()
+            return
+        self.looks += 1
+        running.watched = not labels.is_cuda or self.looks <= WATCHED
+        if running.watched and "turns" not in self.notes and labels.dim() == 2 and self._is_lm:
+            running.several_turns = has_several_turns(labels, running.owner, running.prompt.real)
 
     def _kept(self, chunk: Chunk) -> Prompt | None:
         if chunk.start == 0:

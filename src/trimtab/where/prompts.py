@@ -128,6 +128,17 @@ def first_supervised(labels: Tensor, real: Tensor | None) -> Tensor:
     return ((supervised & real).cumsum(1).eq(0) & real).sum(1)
 
 
+def has_several_turns(labels: Tensor, owner: Tensor | None, columns: Tensor | None) -> bool:
+    """Whether a row, or a packed sequence in `columns` (S, T) of row `owner` (S,), is supervised in two stretches."""
+    if owner is not None:
+        labels = labels[owner.to(labels.device)]
+    supervised = labels != -100
+    if columns is not None:
+        supervised = supervised & columns.to(labels.device)
+    starts = supervised & ~torch.nn.functional.pad(supervised, (1, -1))
+    return bool((starts.sum(1) > 1).any())
+
+
 def prompt_lengths_of(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """What a batch's labels say of where its prompts end, as the arguments by which a forward is told."""
     labels, mask = batch.get("labels"), batch.get("attention_mask")

@@ -48,7 +48,21 @@ def find_sites(model: nn.Module, site: str, layers: str | list[int]) -> list[Sit
                 f"site={site!r}: {name} only lists modules and never runs itself. Name what it holds with a regular "
                 f"expression, for example site=r'{re.escape(name)}\\.\\d+'."
             )
+        _check_batch_first(model, name, module)
     return [Site(name, module, _width(model, name, module)) for name, module in chosen]
+
+
+def _check_batch_first(model: nn.Module, name: str, module: nn.Module) -> None:
+    """torch's own transformer layers put time first unless told; rows and tokens would be mistaken for each other."""
+    path = name.split(".")
+    around = [model.get_submodule(".".join(path[:n])) for n in range(1, len(path))]
+    layers = [m for m in around if isinstance(m, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer)]
+    attentions = [m for layer in (module, *layers) for m in layer.modules() if isinstance(m, nn.MultiheadAttention)]
+    if any(not attention.batch_first for attention in attentions):
+        raise ValueError(
+            f"site: {name} ({type(module).__name__}) takes (time, batch, width), as torch's attention does by default, "
+            "but edits count tokens in (batch, time, width). Build it with batch_first=True."
+        )
 
 
 def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
