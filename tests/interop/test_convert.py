@@ -19,8 +19,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from trimtab import ReftConfig
+from trimtab.errors import ConversionError
 from trimtab.interop import formats
-from trimtab.interop.base import Base, ConversionError
+from trimtab.interop.base import Base
 from trimtab.interop.convert import Check, Given, Report, all_formats, as_constant, as_loreft, convert, recognise
 from trimtab.interop.formats.easysteer import unwire, wire
 from trimtab.interop.merge import merge

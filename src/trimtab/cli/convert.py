@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from trimtab.cli.common import command, console
+
 if TYPE_CHECKING:
     from trimtab.interop.convert import Report
-
-commands = typer.Typer()
 
 Source = Annotated[Path, typer.Argument(help="The adapter: a folder or a file.")]
 BaseModel = Annotated[
@@ -22,7 +21,7 @@ BaseModel = Annotated[
 Checked = Annotated[bool, typer.Option(help="Run both sides on a few prompts if the base model is at hand.")]
 
 
-@commands.command()
+@command()
 def convert(
     source: Source,
     output: Annotated[Path, typer.Argument(help="The folder or file to write.")],
@@ -44,7 +43,7 @@ def convert(
     _show(run(source, output, to, given, check=check), output)
 
 
-@commands.command()
+@command()
 def merge(
     adapter: Source,
     output: Annotated[Path, typer.Argument(help="The folder to write the model to.")],
@@ -87,6 +86,5 @@ def _show(report: Report, output: Path) -> None:
         ),
     ):
         facts.add_row(name, escape(value))
-    console = Console()
     console.print(facts)
     console.print(f"Wrote {escape(str(output))}.", soft_wrap=True, highlight=False)

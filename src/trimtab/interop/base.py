@@ -13,6 +13,7 @@ import transformers
 from peft import TaskType
 from torch import Tensor, nn
 
+from trimtab.errors import ConversionError
 from trimtab.runs.models import device, loading
 from trimtab.where.positions import Positions
 from trimtab.where.sites import Site, find_sites
@@ -37,10 +38,6 @@ _CLASSES = {
 
 Runner = Callable[[Tensor, int], Tensor]
 """What a model says: token ids (1, T) and how many of them are the prompt -> logits (1, T, V), or (1, C) of a class."""
-
-
-class ConversionError(ValueError):
-    """What cannot be read, or cannot be written exactly. The message says why, and what would be exact."""
 
 
 def task_of(model_class: str) -> str | None:

@@ -22,9 +22,9 @@ from trimtab.adapter.config import ReftConfig
 from trimtab.edits import METHODS, Edit
 from trimtab.edits.orthonormal import TOLERANCE as TOLERANCE_OF_R
 from trimtab.edits.orthonormal import orthonormality_error
+from trimtab.errors import ConversionError, ModelError
 from trimtab.interop import formats
-from trimtab.interop.base import Base, ConversionError, Runner, samples
-from trimtab.runs.models import ModelError
+from trimtab.interop.base import Base, Runner, samples
 
 TOLERANCE = 1e-3
 """Of the largest logit: what float32 sums in another order may differ by, over all of a large model's blocks."""

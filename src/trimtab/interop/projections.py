@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from trimtab.interop.base import ConversionError, logits_of, samples
+from trimtab.errors import ConversionError
+from trimtab.interop.base import logits_of, samples
 from trimtab.interop.convert import Adapter
 
 

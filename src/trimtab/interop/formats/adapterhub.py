@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from trimtab.edits import ACTIVATIONS
-from trimtab.interop.base import Base, ConversionError, Runner, by_hand, task_of
+from trimtab.errors import ConversionError, ModelError
+from trimtab.interop.base import Base, Runner, by_hand, task_of
 from trimtab.interop.convert import Adapter, Format, Given, make_adapter
-from trimtab.runs.models import ModelError
 
 _KEY = re.compile(r"(.+)\.reft_layer\.refts\.([^.]+)\.units\.(\d)\.(.+)")
 Units = dict[tuple[str, str], dict[str, Tensor]]

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from trimtab.edits import ACTIVATIONS
-from trimtab.interop.base import Base, ConversionError, Runner, by_hand
+from trimtab.errors import ConversionError
+from trimtab.interop.base import Base, Runner, by_hand
 from trimtab.interop.convert import Adapter, Format, Given, as_loreft, make_adapter
 
 METHODS = {

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import trimtab.adapter.tuner  # noqa: F401  (registers the method with PEFT)
-from trimtab.adapter.folder import WEIGHTS, AdapterError, inspect_adapter
-from trimtab.interop.base import ConversionError, Runner, logits_of
+from trimtab.adapter.folder import WEIGHTS, inspect_adapter
+from trimtab.errors import ConversionError
+from trimtab.interop.base import Runner, logits_of
 from trimtab.interop.convert import Adapter, Format, Given, make_edit
 from trimtab.where.sites import host
 
@@ -35,10 +36,7 @@ class Trimtab(Format):
 
     def read(self, path: Path, given: Given) -> Adapter:
         """Checked as `trimtab show` does."""
-        try:
-            config = inspect_adapter(path).config
-        except AdapterError as error:
-            raise ConversionError(str(error)) from None
+        config = inspect_adapter(path).config
         given.need("positions", "", config.positions)
         edits: dict[tuple[str, str], dict[str, Tensor]] = {}
         modules = {}
