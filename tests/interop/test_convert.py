@@ -1,6 +1,7 @@
 """Adapters from and to other formats: the same logits on both sides, or a refusal that names what is in the way."""
 
 import base64
+import copy
 import json
 import pickle
 import subprocess
@@ -47,6 +48,23 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Bases:
         return folder / name
 
     return base
+
+
+_READ: dict[Any, Any] = {}
+
+
+@pytest.fixture(autouse=True)
+def loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`Base.load` as a copy of what it gave before for the same base."""
+    load = Base.load
+
+    def remembered(self: Base, dtype: Any = torch.float32) -> Any:
+        key = self.name, self.task, self.labels, dtype
+        if key not in _READ:
+            _READ[key] = load(self, dtype)
+        return copy.deepcopy(_READ[key])
+
+    monkeypatch.setattr(Base, "load", remembered)
 
 
 @pytest.fixture
@@ -378,6 +396,17 @@ def test_rotation_that_weight_decay_made_zero(tmp_path: Path) -> None:
     torch.save({**saved, "rotate_layer": saved["rotate_layer"] * 0}, file)
     with pytest.raises(ConversionError, match=r"layer_1.*R is 0, as any weight decay leaves it"):
         convert(source, tmp_path / "out", given=Given(base=str(GOLDEN / "model"), positions="l1"))
+
+
+def test_adapterhubs_safetensors(tmp_path: Path) -> None:
+    """`save_adapter(..., use_safetensors=True)`: the same tensors in another file."""
+    golden, source = GOLDEN / "adapterhub_checkpoint_loreft", tmp_path / "source"
+    source.mkdir()
+    (source / "adapter_config.json").write_text((golden / "adapter_config.json").read_text())
+    save_file(torch.load(golden / "pytorch_adapter.bin", weights_only=True), source / "adapter.safetensors")
+    for folder in (golden, source):
+        convert(folder, tmp_path / f"of-{folder.name}", given=Given(base=str(GOLDEN / "model")))
+    assert torch.equal(logits(tmp_path / f"of-{golden.name}"), logits(tmp_path / "of-source"))
 
 
 def test_a_flexible_head_is_refused(tmp_path: Path) -> None:

@@ -40,8 +40,8 @@ from trimtab.where.sites import Site, find_sites, host
 
 _NO_MERGE = (
     "a ReFT adapter is not merged in place: an edit of hidden states at some tokens only is no change of the weights. "
-    "Keep the adapter beside the base model; it costs nothing while decoding when only the prompt is edited. Saved edits "
-    "of every token (positions='all') at mlp or attention, without activation, can be: `trimtab merge ADAPTER OUTPUT`."
+    "Keep the adapter beside the base model; it costs nothing while decoding when only the prompt is edited. A saved "
+    "one that edits every token (positions='all') at mlp or attention can be: `trimtab merge ADAPTER OUTPUT`."
 )
 
 

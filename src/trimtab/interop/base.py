@@ -53,20 +53,20 @@ class Base:
     task: str | None = None
     """PEFT's task type as a plain string; None: as the model's own config says."""
     labels: int | None = None
-    """Classes of a classifier; None: as the model's own config says."""
+    """Classes, where the task is to classify; None: as the model's own config says."""
     config: Any = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         with loading(self.name):
             config = transformers.AutoConfig.from_pretrained(self.name)
-        if self.labels is not None:
-            config.num_labels = self.labels
         object.__setattr__(self, "config", config)
         if self.task is not None and self.task not in TASKS:
             raise ConversionError(f"--task {self.task}: must be one of {', '.join(TASKS)}.")
         if self.task is None:
             own = (config.architectures or ["Model"])[0]
             object.__setattr__(self, "task", task_of(own) or TaskType.FEATURE_EXTRACTION.value)
+        if self.labels not in (None, config.num_labels) and self.task in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
+            config.num_labels = self.labels
 
     @property
     def _auto(self) -> Any:

@@ -276,6 +276,7 @@ class Report:
 
     source: str
     target: str
+    base: str
     config: ReftConfig
     modules: tuple[str, ...]
     """Edited."""
@@ -316,7 +317,9 @@ def report(source: str, target: str, adapter: Adapter, notes: list[str], check: 
     """What is said of a conversion that was done."""
     modules = tuple(dict.fromkeys(module for module, _ in adapter.edits))
     heads = tuple(adapter.config.modules_to_save or ())
-    return Report(source, target, adapter.config, modules, heads, adapter.unsaid, tuple(notes), check)
+    return Report(
+        source, target, adapter.base.name, adapter.config, modules, heads, adapter.unsaid, tuple(notes), check
+    )
 
 
 def compare(

@@ -49,6 +49,7 @@ class Trimtab(Format):
         base = given.open(config.base_model_name_or_path, config.task_type, _labels(modules))
         names = {_host_name(base.skeleton, site.module): site.name for site in base.sites(config.site, config.layers)}
         unknown = sorted({name for name, _ in edits} ^ set(names))
+        unknown += sorted(set(modules) - set(base.skeleton.state_dict()))
         if unknown:
             raise ConversionError(
                 f"{path}: edits other modules than {base.name} has for its config ({unknown[0]} is on one side only): "
