@@ -368,5 +368,5 @@ def test_an_error_in_the_model_leaves_nothing_behind() -> None:
             with pytest.raises(KeyError, match="somebody's hook"):
                 model(**batch)
             handle.remove()
-            assert model.base_model._passes.current is None
+            assert model.base_model._passes.current() is None
             assert same(gradients(model, model(**batch).loss), expected, 0.0)

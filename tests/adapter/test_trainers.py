@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from trimtab import ReftConfig
-from trimtab.adapter.tuner import ReftLayer, ReftModel
+from trimtab.adapter.forward import Forwards
+from trimtab.adapter.tuner import ReftLayer
 from trimtab.edits.orthonormal import orthonormality_error
 
 trl = pytest.importorskip("trl")
@@ -257,15 +258,15 @@ def test_reward(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
 def test_grpo(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its log-prob passes hand over labels, -100 on the prompt: the prompt ends where it did while sampling."""
     ends: list[list[int]] = []
-    original = ReftModel._pass
+    original = Forwards._pass
 
-    def spy(self: ReftModel, role: str, arguments: dict[str, Any]) -> Any:
-        result = original(self, role, arguments)
+    def spy(self: Forwards, role: Any, arguments: dict[str, Any], call: Any) -> Any:
+        result = original(self, role, arguments, call)
         if arguments.get("labels") is not None:
             ends.append(result.prompt.lengths.tolist())
         return result
 
-    monkeypatch.setattr(ReftModel, "_pass", spy)
+    monkeypatch.setattr(Forwards, "_pass", spy)
     trainer = trl.GRPOTrainer(
         base(tokenizer),
         reward_funcs=lambda completions, **_: [float(len(set(c))) for c in completions],

@@ -108,7 +108,7 @@ class Adapter:
         if any(form is None for form in found.values()):
             raise ConversionError(
                 f"method={self.config.method!r}, activation={self.config.activation!r}: not of the form "
-                "h + Bᵀ(A h + c), which is all that this format holds. Exact: an adapter without activation."
+                "h + Bᵀ(A h + c), which is all that this format holds. Exact: LoReFT or a relative without activation."
             )
         return {key: form for key, form in found.items() if form is not None}
 
@@ -172,7 +172,7 @@ def make_adapter(
 
 def make_edit(config: ReftConfig, tensors: Tensors) -> Edit:
     """An edit of a config's method with these tensors."""
-    width = next(tensor.shape[1] for tensor in tensors.values() if tensor.dim() == 2)
+    width = max(tensor.shape[-1] for tensor in tensors.values())
     edit = METHODS[config.method](width, config.r, activation=config.activation, init_weights="paper")
     edit.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
     return edit.eval()

@@ -272,7 +272,7 @@ base_model: {config.base_model_name_or_path}
 library_name: peft
 tags: [trimtab, reft, loreft]
 ---
-A ReFT adapter ({config.method}, rank {config.r}, positions {config.positions}) for `{config.base_model_name_or_path}`.
+A ReFT adapter ({config.method_text}, positions {config.positions}) for `{config.base_model_name_or_path}`.
 
 ```python
 import trimtab  # registers the method with PEFT

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import trimtab.adapter.tuner  # noqa: F401  (registers the method with PEFT)
-from trimtab.adapter.folder import WEIGHTS, inspect_adapter
+from trimtab.adapter.config import WEIGHTS
+from trimtab.adapter.folder import inspect_adapter
 from trimtab.errors import ConversionError
 from trimtab.interop.base import Runner, logits_of
 from trimtab.interop.convert import Adapter, Format, Given, make_edit
