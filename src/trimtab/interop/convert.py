@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from trimtab.adapter.config import ReftConfig
+from trimtab.adapter.loading import as_saved
 from trimtab.edits import METHODS, Edit
 from trimtab.edits.orthonormal import TOLERANCE as TOLERANCE_OF_R
 from trimtab.edits.orthonormal import orthonormality_error
@@ -83,6 +84,12 @@ class Adapter:
     """Parameters of modules trained whole, such as a classifier, by their names in the base."""
     unsaid: tuple[str, ...] = ()
     """What the source does not say, and what was taken instead."""
+
+    @property
+    def tensors(self) -> dict[tuple[str, str], dict[str, Tensor]]:
+        """Of each edit, as trimtab's files hold them."""
+        own = {key: as_saved(edit.state_dict(prefix=".")) for key, edit in self.edits.items()}
+        return {key: {name[1:]: tensor for name, tensor in saved.items()} for key, saved in own.items()}
 
     @property
     def indices(self) -> dict[str, int]:

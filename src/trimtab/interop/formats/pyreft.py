@@ -328,10 +328,9 @@ def _check_expressible(adapter: Adapter) -> None:
 def _interventions(adapter: Adapter) -> tuple[str, dict[tuple[str, str], dict[str, Tensor]], list[str]]:
     """The kind, tensors as pyreft's `state_dict` has them, and what to say of it."""
     kinds = {ours: theirs for theirs, ours in METHODS.items()}
-    own = {key: edit.state_dict() for key, edit in adapter.edits.items()}
     write = _WRITE.get(adapter.config.method)
     if write is not None:
-        return kinds[adapter.config.method], {key: write(tensors) for key, tensors in own.items()}, []
+        return kinds[adapter.config.method], {key: write(tensors) for key, tensors in adapter.tensors.items()}, []
     note = (
         f"{adapter.config.method} is written as the LoreftIntervention that computes the same: pyreft 0.1.0 saves its "
         "own kind and cannot load it"

@@ -63,9 +63,9 @@ class Trimtab(Format):
     def write(self, adapter: Adapter, path: Path, given: Given) -> list[str]:
         """As `save_pretrained` would."""
         tensors = dict(adapter.modules)
-        for (name, part), edit in adapter.edits.items():
+        for (name, part), own in adapter.tensors.items():
             place = _host_name(adapter.base.skeleton, adapter.base.skeleton.get_submodule(name))
-            tensors |= {f"{place}.reft.reft_{part}.{key}": tensor for key, tensor in edit.state_dict().items()}
+            tensors |= {f"{place}.reft.reft_{part}.{key}": tensor for key, tensor in own.items()}
         adapter.config.save_pretrained(str(path))
         save_file({_PREFIX + key: t.contiguous() for key, t in tensors.items()}, path / WEIGHTS, {"format": "pt"})
         inspect_adapter(path)
