@@ -29,8 +29,9 @@ from trimtab.where.positions import Positions
 from trimtab.where.sites import Site, find_sites, host
 
 _NO_MERGE = (
-    "a ReFT adapter cannot be merged: it edits hidden states at some tokens only, which no change of the weights can "
-    "express. Keep the adapter beside the base model; it costs nothing while decoding when only the prompt is edited."
+    "a ReFT adapter is not merged in place: an edit of hidden states at some tokens only is no change of the weights. "
+    "Keep the adapter beside the base model; it costs nothing while decoding when only the prompt is edited. A saved "
+    "one that edits every token (positions='all') at mlp or attention can be: `trimtab merge ADAPTER OUTPUT`."
 )
 _NO_AVERAGE = (
     "ReFT adapters cannot be averaged into one: the mean of two rotations is none. Use several at once, with weights: "

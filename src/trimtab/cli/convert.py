@@ -68,7 +68,7 @@ def _show(report: Report, output: Path) -> None:
     facts = Table(show_header=False, title=f"{report.source} to {report.target}")
     edits = f"{config.method}, rank {config.r}{'' if config.tied else ', prefix and suffix edited apart'}"
     for name, value in (
-        ("base model", str(config.base_model_name_or_path)),
+        ("base model", report.base),
         ("method", edits + (f", activation {config.activation}" if config.activation else "")),
         ("positions", config.positions),
         ("site, layers", f"{config.site}, {config.layers}"),
