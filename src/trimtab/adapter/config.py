@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, cast
 from peft import PeftConfig, PeftType
 
 from trimtab.edits import ACTIVATIONS, METHODS
+from trimtab.where.plan import Part
 from trimtab.where.positions import Positions, parse_positions
 
 
@@ -135,7 +136,7 @@ class ReftConfig(PeftConfig):
     def parsed_positions(self) -> Positions:
         return parse_positions(self.positions)
 
-    def edit_names(self) -> tuple[str, ...]:
+    def edit_names(self) -> tuple[Part, ...]:
         """The edits of one block: `edit` where prefix and suffix share one, else `prefix` and `suffix`."""
         return ("edit",) if self.tied else ("prefix", "suffix")
 

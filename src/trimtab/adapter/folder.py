@@ -10,7 +10,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig
@@ -21,8 +21,9 @@ from torch import Tensor
 from trimtab.adapter.config import ReftConfig
 from trimtab.edits import METHODS, Edit
 from trimtab.edits.orthonormal import as_rotation
+from trimtab.where.plan import Part
 
-WEIGHTS = "adapter_model.safetensors"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _EDIT = re.compile(r"(?:base_model\.model\.)?(.+)\.reft\.reft_(edit|prefix|suffix)\.(\w+)")
 
 
@@ -54,7 +55,18 @@ class AdapterInfo:
         return sum(torch.Size(shape).numel() for shape in self.shapes.values())
 
 
-def inspect_adapter(folder: str | Path) -> AdapterInfo:
+@dataclass(frozen=True)
+class SavedAdapter:
+    """A folder's config and tensors, checked against each other."""
+
+    config: ReftConfig
+    edits: dict[tuple[str, Part], dict[str, Tensor]]
+    """By edited module and part: the tensors by name."""
+    shapes: dict[str, tuple[int, ...]]
+    """Of every saved tensor, those of `modules_to_save` too."""
+
+
+def read_adapter(folder: str | Path) -> SavedAdapter:
     """Read an adapter's folder and check it against itself: its config, and every tensor that the config asks for.
 
     Raises:
@@ -63,12 +75,12 @@ def inspect_adapter(folder: str | Path) -> AdapterInfo:
     folder = Path(folder)
     config = _read_config(folder)
     tensors = _read_tensors(folder / WEIGHTS)
-    edits: dict[tuple[str, str], dict[str, Tensor]] = {}
+    edits: dict[tuple[str, Part], dict[str, Tensor]] = {}
     saved_whole = [*(config.modules_to_save or []), *EMBEDDING_LAYER_NAMES]
     for key, tensor in tensors.items():
         match = _EDIT.fullmatch(key)
         if match:
-            edits.setdefault((match[1], match[2]), {})[match[3]] = tensor
+            edits.setdefault((match[1], cast(Part, match[2])), {})[match[3]] = tensor
         elif not any(f".{name}." in f".{key}" for name in saved_whole):
             raise AdapterError(
                 f"{folder / WEIGHTS}: {key} is no part of this ReFT adapter: the weights are another method's, or "
@@ -79,17 +91,27 @@ def inspect_adapter(folder: str | Path) -> AdapterInfo:
             f"{folder / WEIGHTS}: holds no edit (no tensor named ...reft.reft_...). Save the adapter again."
         )
     _check_places(folder / WEIGHTS, config, list(edits))
-    norms = {}
     for (module, part), own in edits.items():
-        where = f"{folder / WEIGHTS}: {module}.reft.reft_{part}"
-        _check_edit(where, config, own)
-        norms[module if part == "edit" else f"{module}/{part}"] = _edit_norm(METHODS[config.method], own)
-    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    return AdapterInfo(config, shapes, (folder / WEIGHTS).stat().st_size, norms)
+        _check_edit(f"{folder / WEIGHTS}: {module}.reft.reft_{part}", config, own)
+    return SavedAdapter(config, edits, {key: tuple(tensor.shape) for key, tensor in tensors.items()})
+
+
+def inspect_adapter(folder: str | Path) -> AdapterInfo:
+    """What an adapter is.
+
+    Raises:
+        AdapterError: as `read_adapter`.
+    """
+    saved = read_adapter(folder)
+    norms = {
+        module if part == "edit" else f"{module}/{part}": _edit_norm(METHODS[saved.config.method], own)
+        for (module, part), own in saved.edits.items()
+    }
+    return AdapterInfo(saved.config, saved.shapes, (Path(folder) / WEIGHTS).stat().st_size, norms)
 
 
 def _read_config(folder: Path) -> ReftConfig:
-    path = folder / "adapter_config.json"
+    path = folder / CONFIG
     if not path.exists():
         raise AdapterError(
             f"{folder}: no adapter_config.json there; give the folder that save_pretrained or train wrote."
@@ -138,7 +160,7 @@ def _what_it_is(path: Path) -> str:
     return "not a whole safetensors file; copy or save the adapter again"
 
 
-def _check_places(path: Path, config: ReftConfig, edits: list[tuple[str, str]]) -> None:
+def _check_places(path: Path, config: ReftConfig, edits: list[tuple[str, Part]]) -> None:
     """Whether every edited module has the edits that the config asks for, and there are as many modules as it lists."""
     modules = list(dict.fromkeys(module for module, _ in edits))
     for module in modules:

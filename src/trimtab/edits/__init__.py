@@ -1,6 +1,6 @@
 """Edits: tensor code that knows no model. A new method is one class in a file here and one row of `METHODS`."""
 
-from trimtab.edits.base import ACTIVATIONS, Edit, InitWeights
+from trimtab.edits.base import ACTIVATIONS, Edit, InitWeights, Term
 from trimtab.edits.lowrank import ConsReFT, DiReFT, DiReFTOrthonormal, LobiReFT, LoReFT, NoReFT
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "LoReFT",
     "LobiReFT",
     "NoReFT",
+    "Term",
     "parameter_count",
 ]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,19 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 """On W h + b. Each maps 0 to 0, so that an edit that starts at the identity can."""
 
 InitWeights = bool | Literal["paper"]
+
+
+class Term(NamedTuple):
+    """Bᵀ f(A h + b), of which an edit is a sum."""
+
+    rows: Tensor
+    """A (r, d)."""
+    bias: Tensor
+    """b (r,)."""
+    basis: Tensor
+    """B (r, d)."""
+    activation: Callable[[Tensor], Tensor] | None = None
+    """f, one of `ACTIVATIONS`, or None for none."""
 
 
 class Edit(nn.Module):
@@ -81,6 +94,19 @@ class Edit(nn.Module):
     def delta(self, h: Tensor, basis: Tensor) -> Tensor:
         """Φ(h) - h: (n, d) -> (n, d)."""
         raise NotImplementedError
+
+    def terms(self) -> tuple[Term, ...]:
+        """Φ(h) - h as a sum of terms Bᵀ f(A h + b), for whoever runs the edits of many adapters as one.
+
+        A method whose `delta` is another must override this too (or raise NotImplementedError, and is then not served).
+        """
+        basis = self.basis()
+        read = Term(self.weight if self.has_weight else torch.zeros_like(basis), self.bias, basis, self.activation)
+        if not self.subtracts:
+            return (read,)
+        if self.activation is None:
+            return (read._replace(rows=read.rows - basis),)
+        return read, Term(-basis, torch.zeros_like(self.bias), basis)
 
     def forward(self, h: Tensor) -> Tensor:
         """Φ(h) - h for rows h (n, d), with dropout on the edit (never on the hidden state)."""
