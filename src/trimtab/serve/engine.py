@@ -37,7 +37,7 @@ class QueueTimeout(QueueFull):
 
 
 class Unavailable(EngineError):
-    """The engine is starting, draining or dead."""
+    """The engine is draining or dead."""
 
 
 class StepFailed(EngineError):
@@ -210,7 +210,9 @@ class Engine(Protocol):
         ...
 
     def submit(self, request: Request, emit: Emit) -> None:
-        """Queue a request; from any thread, at once. `emit` is called from the engine's thread and must not block.
+        """Queue a request, also before the start; from any thread, at once.
+
+        `emit` is called from the engine's thread and must not block.
 
         Raises:
             BadRequest: it can never be served. QueueFull: not now. Unavailable: the engine is not ready.

@@ -24,6 +24,19 @@ from trimtab.where.sites import Site
 _FUNCTIONS = tuple(ACTIVATIONS.values())
 
 
+class _Views(NamedTuple):
+    """Of entries at one site."""
+
+    rows: Tensor
+    """A (E, r, d)."""
+    bias: Tensor
+    """b (E, r)."""
+    basis: Tensor
+    """B (E, r, d)."""
+    code: Tensor
+    """f (E, r): 0 for none, else one more than its place in `ACTIVATIONS`."""
+
+
 class _Place(NamedTuple):
     """Where a site's tensors stand in an entry's vector."""
 
@@ -35,12 +48,12 @@ class _Place(NamedTuple):
     def size(self) -> int:
         return self.rank * (2 * self.width + 2)
 
-    def of(self, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Views of vectors (E, size): A (E, r, d), b (E, r), B (E, r, d), f (E, r)."""
+    def of(self, vectors: Tensor) -> _Views:
+        """Views of vectors (E, size)."""
         r, d = self.rank, self.width
         own = vectors[:, self.start : self.start + self.size]
         rows, basis, bias, code = own.split([r * d, r * d, r, r], 1)
-        return rows.unflatten(1, (r, d)), bias, basis.unflatten(1, (r, d)), code
+        return _Views(rows.unflatten(1, (r, d)), bias, basis.unflatten(1, (r, d)), code)
 
 
 class Layout:
@@ -58,6 +71,7 @@ class Layout:
             self.places[site.name] = place = _Place(self.size, rank, site.width)
             self.size += place.size
 
+    @torch.no_grad()
     def vector(self, edits: Mapping[str, Sequence[Term]]) -> Tensor:
         """One entry (size,), float32 on the CPU.
 
@@ -73,7 +87,7 @@ class Layout:
             self._fill(name, self.places[name].of(vector.unsqueeze(0)), terms)
         return vector
 
-    def _fill(self, name: str, views: Sequence[Tensor], terms: Sequence[Term]) -> None:
+    def _fill(self, name: str, views: _Views, terms: Sequence[Term]) -> None:
         needed, width = sum(len(term.rows) for term in terms), self.places[name].width
         if terms[0].rows.shape[1] != width:
             raise ValueError(
@@ -175,8 +189,8 @@ class AdapterTable:
     def _load(self, entry: int, vector: Tensor) -> None:
         self.vectors[entry].copy_(vector)
         parts = {name: place.of(vector.unsqueeze(0)) for name, place in self.layout.places.items()}
-        self._sites[entry] = frozenset(name for name, (_, _, basis, _) in parts.items() if bool(basis.any()))
-        self._codes[entry] = frozenset(int(i) for part in parts.values() for i in part[3].unique())
+        self._sites[entry] = frozenset(name for name, part in parts.items() if bool(part.basis.any()))
+        self._codes[entry] = frozenset(int(i) for part in parts.values() for i in part.code.unique())
 
     @contextmanager
     def editing(self, stages: Sequence[Sequence[Span]]) -> Iterator[None]:
