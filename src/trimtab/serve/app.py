@@ -111,7 +111,7 @@ def _service(http: Request) -> Service:
 
 
 Shared = Annotated[Service, Depends(_service)]
-_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 routes, admin = APIRouter(), APIRouter()
 
 

@@ -14,7 +14,7 @@ from trimtab.adapter.folder import AdapterError
 from trimtab.serve.engine import BadRequest, QueueFull, QueueTimeout, StepFailed, Unavailable
 from trimtab.serve.registry import NameTaken, UnknownAdapter
 
-_CODES = {404: "not_found", 405: "method_not_allowed"}
+_CODES = {400: "invalid_value", 404: "not_found", 405: "method_not_allowed"}
 
 
 class ApiError(HTTPException):
@@ -69,7 +69,7 @@ def of_validation(errors: Sequence[Any]) -> ApiError:
         return ApiError(400, "the body must be a JSON object, sent as application/json.", "invalid_json")
     alike = [error for error in errors if error["loc"][:2] == first["loc"][:2]]  # several where types are alternatives
     place = [str(parts[0]) for parts in zip(*(e["loc"][1:] for e in alike), strict=False) if len(set(parts)) == 1]
-    param = first.get("ctx", {}).get("param") or ".".join(place)
+    param = first.get("ctx", {}).get("param") or ".".join(place).removesuffix(".[key]")
     codes = {"extra_forbidden": "unknown_parameter", "missing": "missing_required_parameter"}
     codes["unsupported_parameter"] = "unsupported_parameter"
     said = "; or ".join(dict.fromkeys(error["msg"] for error in alike))

@@ -6,6 +6,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import cast
 
@@ -59,10 +60,10 @@ class Service:
                     400, "reft_scale: the base model has no edit to scale; name an adapter.", param="reft_scale"
                 )
             return ()
-        try:
-            return (Applied(self.registry.get(model.removeprefix(f"{self.base}:")), scale),)
-        except UnknownAdapter:
-            raise ApiError(404, f"there is no model {model!r}; see /v1/models.", "model_not_found", "model") from None
+        for name in (model, model.removeprefix(f"{self.base}:")):
+            with suppress(UnknownAdapter):
+                return (Applied(self.registry.get(name), scale),)
+        raise ApiError(404, f"there is no model {model!r}; see /v1/models.", "model_not_found", "model")
 
     def requests(self, form: Form, tenant: bytes) -> list[EngineRequest]:
         """One for each choice. Raises ApiError."""
