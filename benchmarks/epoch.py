@@ -86,9 +86,9 @@ Marks = list[float]
 
 
 def train_trimtab(job: Job, reuse: bool = True) -> Marks:
-    """A recipe, through `train_recipe`."""
+    """A recipe, through `train`."""
     from trimtab.recipe.load import load_recipe
-    from trimtab.runs.trial import train_recipe
+    from trimtab.runs.train import train
 
     marks: Marks = []
 
@@ -99,7 +99,8 @@ def train_trimtab(job: Job, reuse: bool = True) -> Marks:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _write_run(job, folder, reuse)
-        metrics = train_recipe(load_recipe(folder / "recipe.yaml"), watch=watch)
+        recipe = load_recipe(folder / "recipe.yaml")
+        metrics = train(recipe.experiments(), recipe.output, watch=watch)
         print(json.dumps(metrics["task"].get("reuse")), file=sys.stderr)
     return marks
 

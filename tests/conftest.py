@@ -66,10 +66,10 @@ class Inline(Executor):
 @pytest.fixture
 def inline(monkeypatch: pytest.MonkeyPatch) -> None:
     """`compare` without processes of its own."""
-    from trimtab.study import compare as comparison
+    from trimtab.study import compare
 
     @contextmanager
     def workers(jobs: int) -> Iterator[Executor]:
         yield Inline()
 
-    monkeypatch.setattr(comparison, "workers", workers)
+    monkeypatch.setattr(compare, "workers", workers)

@@ -20,7 +20,7 @@ MODEL = str(ROOT / "models/tiny-llama")
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two small trained adapters, and the recipe that made them."""
-    from trimtab.runs.trial import train_recipe
+    from trimtab.runs.train import train
 
     folder = tmp_path_factory.mktemp("runs")
     for task, rows in {
@@ -38,7 +38,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for task in ("plural", "kind")
         )
     )
-    train_recipe(load_recipe(folder / "recipe.yaml"))
+    recipe = load_recipe(folder / "recipe.yaml")
+    train(recipe.experiments(), recipe.output)
     return folder
 
 

@@ -22,7 +22,8 @@ from typer.testing import CliRunner
 
 from trimtab import ReftConfig
 from trimtab.cli import app
-from trimtab.recipe.load import SHIPPED, RecipeError, load_recipe
+from trimtab.errors import RecipeError
+from trimtab.recipe.load import SHIPPED, load_recipe
 from trimtab.runs.predict import predict
 from trimtab.tasks.tokens import encode
 
@@ -167,7 +168,7 @@ def test_instruct_runs_and_writes_what_alpaca_eval_reads(models: dict[str, Path]
     write(data / "alpaca_eval.json", [{"instruction": "Other.", "output": "x"}])
     with pytest.raises(ValueError, match="2 answers to 1 test rows; the data has changed"):
         trimtab("outputs", tmp_path / "runs/instruct", "-o", tmp_path / "other.json")
-    with pytest.raises(ValueError, match="no finished run"):
+    with pytest.raises(ValueError, match="no run of trimtab there"):
         trimtab("outputs", tmp_path, "-o", tmp_path / "other.json")
 
 
@@ -243,11 +244,13 @@ COUNTS = [  # the recipe, the model, its parameters, the paper's share of them
 
 @pytest.mark.parametrize(("name", "build", "size", "share"), COUNTS)
 def test_trainable_parameters_are_the_papers(name: str, build: Any, size: int, share: str, data: Path) -> None:
-    for task in load_recipe(name, data=data).tasks.values():
+    for experiment in load_recipe(name, data=data).experiments().values():
         with torch.device("meta"):
             model = build()
         assert sum(p.numel() for p in model.parameters()) == size
-        adapted = get_peft_model(model, ReftConfig(**task.adapter_fields()))
+        adapted = get_peft_model(
+            model, ReftConfig(task_type=experiment.task.task_type, **experiment.adapter.model_dump())
+        )
         edits = sum(p.numel() for key, p in adapted.named_parameters() if ".reft." in key and p.requires_grad)
         assert f"{100 * edits / size:.{len(share) - 2}f}" == share
 

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from trimtab.recipe.load import GenerationSpec, RecipeError, load_recipe
-from trimtab.recipe.schema import parse_template
+from trimtab.errors import RecipeError
+from trimtab.recipe.load import load_recipe
 from trimtab.recipe.yaml_lines import parse_yaml
+from trimtab.tasks.generation import GenerationSpec
+from trimtab.tasks.templates import parse_template
 
 GOOD = """\
 model: some/model
@@ -55,9 +57,9 @@ def test_a_good_recipe_has_defaults_numbers_and_files(folder: Path) -> None:
     assert (recipe.seed, recipe.dtype, recipe.output) == (0, "auto", "runs")
     assert plural.training.learning_rate == 0.004
     assert plural.data.train == str(folder / "rows.jsonl")
-    assert plural.adapter_fields()["r"] == 2
-    assert plural.adapter_fields()["task_type"] == "CAUSAL_LM"
-    assert recipe.tasks["mood"].adapter_fields()["task_type"] == "SEQ_CLS"
+    experiments = recipe.experiments()
+    assert (experiments["plural"].adapter.r, experiments["plural"].source.name) == (2, "some/model")
+    assert [e.task.task_type for e in experiments.values()] == ["CAUSAL_LM", "SEQ_CLS"]
 
 
 def test_a_task_overrides_only_what_it_names(folder: Path) -> None:

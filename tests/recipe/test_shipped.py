@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from trimtab.recipe.load import load_recipe
-from trimtab.runs.ways import choose_contenders
+from trimtab.study.compare import choose_ways
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -59,7 +59,9 @@ def test_the_study_and_its_report_are_of_one_config(name: str, monkeypatch: pyte
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).touch()
     recipe = load_recipe(config, data=tmp_path)
-    methods = {task: [c.name for c in found] for task, found in choose_contenders(recipe).items()}
+    methods = {
+        task: [c.name for c in found] for task, found in choose_ways(recipe.experiments(), recipe.compare).items()
+    }
     report = json.loads((ROOT / recipe.output / "compare/report.json").read_text())
     assert (report["seeds"], report["learning_rates"]) == (recipe.compare.seeds, recipe.compare.learning_rates)
     assert {t: sorted(row["name"] for row in found["methods"]) for t, found in report["tasks"].items()} == {

@@ -16,13 +16,20 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from trimtab.errors import DataError, RunError
 from trimtab.recipe.load import load_recipe
+from trimtab.runs.folder import RunFolder
+from trimtab.runs.models import Base
 from trimtab.runs.predict import predict
-from trimtab.runs.trial import Base, RunError, evaluate_run, last_checkpoint, train_recipe
-from trimtab.tasks import build_task
-from trimtab.tasks.tokens import DataError
+from trimtab.runs.train import evaluate_runs, train
 
 ROOT = Path(__file__).parents[2]
+
+
+def train_recipe(recipe: Any, only: list[str] | None = None, **how: Any) -> dict[str, dict[str, Any]]:
+    return train(recipe.experiments(only), recipe.output, **how)
+
+
 WORDS = [("cat", "cats"), ("dog", "dogs"), ("box", "boxes"), ("city", "cities"), ("man", "men"), ("leaf", "leaves")]
 
 
@@ -72,7 +79,7 @@ def test_a_run_leaves_an_adapter_that_peft_loads_and_its_scores(tmp_path: Path) 
     )
     assert metrics["bytes"] == (folder / "adapter_model.safetensors").stat().st_size
     assert {"untuned score", "training", "tuned score", "done"} <= set(seen)
-    assert evaluate_run(recipe)["plural"]["tuned"] == metrics["tuned"]["exact_match"]
+    assert evaluate_runs(recipe.experiments(), recipe.output)["plural"]["tuned"] == metrics["tuned"]["exact_match"]
     run = json.loads((folder / "run.json").read_text())
     assert run["run"]["seed"] == 0 and run["versions"]["torch"] == torch.__version__
     base = AutoModelForCausalLM.from_pretrained(recipe.model, dtype=torch.float32)
@@ -140,8 +147,9 @@ def test_a_classifier_takes_the_attention_and_the_padding_of_the_recipe(tmp_path
         "  mood: {type: classification, text: text, label: label, data: {train: train.jsonl}}\n"
     )
     recipe = load_recipe(tmp_path / "recipe.yaml")
-    base, task = Base(recipe), build_task("mood", recipe.tasks["mood"])
-    model: Any = base.model_for(task)
+    experiment = recipe.experiments()["mood"]
+    base, task = Base(experiment.source), experiment.task
+    model: Any = base.load(task.head, 0).model
     assert model.config._attn_implementation == "eager"
     encoded, _ = task.encode(base.tokenizer, task.examples("train"), training=False)
     together = predict(model, base.tokenizer, encoded)
@@ -168,7 +176,7 @@ def test_after_kill_9_a_resumed_run_ends_in_the_same_adapter(positions: str, tmp
     half_written = checkpoints / "checkpoint-38"  # what a kill in the middle of a save leaves
     half_written.mkdir(exist_ok=True)
     (half_written / "trainer_state.json").write_text('{"global_st')
-    state = json.loads(Path(last_checkpoint(checkpoints) or "", "trainer_state.json").read_text())
+    state = json.loads(Path(RunFolder(checkpoints.parent).last_checkpoint() or "", "trainer_state.json").read_text())
     metrics = train_recipe(load_recipe(path))["plural"]
     assert metrics["train_loss"] == pytest.approx(uninterrupted["train_loss"])
     assert metrics["seconds"] > state["log_history"][-1]["seconds"] > 0  # what was trained before the kill counts
@@ -201,4 +209,4 @@ def test_a_classifier_saves_its_head(tmp_path: Path) -> None:
     metrics = train_recipe(load_recipe(recipe))["mood"]
     assert any("score.weight" in key for key in load_file(tmp_path / "runs/mood/adapter_model.safetensors"))
     assert metrics["tuned"]["accuracy"] == 1.0
-    assert evaluate_run(load_recipe(recipe))["mood"]["tuned"] == 1.0
+    assert evaluate_runs(load_recipe(recipe).experiments(), tmp_path / "runs")["mood"]["tuned"] == 1.0

@@ -19,7 +19,7 @@ from peft import PeftModel, get_peft_model
 
 import trimtab
 from trimtab import ReftConfig
-from trimtab.runs.models import load_causal_lm
+from trimtab.runs.models import ModelSource, load_model
 from trimtab.serve.app import create_app
 from trimtab.serve.guard import Access
 from trimtab.serve.rows import Limits
@@ -38,7 +38,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 
 
 def make_adapters(folder: Path, adapters: dict[str, dict[str, Any]] = ADAPTERS) -> None:
-    base = load_causal_lm(MODEL, "float32")
+    base = load_model(ModelSource(MODEL, "float32"))
     for name, fields in adapters.items():
         torch.manual_seed(len(name))
         config = ReftConfig(task_type="CAUSAL_LM", init_weights="paper", **fields)
@@ -96,7 +96,7 @@ class Served:
 
     @cached_property
     def _model(self) -> Any:
-        model: Any = load_causal_lm(MODEL, "float32").eval()
+        model: Any = load_model(ModelSource(MODEL, "float32")).eval()
         for name in ADAPTERS:
             folder = str(self.adapters / name)
             if isinstance(model, PeftModel):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,21 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from trimtab.recipe.load import RecipeError, load_recipe
-from trimtab.recipe.schema import AdapterSpec
+from trimtab.errors import DataError, NotPossible, RecipeError, RunError
+from trimtab.recipe.load import load_recipe
+from trimtab.runs import measures
+from trimtab.runs import trial as trials
+from trimtab.runs.measures import thinned, windows
+from trimtab.runs.models import Base
 from trimtab.runs.predict import predict
-from trimtab.runs.trial import Base, RunError
-from trimtab.runs.ways import CONTENDERS, Contender, NotPossible, as_contender, choose_contenders
-from trimtab.study import compare as comparison
+from trimtab.runs.trial import Outcome, Trial, drawn, fingerprints, run_trial
+from trimtab.runs.ways import WAYS, AdapterSpec, as_way
 from trimtab.study.ablations import adapter_variants
-from trimtab.study.compare import Group, Study, Trial, describe, drawn, fingerprints, run_trial, thinned, windows
-from trimtab.study.report import as_markdown, scoring_of, summarise, write_report
-from trimtab.tasks import build_task
-from trimtab.tasks.tokens import DataError, encode
+from trimtab.study.compare import Group, Study, choose_ways
+from trimtab.study.pages import write_report
+from trimtab.study.report import summarise
+from trimtab.study.tables import as_markdown
+from trimtab.tasks.tokens import encode
 
 ROOT = Path(__file__).parents[2]
 QUICK = ("loreft", "lora", "prefix", "prompt", "bitfit", "ln", "head", "full", "untuned")
@@ -84,59 +89,67 @@ def write_recipe(models: Path, folder: Path, kind: str = "generation", **compare
     return path
 
 
-def trial(name: str, rate: float = 1e-2, seed: int = 0) -> Trial:
-    contender = as_contender(name, AdapterSpec(r=2, positions="f1+l2"))
-    return Trial("words", contender, rate if contender.trains else None, seed)
+def trial(recipe: Any, name: Any, rate: float = 1e-2, seed: int = 0) -> Trial:
+    experiment = recipe.experiments()["words"]
+    way = as_way(name, experiment.adapter)
+    return Trial(experiment, way, rate if way.trains else None, seed, held_out=recipe.compare.held_out)
 
 
-@pytest.mark.parametrize("name", CONTENDERS)
+def study(
+    recipe: Any, folder: Path, sizes: Any = (None,), jobs: int = 1, watch: Any = lambda group: None
+) -> list[Group]:
+    experiments = recipe.experiments()
+    made = Study(experiments, choose_ways(experiments, recipe.compare), recipe.compare, folder, sizes)
+    return made.run(jobs, watch)
+
+
+@pytest.mark.parametrize("name", WAYS)
 def test_every_method_trains_a_decoder_or_says_why_not(name: str, models: Path, tmp_path: Path) -> None:
     recipe = load_recipe(write_recipe(models, tmp_path))
-    result = run_trial(recipe, trial(name), tmp_path / "trials")
+    result = run_trial(trial(recipe, name), tmp_path / "trials")
     if name in ("head", "bitfit"):
-        assert "no " in result["impossible"]
+        assert "no " in (result.impossible or "")
         return
-    assert len(result["predictions"]) == len(result["per_item"]) == 8
+    assert len(result.predictions) == 8
     if name in ("untuned", "few-shot"):
-        assert result["parameters"] == 0 and "seconds" not in result
+        assert result.parameters == 0 and result.seconds is None
         return
-    assert (result["steps"], result["tokens"]) == (2, expected_tokens(recipe))
-    assert result["parameters"] > 0 and result["memory"] > 12 * result["parameters"]
-    assert all(loss > 0 for _, loss in result["curve"])
+    assert (result.steps, result.tokens) == (2, expected_tokens(recipe))
+    assert result.parameters > 0 and result.memory > 12 * result.parameters
+    assert all(loss > 0 for _, loss in result.curve)
 
 
 def expected_tokens(recipe: Any) -> int:
     """Of two batches in the order that the seed gives: the same for every method."""
-    loreft = run_trial(recipe, trial("loreft"), Path(recipe.output) / "again")
-    return int(loreft["tokens"])
+    loreft = run_trial(trial(recipe, "loreft"), Path(recipe.output) / "again")
+    return int(loreft.tokens)
 
 
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
         *((n, "classification") for n in QUICK),
-        *(pytest.param(n, "classification", marks=pytest.mark.slow) for n in CONTENDERS if n not in QUICK),
+        *(pytest.param(n, "classification", marks=pytest.mark.slow) for n in WAYS if n not in QUICK),
         *((n, "regression") for n in ("loreft", "head")),
     ],
 )
 def test_every_method_trains_an_encoder(name: str, kind: str, models: Path, tmp_path: Path) -> None:
     recipe = load_recipe(write_recipe(models, tmp_path, kind))
-    contender = as_contender(name, recipe.tasks["words"].adapter)
-    result = run_trial(recipe, Trial("words", contender, 1e-2 if contender.trains else None, 0), tmp_path / "trials")
+    result = run_trial(trial(recipe, name), tmp_path / "trials")
     if name == "few-shot":
-        assert "impossible" in result
+        assert result.impossible
         return
-    assert len(result["predictions"]) == 8
+    assert len(result.predictions) == 8
     head = 64 * (2 if kind == "classification" else 1) + (2 if kind == "classification" else 1)
-    assert result["parameters"] == {"untuned": 0, "head": head}.get(name, result["parameters"])
+    assert result.parameters == {"untuned": 0, "head": head}.get(name, result.parameters)
     if name not in ("untuned", "head"):
-        assert result["parameters"] > head
+        assert result.parameters > head
 
 
 def test_a_method_that_trains_changes_what_it_should_and_nothing_else(models: Path) -> None:
     for name, part in (("full", ""), ("lora", "lora_"), ("beft", "beft_"), ("ln", "norm"), ("loreft", "reft_")):
         model = LlamaForCausalLM.from_pretrained(models / "llama")
-        adapted = as_contender(name, AdapterSpec()).build(model, "CAUSAL_LM")
+        adapted = as_way(name, AdapterSpec()).build(model, "CAUSAL_LM")
         trained = [n for n, p in adapted.named_parameters() if p.requires_grad]
         assert trained and all(part in n for n in trained), (name, trained)
         if name == "full":
@@ -149,104 +162,107 @@ def test_a_study_runs_what_is_missing_and_nothing_twice(
     recipe = load_recipe(write_recipe(models, tmp_path, methods=["loreft", "lora", "untuned", "few-shot", "bitfit"]))
     seen: list[str] = []
 
-    def study(recipe: Any) -> list[Group]:
-        made = Study(recipe, choose_contenders(recipe), tmp_path / "trials")
-        return made.run(1, lambda group: seen.append(group.contender.name))
+    def run_all(recipe: Any) -> list[Group]:
+        return study(recipe, tmp_path / "trials", watch=lambda group: seen.append(group.way.name))
 
-    groups = {g.contender.name: g for g in study(recipe)}
+    groups = {g.way.name: g for g in run_all(recipe)}
     assert sorted(seen) == sorted(groups)
     assert [len(groups[n].rates) for n in ("loreft", "lora", "untuned", "few-shot")] == [2, 2, 1, 1]
     assert [len(groups[n].seeds) for n in ("loreft", "lora", "untuned", "few-shot")] == [2, 2, 1, 2]
     assert groups["bitfit"].impossible == "the model has no biases"
     for name in ("loreft", "lora"):
-        assert {r["run"]["learning_rate"] for r in groups[name].seeds} == {groups[name].chosen}
-        assert [r["run"]["seed"] for r in groups[name].seeds] == [0, 1]
+        assert {r.learning_rate for r in groups[name].seeds} == {groups[name].chosen}
+        assert [r.seed for r in groups[name].seeds] == [0, 1]
     files = sorted((tmp_path / "trials").rglob("*.json"))
     more = recipe.model_copy(update={"compare": recipe.compare.model_copy(update={"seeds": 3})})
-    study(more)
+    run_all(more)
     added = set((tmp_path / "trials").rglob("*.json")) - set(files)
     assert sorted(f.parent.name for f in added) == ["few-shot", "lora", "loreft"]
     tried: list[Trial] = []
 
-    def run(_: Any, trial: Trial) -> dict[str, Any]:
+    def run(trial: Trial) -> Outcome:
         tried.append(trial)
         raise NotPossible("the model has no biases")
 
-    monkeypatch.setattr(comparison, "_run", run)
-    study(more)
-    assert {t.contender.name for t in tried} == {"bitfit"}  # what is not possible is asked again
+    monkeypatch.setattr(trials, "_run", run)
+    run_all(more)
+    assert {t.way.name for t in tried} == {"bitfit"}  # what is not possible is asked again
 
 
 def test_another_setting_or_other_data_is_another_trial(models: Path, tmp_path: Path) -> None:
     path = write_recipe(models, tmp_path)
     recipe = load_recipe(path)
-    run_trial(recipe, trial("loreft"), tmp_path / "trials")
-    run_trial(load_recipe(path), trial("loreft"), tmp_path / "trials")
+    run_trial(trial(recipe, "loreft"), tmp_path / "trials")
+    run_trial(trial(load_recipe(path), "loreft"), tmp_path / "trials")
     folder = tmp_path / "trials/words/loreft"
     assert len(list(folder.iterdir())) == 1
     raw = json.loads(path.read_text())
     raw["training"]["max_steps"] = 3
     path.write_text(json.dumps(raw))
-    run_trial(load_recipe(path), trial("loreft"), tmp_path / "trials")
+    run_trial(trial(load_recipe(path), "loreft"), tmp_path / "trials")
     rows = tmp_path / "rows.jsonl"
     rows.write_text(rows.read_text().replace("leaves", "leafs"))
-    run_trial(load_recipe(path), trial("loreft"), tmp_path / "trials")
+    run_trial(trial(load_recipe(path), "loreft"), tmp_path / "trials")
     assert len(list(folder.iterdir())) == 3
     assert str(tmp_path) not in "".join(f.read_text() for f in folder.iterdir())  # results can be shared
 
 
-def test_the_rate_is_chosen_on_validation_alone() -> None:
-    def result(rate: float, validation: float, test: float) -> dict[str, Any]:
-        return {"run": {"learning_rate": rate}, "validation": validation, "test": {"exact_match": test}}
+def test_the_rate_is_chosen_on_validation_alone(models: Path, tmp_path: Path) -> None:
+    experiment = load_recipe(write_recipe(models, tmp_path)).experiments()["words"]
+    way = as_way("lora", experiment.adapter)
 
-    rates = [result(1e-3, 0.5, 0.9), result(1e-2, 0.7, 0.1), result(1e-1, 0.6, 0.2), {"run": {}, "failed": "NaN"}]
-    assert Group("words", Contender("lora", {}), None, rates).chosen == 1e-2
-    plateau = [result(rate, 0.7, 0.1) for rate in (1e-4, 1e-3, 1e-2)]
-    assert Group("words", Contender("lora", {}), None, plateau).chosen == 1e-3
+    def result(rate: float, validation: float | None, test: float = 0.1) -> Outcome:
+        return Outcome(run={"learning_rate": rate}, validation=validation, test={"exact_match": test})
+
+    rates = [result(1e-3, 0.5, 0.9), result(1e-2, 0.7), result(1e-1, 0.6), result(1, None)]
+    assert Group(experiment, way, None, rates).chosen == 1e-2
+    plateau = [result(rate, 0.7) for rate in (1e-4, 1e-3, 1e-2)]
+    assert Group(experiment, way, None, plateau).chosen == 1e-3
 
 
 def test_a_rate_that_diverges_is_passed_over_and_all_diverging_is_said(
     models: Path, tmp_path: Path, inline: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train = comparison._run
+    train = trials._run
 
-    def diverging(recipe: Any, trial: Trial) -> Any:
+    def diverging(trial: Trial) -> Outcome:
         if trial.learning_rate == 1:
             raise RunError("the loss is NaN")
-        return train(recipe, trial)
+        return train(trial)
 
-    monkeypatch.setattr(comparison, "_run", diverging)
+    monkeypatch.setattr(trials, "_run", diverging)
     recipe = load_recipe(write_recipe(models, tmp_path, methods=["full", "untuned"], learning_rates=[1e-3, 1]))
-    group = Study(recipe, choose_contenders(recipe), tmp_path / "trials").run(1)[0]
-    assert group.rates[1]["failed"] == "the loss is NaN" and group.chosen == 1e-3
+    group = study(recipe, tmp_path / "trials")[0]
+    assert group.rates[1].failed == "the loss is NaN" and group.chosen == 1e-3
     only = load_recipe(write_recipe(models, tmp_path, methods=["full", "untuned"], learning_rates=[1]))
-    group = Study(only, choose_contenders(only), tmp_path / "trials").run(1)[0]
+    group = study(only, tmp_path / "trials")[0]
     assert group.impossible == "no learning rate trained: at 1.0 the loss is NaN"
-    assert "Left out: full: no learning rate" in as_markdown(summarise(only, [group]), {})
+    assert "Left out: full: no learning rate" in as_markdown(summarise([group], only.compare), {})
 
 
 def test_a_report_is_whole(models: Path, tmp_path: Path, inline: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comparison, "HELD_OUT_WINDOWS", 2)
+    monkeypatch.setattr(measures, "HELD_OUT_WINDOWS", 2)
     text = tmp_path / "text.txt"
     text.write_text("All is well that ends well, and nothing ends. " * 400)
     methods = ["loreft", "lora", "untuned", {"lora r1": {"peft_type": "lora", "r": 1}}, "bitfit"]
     recipe = load_recipe(write_recipe(models, tmp_path, methods=methods, held_out=str(text)))
-    groups = Study(recipe, choose_contenders(recipe), tmp_path / "trials").run(1)
-    report = write_report(recipe, groups, tmp_path / "out", "report", "trimtab compare recipe.yaml")
+    groups = study(recipe, tmp_path / "trials")
+    report = write_report(groups, recipe.compare, tmp_path / "out", "report", "trimtab compare recipe.yaml")
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         "report.json",
         "report.md",
         "report.html",
         "report-words.png",
     }
-    assert json.loads((tmp_path / "out/report.json").read_text()) == json.loads(json.dumps(report))
-    task = report["tasks"]["words"]
-    assert task["reference"] == "loreft" and task["test_items"] == 8
-    rows = {row["name"]: row for row in task["methods"]}
-    assert rows["lora"]["against_reference"]["verdict"] in ("better", "worse", "not told apart")
-    assert "8 test items, 2 against 2 seeds" in rows["lora"]["sentence"]
-    assert rows["lora r1"]["parameters"] < rows["lora"]["parameters"]
-    assert rows["untuned"]["forgetting"] == 0 and rows["lora"]["forgetting"] != 0
+    assert json.loads((tmp_path / "out/report.json").read_text()) == json.loads(json.dumps(asdict(report)))
+    task = report.tasks["words"]
+    assert task.reference == "loreft" and task.test_items == 8
+    lines = {line.name: line for line in task.methods}
+    found = lines["lora"].against_reference
+    assert found is not None and found.verdict in ("better", "worse", "not told apart")
+    assert "8 test items, 2 against 2 seeds" in (lines["lora"].sentence or "")
+    assert lines["lora r1"].parameters < lines["lora"].parameters
+    assert lines["untuned"].forgetting == 0 and lines["lora"].forgetting != 0
     page = (tmp_path / "out/report.html").read_text()
     assert "http" not in page and page.count("data:image/png;base64,") == 1
     for name in ("lora r1", "the model has no biases", "95% interval"):
@@ -266,10 +282,11 @@ def test_scores_that_are_no_means_get_a_verdict(
         raw["tasks"]["words"]["score"] = score
         path.write_text(json.dumps(raw))
     recipe = load_recipe(path)
-    groups = Study(recipe, choose_contenders(recipe), tmp_path / "trials").run(1)
-    row = next(r for r in summarise(recipe, groups)["tasks"]["words"]["methods"] if r["name"] == "head")
-    means = [sum(s["test"][recipe.tasks["words"].score] for s in g.seeds) / 2 for g in groups]
-    assert row["against_reference"]["difference"] == pytest.approx(means[1] - means[0])
+    groups = study(recipe, tmp_path / "trials")
+    line = next(r for r in summarise(groups, recipe.compare).tasks["words"].methods if r.name == "head")
+    means = [sum(s.test[recipe.tasks["words"].score] for s in g.seeds) / 2 for g in groups]
+    assert line.against_reference is not None
+    assert line.against_reference.difference == pytest.approx(means[1] - means[0])
 
 
 def test_several_test_sets_are_compared_by_the_plain_mean_of_theirs(models: Path, tmp_path: Path, inline: None) -> None:
@@ -281,14 +298,16 @@ def test_several_test_sets_are_compared_by_the_plain_mean_of_theirs(models: Path
     raw["tasks"]["words"]["data"]["test"] = {"many": "rows.jsonl", "few": "few.jsonl"}
     path.write_text(json.dumps(raw))
     recipe = load_recipe(path)
-    score, column, binary = scoring_of(build_task("words", recipe.tasks["words"]))
-    assert (column, binary) == ("per_item", False)
-    right_on_few = [0.0] * 8 + [1.0] * 2  # the limit cuts the larger set to eight
-    assert score(right_on_few, np.ones((1, 10))) == pytest.approx(0.5)
-    groups = Study(recipe, choose_contenders(recipe), tmp_path / "trials").run(1)
-    row = next(r for r in summarise(recipe, groups)["tasks"]["words"]["methods"] if r["name"] == "lora")
-    means = [sum(s["test"]["overlap"] for s in g.seeds) / 2 for g in groups]
-    assert row["against_reference"]["difference"] == pytest.approx(means[1] - means[0])
+    task = recipe.experiments()["words"].task
+    examples = task.examples("test")
+    assert not task.binary
+    right_on_few = ["-"] * 8 + [e.answer for e in examples[8:]]  # the limit cuts the larger set to eight
+    assert task.weighted(examples)(right_on_few, np.ones((1, 10))) == pytest.approx(0.5)
+    groups = study(recipe, tmp_path / "trials")
+    line = next(r for r in summarise(groups, recipe.compare).tasks["words"].methods if r.name == "lora")
+    means = [sum(s.test["overlap"] for s in g.seeds) / 2 for g in groups]
+    assert line.against_reference is not None
+    assert line.against_reference.difference == pytest.approx(means[1] - means[0])
 
 
 def test_another_held_out_text_is_another_trial(models: Path, tmp_path: Path) -> None:
@@ -296,39 +315,39 @@ def test_another_held_out_text_is_another_trial(models: Path, tmp_path: Path) ->
     for words in ("All is well. ", "Nothing ends. "):
         (tmp_path / "text.txt").write_text(words * 400)
         recipe = load_recipe(write_recipe(models, tmp_path, held_out="text.txt"))
-        names.append(fingerprints(recipe, "words")["held_out"])
+        names.append(fingerprints(recipe.experiments()["words"], recipe.compare.held_out)["held_out"])
     assert names[0] != names[1]
-    assert "held_out" not in fingerprints(load_recipe(write_recipe(models, tmp_path)), "words")
+    assert "held_out" not in fingerprints(load_recipe(write_recipe(models, tmp_path)).experiments()["words"])
 
 
 def test_few_shot_draws_by_the_seed_and_trains_on_those_only(
     models: Path, tmp_path: Path, inline: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(comparison, "SMALL_STEPS", 3)
+    monkeypatch.setattr(trials, "SMALL_STEPS", 3)
     recipe = load_recipe(write_recipe(models, tmp_path, methods=["loreft", "few-shot"], seeds=2))
-    examples = build_task("words", recipe.tasks["words"]).examples("train")
-    picked = [drawn(examples, Trial("words", as_contender("loreft", AdapterSpec()), 1e-3, s, 4)) for s in (0, 0, 1)]
+    examples = recipe.experiments()["words"].task.examples("train")
+    picked = [drawn(examples, 4, seed) for seed in (0, 0, 1)]
     assert picked[0] == picked[1] != picked[2] and all(len(p) == 4 for p in picked)
-    groups = Study(recipe, choose_contenders(recipe), tmp_path / "trials", (2, 4, 99)).run(1)
+    groups = study(recipe, tmp_path / "trials", (2, 4, 99))
     assert {g.examples for g in groups} == {2, 4, 99}
     assert all("99 examples asked for, 18 there" in (g.impossible or "") for g in groups if g.examples == 99)
-    report = write_report(recipe, groups, tmp_path / "out", "few-shot", "")
-    assert [size for size, _, _ in report["by_size"]["words"]["methods"]["loreft"]] == [2, 4]
+    report = write_report(groups, recipe.compare, tmp_path / "out", "few-shot", "")
+    assert [size for size, _, _ in report.by_size["words"].methods["loreft"]] == [2, 4]
     assert (tmp_path / "out/few-shot-words.png").stat().st_size > 1000
 
 
 def test_an_ablation_changes_one_thing_at_a_time(models: Path, tmp_path: Path) -> None:
-    spec = load_recipe(write_recipe(models, tmp_path)).tasks["words"]
+    spec = load_recipe(write_recipe(models, tmp_path)).experiments()["words"]
     own = spec.adapter.model_dump()
     variants = {n: s for v in adapter_variants(spec, "positions,layers,r,tied,init", 2) for n, s in v.items()}
     assert variants["as given"] == own
     assert {"positions f1", "positions l2", "positions prompt", "positions all", "positions random3"} <= variants.keys()
-    assert {"layers last", "layers upper half", "r 16", "tied false", "init paper"} <= variants.keys()
+    assert {"layers last", "layers first", "r 16", "tied false", "init paper"} <= variants.keys()
     assert not {"positions f1+l2", "layers all", "r 2", "tied true", "init identity"} & variants.keys()
     for name, settings in variants.items():
         changed = [k for k in own if settings[k] != own[k]]
         assert len(changed) == (0 if name == "as given" else 1), name
-        as_contender({name: settings}, spec.adapter)
+        as_way({name: settings}, spec.adapter)
     with pytest.raises(ValueError, match="'rank': there are positions, layers"):
         adapter_variants(spec, "rank", 2)
 
@@ -359,41 +378,39 @@ def test_held_out_windows_and_curves() -> None:
     assert windows(None, tokenizer) == []
     assert thinned([1.0, 2.0, 3.0]) == [(1, 1.0), (2, 2.0), (3, 3.0)]
     curve = thinned([float(i) for i in range(1000)])
-    assert len(curve) <= comparison.CURVE and curve[-1][0] == 1000
+    assert len(curve) <= measures.CURVE and curve[-1][0] == 1000
 
 
 @pytest.mark.slow
 def test_processes_give_what_one_process_gives(models: Path, tmp_path: Path) -> None:
     recipe = load_recipe(write_recipe(models, tmp_path, methods=["loreft", "lora"]))
-    far = Study(recipe, choose_contenders(recipe), tmp_path / "far").run(2)
+    far = study(recipe, tmp_path / "far", jobs=2)
     for group in far:
         for found in group.seeds:
-            here = run_trial(
-                recipe,
-                Trial("words", group.contender, group.chosen, found["run"]["seed"]),
-                tmp_path / "near",
-            )
-            assert here["predictions"] == found["predictions"] and here["curve"] == found["curve"]
+            here = run_trial(Trial(group.experiment, group.way, group.chosen, found.seed), tmp_path / "near")
+            assert here.predictions == found.predictions and here.curve == found.curve
 
 
 def test_solved_examples_that_the_model_cannot_read_are_left_out(models: Path, tmp_path: Path) -> None:
     recipe = load_recipe(write_recipe(models, tmp_path))
-    contender = as_contender({"many": {"trains": "nothing", "shots": 18}}, AdapterSpec())
+    many = trial(recipe, {"many": {"trains": "nothing", "shots": 18}})
     config = models / "llama/config.json"
     room = json.loads(config.read_text())
     try:
         config.write_text(json.dumps({**room, "max_position_embeddings": 32}))
-        result = run_trial(recipe, Trial("words", contender, None, 0), tmp_path / "trials")
+        result = run_trial(many, tmp_path / "trials")
     finally:
         config.write_text(json.dumps(room))
-    assert "18 solved examples make a prompt of" in result["impossible"] and "reads 32" in result["impossible"]
+    assert "18 solved examples make a prompt of" in (result.impossible or "") and "reads 32" in (
+        result.impossible or ""
+    )
 
 
 def test_a_trial_leaves_nothing_in_memory(models: Path, tmp_path: Path) -> None:
     recipe = load_recipe(write_recipe(models, tmp_path))
 
     def alive(seed: int) -> int:
-        run_trial(recipe, trial("loreft", seed=seed), tmp_path / "trials")
+        run_trial(trial(recipe, "loreft", seed=seed), tmp_path / "trials")
         gc.collect()
         return sum(isinstance(found, torch.Tensor) for found in gc.get_objects())
 
@@ -404,18 +421,23 @@ def test_another_model_under_the_same_name_and_other_scoring_are_other_trials(mo
     path = write_recipe(models, tmp_path)
     shutil.copytree(models / "llama", tmp_path / "llama")
     here, there = load_recipe(path), load_recipe(path, settings=[f"model={tmp_path / 'llama'}"])
-    first = describe(here, trial("loreft"), fingerprints(here, "words"))
-    assert first == describe(there, trial("loreft"), fingerprints(there, "words"))
+
+    def described(recipe: Any, content: dict[str, str] | None = None) -> dict[str, Any]:
+        own = trial(recipe, "loreft")
+        return own.described(fingerprints(own.experiment) if content is None else content)
+
+    first = described(here)
+    assert first == described(there)
     weights = tmp_path / "llama/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1")
-    assert first != describe(there, trial("loreft"), fingerprints(there, "words"))
+    assert first != described(there)
 
     raw = json.loads(path.read_text())
     found = []
     for choices in (["cat", "dog"], ["cat", "dog", "box"]):
         raw["tasks"]["words"]["data"]["test"] = {"a": {"file": "rows.jsonl", "score": "choice", "choices": choices}}
         path.write_text(json.dumps(raw))
-        found.append(describe(load_recipe(path), trial("loreft"), {}))
+        found.append(described(load_recipe(path), {}))
     assert found[0] != found[1]
 
 
@@ -432,8 +454,8 @@ def test_what_one_trial_cannot_do_does_not_end_the_study(
         def fail(*_: Any, error: Exception = error) -> Any:
             raise error
 
-        monkeypatch.setattr(comparison, "_run", fail)
-        assert run_trial(recipe, trial("loreft", seed=seed), tmp_path / "trials")["failed"] == said
+        monkeypatch.setattr(trials, "_run", fail)
+        assert run_trial(trial(recipe, "loreft", seed=seed), tmp_path / "trials").failed == said
     assert len(list((tmp_path / "trials").rglob("*.json"))) == 2  # another card may have more memory
 
 
@@ -441,22 +463,22 @@ def test_a_group_of_which_one_seed_is_impossible_is_left_out(
     models: Path, tmp_path: Path, inline: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = load_recipe(write_recipe(models, tmp_path, methods=["few-shot", "untuned"], seeds=3))
-    real = comparison._run
+    real = trials._run
 
-    def run(recipe: Any, trial: Trial) -> dict[str, Any]:
+    def run(trial: Trial) -> Outcome:
         if trial.seed == 1:
             raise NotPossible("too long")
-        return real(recipe, trial)
+        return real(trial)
 
-    monkeypatch.setattr(comparison, "_run", run)
-    group = Study(recipe, choose_contenders(recipe), tmp_path / "trials").run(1)[0]
+    monkeypatch.setattr(trials, "_run", run)
+    group = study(recipe, tmp_path / "trials")[0]
     assert (group.impossible, group.seeds) == ("too long", [])
 
 
 def test_two_methods_of_one_name_are_refused(models: Path, tmp_path: Path) -> None:
     recipe = load_recipe(write_recipe(models, tmp_path, methods=["lora", {"lora": {"peft_type": "LORA", "r": 4}}]))
     with pytest.raises(ValueError, match="2 are called 'lora'; give each a name of its own"):
-        choose_contenders(recipe)
+        choose_ways(recipe.experiments(), recipe.compare)
 
 
 def test_the_test_split_must_not_be_the_one_that_rates_are_chosen_on(models: Path, tmp_path: Path) -> None:
@@ -466,14 +488,14 @@ def test_the_test_split_must_not_be_the_one_that_rates_are_chosen_on(models: Pat
     path.write_text(json.dumps(raw))
     recipe = load_recipe(path)
     with pytest.raises(DataError, match=r"words: .* give test data"):
-        Study(recipe, choose_contenders(recipe), tmp_path / "trials")
+        study(recipe, tmp_path / "trials")
 
 
 def test_answers_under_virtual_tokens_do_not_depend_on_the_batch(models: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(models / "llama")
     base = LlamaForCausalLM.from_pretrained(models / "llama")
     torch.manual_seed(1)
-    model = as_contender({"p": {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4}}, AdapterSpec()).build(
+    model = as_way({"p": {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4}}, AdapterSpec()).build(
         base, "CAUSAL_LM"
     )
     torch.nn.init.normal_(next(p for p in model.parameters() if p.requires_grad))
@@ -485,16 +507,16 @@ def test_answers_under_virtual_tokens_do_not_depend_on_the_batch(models: Path, t
 def test_contenders_that_would_train_wrongly_are_left_out(models: Path) -> None:
     llama = LlamaForCausalLM.from_pretrained(models / "llama", dtype=torch.bfloat16)
     with pytest.raises(NotPossible, match="bfloat16, in which small steps are lost"):
-        as_contender("ln", AdapterSpec()).build(llama, "CAUSAL_LM")
+        as_way("ln", AdapterSpec()).build(llama, "CAUSAL_LM")
     classifier = LlamaForSequenceClassification.from_pretrained(models / "llama")
     with pytest.raises(NotPossible, match="virtual tokens move the last token"):
-        as_contender("prompt", AdapterSpec()).build(classifier, "SEQ_CLS", ["score"])
+        as_way("prompt", AdapterSpec()).build(classifier, "SEQ_CLS", ["score"])
     for wrong, message in (
         ({"x": {"trains": "bias"}}, "'bias' is none of"),
         ({"x": {"trains": "norms", "r": 2}}, "'r' does not go with trains"),
     ):
         with pytest.raises(ValueError, match=message):
-            as_contender(wrong, AdapterSpec())
+            as_way(wrong, AdapterSpec())
 
 
 @pytest.mark.parametrize("name", ["distilbert", "bart", "deberta"])
@@ -527,13 +549,12 @@ def test_every_contender_trains_all_that_is_new(name: str, models: Path, tmp_pat
         "deberta": {"pooler", "classifier"},
     }[name]
     recipe = load_recipe(write_recipe(models, tmp_path, "classification"), settings=[f"model={tmp_path / name}"])
-    task = build_task("words", recipe.tasks["words"])
+    experiment = recipe.experiments()["words"]
     for method in ("loreft", "lora", "head"):
-        base = Base(recipe)
-        model = base.model_for(task)
-        assert set(base.heads["words"]) == expected
+        model, new = Base(experiment.source).load(experiment.task.head, 0)
+        assert set(new) == expected
         heads = {n for n, _ in model.named_parameters() if n.split(".")[0] in expected}
-        adapted = as_contender(method, AdapterSpec(positions="f2")).build(model, "SEQ_CLS", base.heads["words"])
+        adapted = as_way(method, AdapterSpec(positions="f2")).build(model, "SEQ_CLS", new)
         trained = [n for n, p in adapted.named_parameters() if p.requires_grad]
         for head in heads:
             module, _, rest = head.partition(".")

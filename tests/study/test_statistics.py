@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from scipy import stats
 
-from trimtab.study.statistics import compare_runs, correlation_of, f1_of, mcc_of, mean_of, over_tasks, resamples
-from trimtab.tasks.scores import f1, mcc, pearson, spearman
+from trimtab.study.statistics import compare_runs, over_tasks, resamples
+from trimtab.tasks.scores import CORRELATION, F1, MCC, PEARSON, SPEARMAN, Truth, mean_of
 
 
 def runs(rng: np.random.Generator, rate: float, seeds: int, items: int, hard: np.ndarray, spread: float = 0.2) -> list:
@@ -39,8 +41,12 @@ def test_equal_methods_are_not_told_apart_by_scores_that_are_no_means(score: str
             [np.where(np.array(right) > 0, wanted, 1 - wanted) for right in runs(rng, 0.7, 5, 200, hard)]
             for _ in range(2)
         ]
-        of = mcc_of(wanted.tolist()) if score == "mcc" else f1_of(wanted.tolist(), 2)
-        apart += compare_runs(*methods, of, seed=trial, count=300).verdict != "not told apart"
+        truth, of = Truth(wanted.tolist(), classes=2), {"mcc": MCC, "f1": F1}[score]
+
+        def weighted(p: Any, w: Any, of: Any = of, truth: Truth = truth) -> Any:
+            return of.weighted(p, truth, w)
+
+        apart += compare_runs(*methods, weighted, seed=trial, count=300).verdict != "not told apart"
     assert apart <= 0.07 * 200
 
 
@@ -87,21 +93,22 @@ def test_weighted_scores_are_those_of_the_repeated_items(classes: int) -> None:
     rng = np.random.default_rng(3)
     wanted, guess = rng.integers(0, classes, 60), rng.integers(0, classes, 60)
     weights = resamples(60, 0, 5)
-    for i, row in enumerate(weights):
-        picked = np.repeat(np.arange(60), row.astype(int))
-        p, w = guess[picked].tolist(), wanted[picked].tolist()
-        assert mcc_of(wanted.tolist())(guess, weights)[i] == pytest.approx(mcc(p, w))
-        assert f1_of(wanted.tolist(), classes)(guess, weights)[i] == pytest.approx(f1(p, w, classes))
-    assert mcc_of([1] * 60)(guess, weights).tolist() == [0.0] * 5
+    for score in (MCC, F1):
+        found = score.weighted(guess, Truth(wanted.tolist(), classes), weights)
+        for i, row in enumerate(weights):
+            picked = np.repeat(np.arange(60), row.astype(int))
+            assert found[i] == pytest.approx(score.value(guess[picked], Truth(wanted[picked].tolist(), classes)))
+    assert MCC.weighted(guess, Truth([1] * 60), weights).tolist() == [0.0] * 5
 
 
-def test_weighted_correlation_is_the_tasks_own_on_the_whole_sample() -> None:
+def test_the_correlation_is_the_mean_of_both() -> None:
     rng = np.random.default_rng(4)
     wanted = rng.normal(size=80)
-    guess = wanted + rng.normal(size=80)
-    expected = (pearson(guess.tolist(), wanted.tolist()) + spearman(guess.tolist(), wanted.tolist())) / 2
-    assert correlation_of(wanted.tolist())(guess, np.ones((1, 80)))[0] == pytest.approx(expected)
-    assert correlation_of(wanted.tolist())(np.full(80, np.nan), np.ones((1, 80)))[0] == 0
+    guess, truth = wanted + rng.normal(size=80), Truth(wanted.tolist())
+    both = (stats.pearsonr(guess, wanted).statistic + stats.spearmanr(guess, wanted).statistic) / 2
+    assert CORRELATION.value(guess, truth) == pytest.approx(both)
+    assert PEARSON.value(guess, truth) != SPEARMAN.value(guess, truth)
+    assert CORRELATION.value(np.full(80, np.nan), truth) == 0
 
 
 def test_tasks_together_find_what_each_alone_does_not() -> None:

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from conftest import Command
 
+from trimtab.errors import RunError
 from trimtab.recipe.load import load_recipe
-from trimtab.recipe.schema import TuneSpec
-from trimtab.runs.trial import RunError
-from trimtab.study import compare as comparison
-from trimtab.study import search as tuning
+from trimtab.runs import trial
+from trimtab.study.search import Found, TuneSpec, tune
+from trimtab.where.layers import layer_sets
 
 ROWS = [("cat", "cats"), ("dog", "dogs"), ("horse", "horses"), ("river", "rivers")]
 
@@ -36,6 +36,10 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
+def search(recipe: Any, trials: int, watch: Any = lambda *_: None) -> Found:
+    return tune(recipe.experiments()["plural"], recipe.tune, Path(recipe.output) / "tune", 8, trials, watch)
+
+
 def test_a_search_is_resumed_and_leaves_a_recipe(recipe: Path, trimtab: Command, tmp_path: Path) -> None:
     code, out = trimtab("tune", recipe, "--trials", 2)
     assert code == 0 and out.count("validation") >= 2, out
@@ -48,29 +52,29 @@ def test_a_search_is_resumed_and_leaves_a_recipe(recipe: Path, trimtab: Command,
     code, out = trimtab("tune", recipe, "--trials", 2)
     assert code == 2 and "recipe-tuned.yaml is there already" in out
     seen: list[int] = []
-    tuning.tune(load_recipe(recipe), "plural", 8, 3, lambda number, *_: seen.append(number))
+    search(load_recipe(recipe), 3, lambda number, *_: seen.append(number))
     assert seen == [2]  # the first two are in the journal
     drawn = [json.loads(p.read_text())["run"] for p in (tmp_path / "runs/tune/trials").rglob("*.json")]
     assert len({json.dumps([d["settings"], d["learning_rate"]]) for d in drawn}) == 3  # none drawn again
     other = load_recipe(recipe, settings=["training.max_steps=2"])
-    tuning.tune(other, "plural", 8, 1, lambda number, *_: seen.append(number))
+    search(other, 1, lambda number, *_: seen.append(number))
     assert seen == [2, 0]  # another search
-    best = tuning.tune(load_recipe(recipe), "plural", 8, 3)
-    assert {"r", "positions", "layers", "learning_rate", "validation"} == best.keys()
+    best = search(load_recipe(recipe), 3)
+    assert {"r", "positions", "layers"} == best.settings.keys() and best.learning_rate > 0
 
 
 def test_a_search_in_which_nothing_trains_says_so(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> Any:
         raise RunError("the loss is NaN")
 
-    monkeypatch.setattr(comparison, "_run", fail)
+    monkeypatch.setattr(trial, "_run", fail)
     with pytest.raises(RunError, match="no trial trained"):
-        tuning.tune(load_recipe(recipe), "plural", 8, 2)
+        search(load_recipe(recipe), 2)
 
 
 def test_layers_of_a_small_model() -> None:
-    assert tuning.layer_sets(2) == {"all": "all"}
-    sets = tuning.layer_sets(8)
+    assert layer_sets(2) == {"all": "all", "first": [0], "last": [1]}
+    sets = layer_sets(8)
     assert sets["lower"] + sets["middle"] + sets["upper"] == list(range(8))
 
 

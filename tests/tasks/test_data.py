@@ -16,7 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from trimtab.tasks.tokens import Collator, DataError, Encoded, encode, encode_texts, locate, read_rows
+from trimtab.errors import DataError
+from trimtab.tasks.files import locate, read_rows
+from trimtab.tasks.tokens import Collator, Encoded, encode, encode_texts
 
 ROWS = [{"input": "cat", "output": "cats"}, {"input": "ox", "output": "oxen"}]
 MODEL = Path(__file__).parents[2] / "models/tiny-llama"

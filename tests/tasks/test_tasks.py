@@ -11,13 +11,23 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import TypeAdapter
 from transformers import AutoTokenizer
 
-from trimtab.recipe.schema import TaskSpec
+from trimtab.errors import DataError
 from trimtab.tasks import TASKS, Task, build_task
-from trimtab.tasks.scores import accuracy, f1, last_number, mcc, named_choice, overlap, pearson, ranks, spearman
-from trimtab.tasks.tokens import DataError
+from trimtab.tasks.scores import (
+    ACCURACY,
+    F1,
+    MCC,
+    PEARSON,
+    SPEARMAN,
+    Score,
+    Truth,
+    last_number,
+    named_choice,
+    overlap,
+    ranks,
+)
 
 MODEL = Path(__file__).parents[2] / "models/tiny-llama"
 PLURAL = {"type": "generation", "prompt": "{input}", "answer": "{output}"}
@@ -34,10 +44,14 @@ def make(tmp_path: Path) -> Make:
         for split, rows in splits.items():
             (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
         files = {split: str(tmp_path / f"{split}.jsonl") for split in splits}
-        spec: TaskSpec = TypeAdapter(TaskSpec).validate_python({**fields, "data": {**files, **(data or {})}})
-        return build_task("words", spec)
+        kind = TASKS[fields["type"]].spec_class
+        return build_task("words", kind.model_validate({**fields, "data": {**files, **(data or {})}}))
 
     return build
+
+
+def value(score: Score, predicted: Any, wanted: Any, classes: int = 0) -> float:
+    return score.value(predicted, Truth(wanted, classes))
 
 
 def words(n: int, start: int = 0) -> list[dict[str, Any]]:
@@ -102,13 +116,13 @@ def test_null_in_a_prompt_is_empty_and_numbers_are_text(make: Make) -> None:
 def test_training_leaves_out_what_is_too_long_and_evaluation_nothing(make: Make) -> None:
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     rows = [*words(2), {"input": "long " * 99, "output": "x"}]
-    task = make(PLURAL | {"training": {"max_length": 40}}, train=rows, validation=rows)
-    encoded, dropped = task.encode(tokenizer, task.examples("train"), training=True)
+    task = make(PLURAL, train=rows, validation=rows)
+    encoded, dropped = task.encode(tokenizer, task.examples("train"), training=True, max_length=40)
     assert (len(encoded), dropped) == (2, 1)
     encoded, dropped = task.encode(tokenizer, task.examples("train"), training=False)
     assert (len(encoded), dropped, encoded[0].labels) == (3, 0, None)
     with pytest.raises(DataError, match="none of 1 training examples fits in max_length 40; the shortest has"):
-        task.encode(tokenizer, task.examples("train")[2:], training=True)
+        task.encode(tokenizer, task.examples("train")[2:], training=True, max_length=40)
 
 
 def test_labels_are_names_or_numbers(make: Make) -> None:
@@ -125,23 +139,22 @@ def test_labels_are_names_or_numbers(make: Make) -> None:
 
 def test_scores_of_each_type(make: Make) -> None:
     task = make(PLURAL, train=words(4), validation=words(2))
-    assert task.score(["out0\n", "out"], task.examples("validation")) == {"exact_match": 0.5}
-    assert task.per_item(["out0\n", "out"], task.examples("validation")) == [1.0, 0.0]
+    assert task.scores(["out0\n", "out"], task.examples("validation")) == {"exact_match": 0.5}
+    assert task.score.per_item(["out0\n", "out"], task.truth(task.examples("validation"))) == [1.0, 0.0]
     number = make(PLURAL | {"score": "number"}, train=words(4), validation=words(2))
-    assert number.score(["it is 0.0", "none"], number.examples("validation")) == {"number": 0.5, "answered": 0.5}
+    assert number.scores(["it is 0.0", "none"], number.examples("validation")) == {"number": 0.5, "answered": 0.5}
     yes = [{"input": "a", "output": "the answer is yes"}, {"input": "b", "output": "no"}]
     choice = make(PLURAL | {"score": "choice", "choices": ["yes", "no"]}, train=yes, validation=yes)
-    assert choice.score(["Yes!", "(B)"], choice.examples("validation")) == {"choice": 1.0, "answered": 1.0}
+    assert choice.scores(["Yes!", "(B)"], choice.examples("validation")) == {"choice": 1.0, "answered": 1.0}
     numbers = [{"text": "a", "label": v} for v in ("1", 2, 3.5)]
     regression = make(MOOD | {"type": "regression"}, train=numbers, validation=numbers)
-    assert regression.score([0.0, 1.0, 2.5], regression.examples("train"))["correlation"] == pytest.approx(1.0)
-    assert regression.per_item([0.0, 2.0, 3.0], regression.examples("train")) == [-1.0, 0.0, -0.5]
+    assert regression.scores([0.0, 1.0, 2.5], regression.examples("train"))["correlation"] == pytest.approx(1.0)
     pair = make(
         MOOD | {"text": ["text", "label"], "score": "mcc"}, train=[{"text": "a", "label": v} for v in (0, 1)] * 2
     )
-    assert list(pair.score([1] * 3, pair.examples("train"))) == ["mcc", "accuracy", "f1"]
+    assert list(pair.scores([1] * 3, pair.examples("train"))) == ["mcc", "accuracy", "f1"]
     with pytest.raises(ValueError, match="1 predictions for 2 examples"):
-        task.score(["a"], task.examples("validation"))
+        task.scores(["a"], task.examples("validation"))
 
 
 @pytest.mark.parametrize(
@@ -193,7 +206,7 @@ pairs = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=1, ma
 @given(pairs)
 def test_classification_scores_against_the_definitions(items: list[tuple[int, int]]) -> None:
     predicted, wanted = zip(*items, strict=True)
-    assert accuracy(predicted, wanted) == sum(p == w for p, w in items) / len(items)
+    assert value(ACCURACY, predicted, wanted) == sum(p == w for p, w in items) / len(items)
 
     def naive_f1(c: int) -> float:
         tp, fp = items.count((c, c)), sum(p == c != w for p, w in items)
@@ -201,8 +214,8 @@ def test_classification_scores_against_the_definitions(items: list[tuple[int, in
         return 2 * tp / (2 * tp + fp + fn) if tp else 0.0
 
     seen = set(predicted) | set(wanted)
-    assert f1(predicted, wanted, 3) == pytest.approx(sum(map(naive_f1, seen)) / len(seen))
-    assert f1(predicted, wanted, 2) == pytest.approx(naive_f1(1))
+    assert value(F1, predicted, wanted, 3) == pytest.approx(sum(map(naive_f1, seen)) / len(seen))
+    assert value(F1, predicted, wanted, 2) == pytest.approx(naive_f1(1))
     # The multiclass MCC is the correlation of one-hot vectors, centred by class (Gorodkin 2004).
     n = len(items)
 
@@ -212,19 +225,19 @@ def test_classification_scores_against_the_definitions(items: list[tuple[int, in
 
     spread = covariance(predicted, predicted) * covariance(wanted, wanted)
     naive = covariance(predicted, wanted) / math.sqrt(spread) if spread > 1e-12 else 0.0
-    assert mcc(predicted, wanted) == pytest.approx(naive)
+    assert value(MCC, predicted, wanted) == pytest.approx(naive)
 
 
 def test_constant_and_diverged_predictions_score_zero() -> None:
-    assert mcc([1, 1, 1], [0, 1, 1]) == 0.0
-    assert pearson([2.0, 2.0], [1.0, 3.0]) == spearman([2.0, 2.0], [1.0, 3.0]) == 0.0
-    assert pearson([math.nan, 1.0], [1.0, 2.0]) == spearman([math.inf, 1.0], [1.0, 2.0]) == 0.0
-    assert mcc([1, 0, 1, 1], [1, 0, 0, 1]) == pytest.approx(0.5773502691896258)  # by hand: 1/sqrt(3)
+    assert value(MCC, [1, 1, 1], [0, 1, 1]) == 0.0
+    assert value(PEARSON, [2.0, 2.0], [1.0, 3.0]) == value(SPEARMAN, [2.0, 2.0], [1.0, 3.0]) == 0.0
+    assert value(PEARSON, [math.nan, 1.0], [1.0, 2.0]) == value(SPEARMAN, [math.inf, 1.0], [1.0, 2.0]) == 0.0
+    assert value(MCC, [1, 0, 1, 1], [1, 0, 0, 1]) == pytest.approx(0.5773502691896258)  # by hand: 1/sqrt(3)
 
 
 def test_ties_share_their_rank() -> None:
-    assert ranks([3.0, 1.0, 3.0, 2.0]) == [3.5, 1.0, 3.5, 2.0]
-    assert spearman([1, 2, 2, 3], [1, 3, 2, 4]) == pytest.approx(4.5 / math.sqrt(4.5 * 5))  # by hand
+    assert ranks([3.0, 1.0, 3.0, 2.0]).tolist() == [3.5, 1.0, 3.5, 2.0]
+    assert value(SPEARMAN, [1, 2, 2, 3], [1, 3, 2, 4]) == pytest.approx(4.5 / math.sqrt(4.5 * 5))  # by hand
 
 
 @several
@@ -233,8 +246,8 @@ def test_correlations_agree_with_scipy(items: list[tuple[int, int]]) -> None:
     stats = pytest.importorskip("scipy.stats")
     a, b = ([float(v) for v in side] for side in zip(*items, strict=True))
     if len(set(a)) > 1 and len(set(b)) > 1:
-        assert pearson(a, b) == pytest.approx(stats.pearsonr(a, b).statistic, abs=1e-9)
-        assert spearman(a, b) == pytest.approx(stats.spearmanr(a, b).statistic, abs=1e-9)
+        assert value(PEARSON, a, b) == pytest.approx(stats.pearsonr(a, b).statistic, abs=1e-9)
+        assert value(SPEARMAN, a, b) == pytest.approx(stats.spearmanr(a, b).statistic, abs=1e-9)
 
 
 def test_several_test_sets_have_a_score_each_and_their_plain_mean(make: Make, tmp_path: Path) -> None:
@@ -246,14 +259,13 @@ def test_several_test_sets_have_a_score_each_and_their_plain_mean(make: Make, tm
     task = make(PLURAL, {"test": test, "limit": {"test": 2}}, train=words(4))
     examples = task.examples("test")
     assert [e.set for e in examples] == ["short", "long", "long", "sums", "sums"]
-    assert (task.main_score, task.test_is_validation) == ("exact_match", False)
+    assert (task.score.name, task.test_is_validation) == ("exact_match", False)
     predictions = ["out0", "out0", "wrong", "7.0", "8"]
-    assert task.per_item(predictions, examples) == [1.0, 1.0, 0.0, 1.0, 0.0]
-    scores = task.score(predictions, examples)
+    scores = task.scores(predictions, examples)
     assert list(scores) == ["exact_match", "short", "long", "sums"]
     assert scores == {"exact_match": pytest.approx(2 / 3), "short": 1.0, "long": 0.5, "sums": 0.5}
-    assert task.score(["out3"], task.examples("validation")) == {"exact_match": 1.0}
-    assert task.score(predictions[::-1], examples[::-1])["exact_match"] == pytest.approx(2 / 3)
+    assert task.scores(["out3"], task.examples("validation")) == {"exact_match": 1.0}
+    assert task.scores(predictions[::-1], examples[::-1])["exact_match"] == pytest.approx(2 / 3)
 
 
 def test_sets_of_a_classification_share_the_classes_of_train(make: Make, tmp_path: Path) -> None:
@@ -262,7 +274,7 @@ def test_sets_of_a_classification_share_the_classes_of_train(make: Make, tmp_pat
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows[1:])))
     task = make(MOOD, {"test": {name: str(tmp_path / f"{name}.jsonl") for name in ("one", "two")}}, train=rows)
     assert [e.label for e in task.examples("test")] == [2, 1, 2, 1]
-    assert task.score([2, 1, 2, 2], task.examples("test")) == {"accuracy": 0.75, "one": 1.0, "two": 0.5}
+    assert task.scores([2, 1, 2, 2], task.examples("test")) == {"accuracy": 0.75, "one": 1.0, "two": 0.5}
 
 
 def test_sets_of_a_hub_dataset_are_its_splits(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,8 +322,8 @@ def test_of_several_prompts_the_first_that_is_filled_is_used(make: Make) -> None
 def test_answers_can_be_cut_to_the_length(make: Make) -> None:
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     rows = [*words(1), {"input": "x", "output": "long " * 99}, {"input": "long " * 99, "output": "x"}]
-    task = make(PLURAL | {"training": {"max_length": 40, "too_long": "cut"}}, train=rows, validation=rows)
-    encoded, too_long = task.encode(tokenizer, task.examples("train"), training=True)
+    task = make(PLURAL, train=rows, validation=rows)
+    encoded, too_long = task.encode(tokenizer, task.examples("train"), training=True, max_length=40, cut=True)
     assert (len(encoded), too_long) == (2, 2)
     assert len(encoded[1].input_ids) == 40 == len(encoded[1].labels or [])  # type: ignore[arg-type]
     whole, _ = make(PLURAL, train=rows, validation=rows).encode(tokenizer, task.examples("train"), training=True)

@@ -5,15 +5,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
-
-from trimtab.recipe.schema import TaskSpec
-from trimtab.tasks import build_task
-from trimtab.tasks.tokens import DataError
+from trimtab.errors import DataError
+from trimtab.runs.folder import RunFolder
 
 
 def alpaca_eval(folder: str | Path, generator: str | None = None, *, untuned: bool = False) -> list[dict[str, Any]]:
@@ -22,18 +18,14 @@ def alpaca_eval(folder: str | Path, generator: str | None = None, *, untuned: bo
     `instruction` and `dataset` come from the test rows: without such fields they are the prompt and the task's name.
 
     Raises:
-        DataError: there is no finished run of a generation task, or its test data is gone or has changed.
+        RunError: there is no finished run.
+        DataError: the run writes no text, or its test data is gone or has changed.
     """
-    folder = Path(folder)
-    try:
-        run = json.loads((folder / "run.json").read_text())["run"]
-        predictions = json.loads((folder / "predictions.json").read_text())["untuned" if untuned else "tuned"]
-    except (OSError, ValueError, KeyError):
-        raise DataError(f"{folder}: no finished run of trimtab there; give the folder of one task") from None
-    spec: TaskSpec = TypeAdapter(TaskSpec).validate_python(run["task"])
-    if spec.type != "generation":
-        raise DataError(f"{folder}: a run of type: {spec.type}, which writes no text")
-    examples = build_task(run["name"], spec).examples("test")
+    left = RunFolder(folder)
+    run, predictions, task = left.run, left.predictions("untuned" if untuned else "tuned"), left.task
+    if not task.generates:
+        raise DataError(f"{folder}: a run of type: {task.spec.type}, which writes no text")
+    examples = task.examples("test")
     if len(examples) != len(predictions):
         raise DataError(f"{folder}: {len(predictions)} answers to {len(examples)} test rows; the data has changed")
     return [

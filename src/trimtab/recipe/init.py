@@ -13,8 +13,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from trimtab.edits import parameter_count
+from trimtab.errors import DataError
 from trimtab.runs.models import loading
-from trimtab.tasks.files import DataError, read_rows
+from trimtab.tasks.files import read_rows
 from trimtab.where.sites import find_sites
 
 

@@ -16,43 +16,23 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from trimtab.recipe.schema import (
-    SPLITS,
-    AdapterSpec,
-    ClassificationSpec,
-    CompareSpec,
-    DataSpec,
-    GenerationSpec,
-    Limits,
-    Recipe,
-    RegressionSpec,
-    SetSpec,
-    TaskSpec,
-    TrainingSpec,
-    TuneSpec,
-)
+from trimtab.adapter.config import ReftConfig
+from trimtab.errors import DataError, RecipeError
+from trimtab.recipe.schema import ENTRIES, Recipe
 from trimtab.recipe.yaml_lines import YamlError, find, parse_yaml
-from trimtab.tasks.files import DataError, locate
+from trimtab.runs.trainer import TrainingSpec
+from trimtab.runs.ways import AdapterSpec, as_way
+from trimtab.study.compare import CompareSpec
+from trimtab.study.search import TuneSpec
+from trimtab.tasks.files import locate
+from trimtab.tasks.spec import SPLITS, DataSpec, Limits, SetSpec
 
-__all__ = [
-    "SHIPPED",
-    "ClassificationSpec",
-    "GenerationSpec",
-    "Recipe",
-    "RecipeError",
-    "RegressionSpec",
-    "TaskSpec",
-    "load_recipe",
-]
+__all__ = ["SHIPPED", "Recipe", "RecipeError", "load_recipe"]
 
 SHIPPED = {path.stem: path for path in sorted((Path(__file__).parent / "shipped").glob("*.yaml"))}
 """The recipes that come with trimtab, by name."""
 SHOWN = 10  # problems listed before "and N more"
 Place = tuple[str | int, ...]
-
-
-class RecipeError(ValueError):
-    """A recipe that cannot be run. The message lists the problems, each with its line, place, value and remedy."""
 
 
 def load_recipe(
@@ -153,8 +133,6 @@ def _files(data: dict[Any, Any]) -> Iterator[tuple[dict[Any, Any], Any, Place]]:
 
 def _adapter_problems(raw: dict[Any, Any]) -> list[tuple[Place, str]]:
     """What `ReftConfig` says of each task's adapter, placed at the task's own value or else at the common one."""
-    from trimtab.adapter.config import ReftConfig
-
     problems: list[tuple[Place, str]] = []
     common = _section(raw, "adapter")
     for name, task in _section(raw, "tasks").items():
@@ -172,14 +150,12 @@ def _adapter_problems(raw: dict[Any, Any]) -> list[tuple[Place, str]]:
 
 def _method_problems(raw: dict[Any, Any]) -> list[tuple[Place, str]]:
     """What is wrong with the methods to compare, each at its place in the list."""
-    from trimtab.runs.ways import as_contender
-
     problems: list[tuple[Place, str]] = []
     methods = _section(raw, "compare").get("methods")
     for i, entry in enumerate(methods if isinstance(methods, list) else []):
         try:
             adapter = AdapterSpec.model_validate(_section(raw, "adapter"))
-            as_contender(entry, adapter)
+            as_way(entry, adapter)
         except (ValidationError, TypeError, AttributeError):
             continue  # a wrong type or key, reported with the rest of the file
         except ValueError as error:
@@ -187,11 +163,6 @@ def _method_problems(raw: dict[Any, Any]) -> list[tuple[Place, str]]:
     return problems
 
 
-TYPES: dict[str, type[BaseModel]] = {
-    "generation": GenerationSpec,
-    "classification": ClassificationSpec,
-    "regression": RegressionSpec,
-}
 SECTIONS: dict[Any, type[BaseModel]] = {
     "adapter": AdapterSpec,
     "training": TrainingSpec,
@@ -199,7 +170,7 @@ SECTIONS: dict[Any, type[BaseModel]] = {
     "limit": Limits,
     "compare": CompareSpec,
     "tune": TuneSpec,
-    **TYPES,
+    **ENTRIES,
 }
 
 
@@ -226,7 +197,7 @@ def _explain(error: ErrorDetails) -> str:
     if kind == "extra_forbidden":
         return _unknown_key(str(loc[-1]), model)
     if kind in ("union_tag_invalid", "union_tag_not_found"):
-        return f"type must be generation, classification or regression, not {error['input'].get('type')!r}"
+        return f"type must be {_any_of(ENTRIES)}, not {error['input'].get('type')!r}"
     if kind in ("model_type", "dict_type", "model_attributes_type"):
         return "must be a mapping of keys to values"
     if kind == "too_short" and loc == ("tasks",):
@@ -240,12 +211,17 @@ def _explain(error: ErrorDetails) -> str:
     return text.replace("True, False", "true, false") + (f"; did you mean {near[0]!r}?" if near else "")
 
 
+def _any_of(names: Collection[str]) -> str:
+    *most, last = names
+    return f"{', '.join(most)} or {last}"
+
+
 def _unknown_key(key: str, model: type[BaseModel]) -> str:
     near = difflib.get_close_matches(key, model.model_fields, 1)
-    owners = [name for name, spec in TYPES.items() if key in spec.model_fields]
+    owners = [name for name, spec in ENTRIES.items() if key in spec.model_fields]
     if near:
         return f"is not a known key; did you mean {near[0]!r}?"
-    if model in TYPES.values() and owners:
+    if model in ENTRIES.values() and owners:
         return f"belongs to type: {' or '.join(owners)}"
     return f"is not a known key; there are {', '.join(model.model_fields)}"
 

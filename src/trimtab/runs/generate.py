@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,11 @@ from peft import PeftModel
 
 from trimtab.adapter.folder import AdapterError, inspect_adapter
 from trimtab.adapter.forward import BASE
-from trimtab.recipe.schema import parse_template
-from trimtab.runs.models import load_causal_lm, load_tokenizer
+from trimtab.errors import RunError
+from trimtab.runs.folder import RunFolder
+from trimtab.runs.models import ModelSource, load_model, load_tokenizer
 from trimtab.runs.predict import predict
+from trimtab.tasks.templates import parse_template
 from trimtab.tasks.tokens import Encoded, encode, encode_messages
 
 Message = dict[str, str]
@@ -68,7 +69,7 @@ class Answerer:
         self.base_name = model if model is not None else str(bases.pop())
         self.tokenizer = load_tokenizer(self.base_name)
         self.prompts = {name: _prompting(path) for name, path in adapters.items()}
-        loaded = load_causal_lm(self.base_name, _dtype(list(adapters.values())))
+        loaded = load_model(ModelSource(self.base_name, _dtype(list(adapters.values()))))
         for name, path in adapters.items():
             if isinstance(loaded, PeftModel):
                 loaded.load_adapter(str(path), adapter_name=name)
@@ -126,10 +127,9 @@ def _dtype(folders: list[Path]) -> str:
 
 def _run_of(folder: Path) -> dict[str, Any]:
     try:
-        run: dict[str, Any] = json.loads((folder / "run.json").read_text())["run"]
-    except (OSError, ValueError, KeyError):
+        return RunFolder(folder).run
+    except RunError:
         return {}
-    return run
 
 
 __all__ = ["BASE", "Answerer", "Message", "find_adapters"]

@@ -5,16 +5,82 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging
 
+from trimtab.errors import ModelError
+from trimtab.tasks import Head
+from trimtab.tasks.tokens import Collator
 
-class ModelError(ValueError):
-    """A base model that cannot be loaded. The message names it and says what to check."""
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a base model comes from, and how it is loaded."""
+
+    name: str
+    """A local folder or a Hub name."""
+    dtype: str = "auto"
+    attention: str = "auto"
+
+
+class Loaded(NamedTuple):
+    """A model for a task."""
+
+    model: nn.Module
+    new: list[str]
+    """The modules without pretrained weights, trained with any adapter."""
+
+
+class Base:
+    """The frozen model and its tokenizer; loaded once for all tasks that need no new head, and for each that does.
+
+    Raises:
+        ModelError: there is no such tokenizer.
+    """
+
+    def __init__(self, source: ModelSource) -> None:
+        self.source = source
+        self.tokenizer = load_tokenizer(source.name)
+        self._shared: dict[str, nn.Module] = {}
+
+    def load(self, head: Head, seed: int) -> Loaded:
+        """The model with such a head.
+
+        Args:
+            seed: of what is new in it.
+        Raises:
+            ModelError: it cannot be loaded, or none of its weights fit.
+        """
+        if head.is_new:
+            return self._with_new_head(head, seed)
+        if head.auto not in self._shared:
+            self._shared[head.auto] = load_model(self.source, getattr(transformers, head.auto))
+        return Loaded(self._shared[head.auto], [])
+
+    def _with_new_head(self, head: Head, seed: int) -> Loaded:
+        name = self.source.name
+        with loading(name):
+            config = AutoConfig.from_pretrained(name, **head.config)
+            config.pad_token_id = Collator(self.tokenizer).pad_id  # by which a decoder's head finds the last token
+            set_seed(seed)
+            model, info = getattr(transformers, head.auto).from_pretrained(
+                name,
+                config=config,
+                dtype=as_dtype(self.source.dtype),
+                attn_implementation=as_attention(self.source.attention),
+                output_loading_info=True,
+            )
+        new = heads_of(model, info["missing_keys"])
+        if model.base_model_prefix in new:
+            raise ModelError(f"cannot load the model {name!r}: none of its weights fit a {type(model).__name__}")
+        return Loaded(model.to(device()), new)
 
 
 @contextmanager
@@ -43,11 +109,11 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         return tokenizer
 
 
-def load_causal_lm(name: str, dtype: str = "auto", attention: str = "auto") -> Any:
-    """The model on the device there is, in `dtype` ("auto": as its weights are stored). Raises ModelError."""
-    with loading(name):
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            name, dtype=as_dtype(dtype), attn_implementation=as_attention(attention)
+def load_model(source: ModelSource, auto: Any = AutoModelForCausalLM) -> Any:
+    """The model on the device there is, in the source's dtype ("auto": as its weights are). Raises ModelError."""
+    with loading(source.name):
+        model: Any = auto.from_pretrained(
+            source.name, dtype=as_dtype(source.dtype), attn_implementation=as_attention(source.attention)
         )
     return model.to(device())
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from trimtab.recipe.schema import TaskSpec
 from trimtab.tasks import Example, Task
 from trimtab.tasks.tokens import Collator, Encoded
 
@@ -26,7 +25,6 @@ class Evaluation:
 
     scores: dict[str, float]
     predictions: list[Any]
-    per_item: list[float]
 
     @property
     def main(self) -> float:
@@ -38,33 +36,24 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     task: Task[Any],
     examples: Sequence[Example],
+    encoded: Sequence[Encoded],
+    batch_size: int = 64,
     *,
     equal_lengths: bool = False,
     until: str | None = None,
 ) -> Evaluation:
-    """Score the model on examples of the task, in batches of `training.eval_batch_size`.
+    """Score the model on examples of the task.
 
     Args:
+        encoded: the examples as tokens, without answers.
         equal_lengths: batches without padding, for a model whose answers it would change.
         until: a generated text ends before this.
-    Raises:
-        DataError: an example cannot be tokenised for this model.
     """
-    encoded, _ = task.encode(tokenizer, examples, training=False)
-    how = {**decoding(task.spec), "equal_lengths": equal_lengths}
-    predictions = predict(model, tokenizer, encoded, task.spec.training.eval_batch_size, **how)
+    outputs = predict(model, tokenizer, encoded, batch_size, equal_lengths=equal_lengths, **task.decoding())
     if until is not None:
-        predictions = [p.lstrip().partition(until)[0] for p in predictions]
-    if task.spec.type == "regression":
-        predictions = [p[0] for p in predictions]
-    elif task.spec.type == "classification":
-        predictions = [max(range(len(p)), key=p.__getitem__) for p in predictions]
-    return Evaluation(task.score(predictions, examples), predictions, task.per_item(predictions, examples))
-
-
-def decoding(spec: TaskSpec) -> dict[str, Any]:
-    """A task's arguments of `predict`: how it generates; none for a classifier."""
-    return spec.model_dump(include={"max_new_tokens", "repetition_penalty", "no_repeat_ngram_size"})
+        outputs = [text.lstrip().partition(until)[0] for text in outputs]
+    predictions = task.read(outputs)
+    return Evaluation(task.scores(predictions, examples), predictions)
 
 
 @torch.no_grad()

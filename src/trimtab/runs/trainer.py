@@ -8,21 +8,66 @@ dearer.
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from torch import nn
 from torch.utils.data import Sampler
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from trimtab.errors import DivergedError
 from trimtab.runs.reuse import Reuse
+from trimtab.tasks.spec import Section
 from trimtab.tasks.tokens import IGNORED, Collator, Encoded
 
 Batch = dict[str, Any]
 NEAR = 50
 """Batches' worth of shuffled examples among which those of like length are put together."""
+
+
+class TrainingSpec(Section):
+    """How a task is trained. `epochs` and `max_steps` replace each other; the one not used is None."""
+
+    learning_rate: PositiveFloat = 4e-3
+    epochs: PositiveFloat | None = 20.0
+    max_steps: PositiveInt | None = None
+    batch_size: PositiveInt = 16
+    gradient_accumulation: PositiveInt = 1
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """The share of the steps over which the rate rises from 0."""
+    weight_decay: NonNegativeFloat = 0.0
+    max_length: PositiveInt = 512
+    too_long: Literal["leave_out", "cut"] = "leave_out"
+    """What is done with generation examples longer than that: left out of training, or their answers cut short."""
+    eval_batch_size: PositiveInt = 64
+    checkpoint_every: PositiveInt | None = None
+    """In steps; None is once an epoch."""
+    gradient_checkpointing: bool = False
+    packing: Literal[True, False, "auto"] = "auto"
+    """Pack a batch into one row instead of padding it; auto: where attention is a flash kernel, which profits."""
+    reuse: bool = True
+    """Compute once what the frozen model makes the same at every step, where the adapter leaves any such part."""
+    reuse_memory_gb: NonNegativeFloat = 4.0
+    """What is kept for reuse beyond this goes to disk, in the task's folder."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_length(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        epochs, max_steps = data.get("epochs"), data.get("max_steps")
+        if epochs is not None and max_steps is not None:
+            raise ValueError("epochs and max_steps are both given; keep one, and remove the other or make it null")
+        if max_steps is not None:
+            return {**data, "epochs": None}
+        return {**data, "max_steps": None} if epochs is not None else {k: v for k, v in data.items() if k != "epochs"}
 
 
 def supervised_only(collate: Callable[[Any], Batch]) -> Callable[[Any], Batch]:
@@ -101,6 +146,28 @@ def pack(examples: Sequence[Encoded]) -> Batch:
     return {**tensors, "use_cache": False}
 
 
+@dataclass
+class Progress:
+    """Where one task stands; `training` changes it, whoever watches reads it."""
+
+    task: str
+    state: str = "waiting"
+    step: int = 0
+    steps: int = 0
+    loss: float | None = None
+    score: float | None = None
+    """On validation, while training."""
+    tokens: int = 0
+    seconds: float = 0.0
+    metrics: dict[str, Any] = field(default_factory=dict)
+    """What `metrics.json` holds, once the task is done."""
+
+
+Watch = Callable[[Progress], None]
+VALIDATION_LOOKS = 4
+"""How often the validation score is taken during a run, to be shown; it chooses nothing."""
+
+
 class ReftTrainer(Trainer):
     """Trains a ReFT adapter on encoded examples.
 
@@ -108,6 +175,8 @@ class ReftTrainer(Trainer):
         examples: all of them; a batch is padded on the right.
         reuse: what `choose_reuse` found; None to compute everything at every step.
         supervised: project supervised positions only; False where the model puts virtual tokens before the batch's.
+        takes_prompts: whether the model takes `prompt_lengths`, as one with ReFT adapters does.
+        progress: whose tokens are counted.
     """
 
     def __init__(
@@ -117,8 +186,12 @@ class ReftTrainer(Trainer):
         examples: Sequence[Encoded],
         reuse: Reuse | None = None,
         supervised: bool = True,
+        takes_prompts: bool = True,
+        progress: Progress | None = None,
         **kwargs: Any,
     ):
+        self.takes_prompts = takes_prompts
+        self.progress = progress or Progress("")
         self.lengths = [len(e.input_ids) for e in examples]
         self.reuse = reuse
         self.reuse_refused: str | None = None
@@ -134,6 +207,9 @@ class ReftTrainer(Trainer):
     def compute_loss(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
         """The loss of one batch, over less work where that gives the same."""
         examples = inputs.pop("example_ids").tolist()
+        self.progress.tokens += sum(self.lengths[i] for i in examples)
+        if not self.takes_prompts:
+            inputs.pop("prompt_lengths", None)
         if self.reuse is not None and not self._checked:
             self._check(model, inputs, examples)
         with self.reuse.applied(inputs, examples) if self.reuse is not None else nullcontext(inputs) as batch:
@@ -163,3 +239,75 @@ class ReftTrainer(Trainer):
 
 def _base(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def training_arguments(spec: TrainingSpec, folder: Path, seed: int, examples: int) -> TrainingArguments:
+    """The recipe's training section in transformers' words."""
+    a_step = spec.batch_size * spec.gradient_accumulation
+    steps_an_epoch = max(1, -(-examples // a_step))
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        learning_rate=spec.learning_rate,
+        num_train_epochs=spec.epochs or 1,
+        max_steps=spec.max_steps or -1,
+        per_device_train_batch_size=spec.batch_size,
+        gradient_accumulation_steps=spec.gradient_accumulation,
+        lr_scheduler_type=spec.schedule,
+        warmup_steps=spec.warmup,  # below 1, a share of all steps
+        weight_decay=spec.weight_decay,
+        max_grad_norm=1.0,
+        save_strategy="steps",
+        save_steps=spec.checkpoint_every or max(20, steps_an_epoch),
+        save_total_limit=2,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        seed=seed,
+        data_seed=seed,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    if spec.gradient_checkpointing:  # naming it at all warns, since transformers is about to rename it
+        arguments.gradient_checkpointing = arguments.activation_checkpointing = True
+    return arguments
+
+
+class Report(TrainerCallback):
+    """Keeps `Progress` up to date, takes the validation score now and then if told how, and stops at a NaN loss."""
+
+    def __init__(
+        self, progress: Progress, watch: Watch, look: Callable[[], float] | None = None, reuse: Reuse | None = None
+    ) -> None:
+        self.progress, self.watch, self.look, self.reuse = progress, watch, look, reuse
+        self._last = time.perf_counter()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.progress.steps = state.max_steps
+        earlier = state.log_history[-1] if state.log_history else {}  # of a run that is resumed
+        self.progress.seconds, self.progress.tokens = earlier.get("seconds", 0.0), earlier.get("tokens", 0)
+        if self.reuse is not None:
+            self.reuse.tokens, self.reuse.tokens_saved = earlier.get("reuse", (0, 0))
+        self._last = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        now = time.perf_counter()
+        self.progress.seconds += now - self._last
+        self.progress.step = state.global_step
+        at_look = state.global_step % max(1, state.max_steps // VALIDATION_LOOKS) == 0
+        if self.look is not None and at_look and state.global_step < state.max_steps:
+            self.progress.score = self.look()
+        self._last = time.perf_counter()  # looking is not training
+        self.watch(self.progress)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self.progress.loss = logs["loss"]
+            state.log_history[-1].update(seconds=self.progress.seconds, tokens=self.progress.tokens)
+            if self.reuse is not None:
+                state.log_history[-1]["reuse"] = [self.reuse.tokens, self.reuse.tokens_saved]
+            if logs["loss"] != logs["loss"]:
+                raise DivergedError(
+                    f"{self.progress.task}: the loss is NaN at step {state.global_step}. Lower training: learning_rate "
+                    "or set dtype: float32."
+                )

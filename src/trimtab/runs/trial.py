@@ -1,494 +1,416 @@
-"""Training the tasks of a recipe, one adapter each, on transformers' `Trainer`.
+"""One experiment: (task, model, way to adapt it, learning rate, seed) -> `Outcome`.
 
-Each task's folder, `output/<task>`, is an adapter that PEFT loads, with `metrics.json` (scores, cost) and `run.json`
-(what was run: the resolved recipe, versions, seed). A finished task is skipped and an interrupted one resumes from its
-last checkpoint, to the same adapter that an uninterrupted run gives.
+`compare` and `tune` run trials and keep their outcomes; `train` (runs/train.py) runs one a task and keeps its adapter.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-import platform
-import shutil
-import time
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from importlib.metadata import version
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
 
-from trimtab.adapter.config import ReftConfig
-from trimtab.adapter.folder import inspect_adapter
-from trimtab.recipe.schema import Recipe, TrainingSpec
-from trimtab.runs.models import (
-    ModelError,
-    as_attention,
-    as_dtype,
-    device,
-    heads_beyond_peft,
-    heads_of,
-    load_causal_lm,
-    load_tokenizer,
-    loading,
-)
+from trimtab.errors import DataError, NotPossible, RunError
+from trimtab.runs.folder import versions, write_json
+from trimtab.runs.measures import thinned, training_memory, window_loss, windows
+from trimtab.runs.models import Base, ModelSource
 from trimtab.runs.predict import Evaluation, evaluate
-from trimtab.runs.reuse import Reuse, Store, choose_reuse
-from trimtab.runs.trainer import NumberedCollator, ReftTrainer
-from trimtab.tasks import Example, Task, build_task
-from trimtab.tasks.tokens import Collator, Encoded
+from trimtab.runs.reuse import Reuse, Store
+from trimtab.runs.trainer import (
+    NumberedCollator,
+    Progress,
+    ReftTrainer,
+    Report,
+    TrainingSpec,
+    Watch,
+    training_arguments,
+)
+from trimtab.runs.ways import AdapterSpec, Way
+from trimtab.tasks import Example, Task, TaskSpec, build_task
+from trimtab.tasks.spec import SPLITS
+from trimtab.tasks.tokens import Encoded, is_templated
 
-VALIDATION_LOOKS = 4
-"""How often the validation score is taken during a run, to be shown; it chooses nothing."""
+SMALL_STEPS = 100
+"""Steps of a few-shot trial, whatever the number of examples."""
+_base_losses: dict[tuple[ModelSource, str], float] = {}
+"""A process's held-out losses of models as they come, since each trial starts from one."""
 
 
-class RunError(ValueError):
-    """A run that cannot start or go on. The message says what is in the way and what to do."""
+@dataclass(frozen=True)
+class Experiment:
+    """A task, the model it is for, and the settings it is trained under."""
+
+    name: str
+    source: ModelSource
+    spec: TaskSpec
+    adapter: AdapterSpec
+    training: TrainingSpec
+    seed: int = 0
+
+    @cached_property
+    def task(self) -> Task[Any]:
+        return build_task(self.name, self.spec)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was read of the data, for a process that reads its own."""
+        return {key: value for key, value in self.__dict__.items() if key != "task"}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The task's part of a recipe, as JSON has it."""
+        parts = {"adapter": self.adapter, "training": self.training}
+        return {**self.spec.model_dump(mode="json"), **{k: part.model_dump(mode="json") for k, part in parts.items()}}
+
+    def encode(
+        self, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], training: bool
+    ) -> tuple[list[Encoded], int]:
+        """The task's tokens, at most `training.max_length` of an example; also how many were longer.
+
+        Raises:
+            DataError: an example cannot be tokenised for this model, or none fits.
+        """
+        length, cut = self.training.max_length, self.training.too_long == "cut"
+        return self.task.encode(tokenizer, examples, training=training, max_length=length, cut=cut)
+
+    def evaluate(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, split: str, **how: Any) -> Evaluation:
+        """Scores and predictions on a split. Raises DataError."""
+        examples = how.pop("examples", None) or self.task.examples(split)
+        encoded, _ = self.encode(tokenizer, examples, training=False)
+        return evaluate(model, tokenizer, self.task, examples, encoded, self.training.eval_batch_size, **how)
 
 
-@dataclass
-class Progress:
-    """Where one task stands; `training` changes it, whoever watches reads it."""
+@dataclass(frozen=True)
+class Trial:
+    """One way to adapt on one task, with one learning rate and seed."""
 
-    task: str
-    state: str = "waiting"
-    step: int = 0
+    experiment: Experiment
+    way: Way
+    learning_rate: float | None
+    seed: int
+    examples: int | None = None
+    """Train on so many, drawn by the seed; None for all."""
+    splits: tuple[str, ...] = ("validation", "test")
+    """What is scored; a search looks at validation alone."""
+    held_out: str | None = None
+    """A text file, on which the loss is taken before and after."""
+
+    @property
+    def training(self) -> TrainingSpec:
+        """With the trial's own learning rate and, of few examples, its own length."""
+        spec = self.experiment.training
+        if self.learning_rate is not None:
+            spec = spec.model_copy(update={"learning_rate": self.learning_rate})
+        if self.examples is not None:
+            small = {"epochs": None, "max_steps": SMALL_STEPS, "batch_size": min(spec.batch_size, self.examples)}
+            spec = spec.model_copy(update=small)
+        return spec
+
+    def described(self, content: dict[str, str]) -> dict[str, Any]:
+        """All that decides the outcome; files by their content, so that no path of this machine is in it."""
+        experiment, data = self.experiment, self.experiment.spec.data
+        spec = {k: v for k, v in experiment.settings.items() if k not in ("adapter", "data")}
+        if data.sets:
+            spec["sets"] = {name: one.model_dump(mode="json", exclude={"file"}) for name, one in data.sets.items()}
+        name = experiment.source.name
+        return {
+            "model": Path(name).name if Path(name).is_dir() else name,
+            "dtype": experiment.source.dtype,
+            "attention": experiment.source.attention,
+            "task": spec,
+            "content": content,
+            "settings": dict(self.way.settings),
+            "learning_rate": self.learning_rate,
+            "seed": self.seed,
+            "examples": self.examples,
+        }
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a trial: scores and costs, or why there are none."""
+
+    run: dict[str, Any] = field(default_factory=dict)
+    """What was run, all that decides the rest."""
+    versions: dict[str, str] = field(default_factory=dict)
+    validation: float | None = None
+    test: dict[str, float] = field(default_factory=dict)
+    predictions: list[Any] = field(default_factory=list)
+    """On test."""
+    parameters: int = 0
+    """Trained ones."""
+    model_parameters: int = 0
+    seconds: float | None = None
     steps: int = 0
-    loss: float | None = None
-    score: float | None = None
-    """On validation, while training."""
     tokens: int = 0
-    seconds: float = 0.0
-    metrics: dict[str, Any] = field(default_factory=dict)
-    """What `metrics.json` holds, once the task is done."""
+    memory: int = 0
+    """Bytes of training above the model."""
+    curve: list[tuple[int, float]] = field(default_factory=list)
+    forgetting: float | None = None
+    """Growth of the loss a token on held-out text."""
+    failed: str | None = None
+    impossible: str | None = None
+
+    @property
+    def learning_rate(self) -> float | None:
+        rate: float | None = self.run.get("learning_rate")
+        return rate
+
+    @property
+    def seed(self) -> int:
+        return int(self.run.get("seed", 0))
+
+    def as_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if value not in (None, [], {})}
+
+    @classmethod
+    def read(cls, path: Path) -> Outcome:
+        """From a file; keys of other versions are passed over."""
+        known = {one.name for one in fields(cls)}
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return cls(**{key: value for key, value in found.items() if key in known})
 
 
-Watch = Callable[[Progress], None]
-
-
-def train_recipe(
-    recipe: Recipe, only: list[str] | None = None, *, resume: bool = True, watch: Watch = lambda progress: None
-) -> dict[str, dict[str, Any]]:
-    """Train every task of the recipe that is not done yet; returns each task's metrics.
+def run_trial(trial: Trial, folder: Path, content: dict[str, str] | None = None) -> Outcome:
+    """The trial's outcome: read where there is one, else trained, scored and written.
 
     Args:
-        only: the tasks to train; all by default.
-        resume: False starts over, which removes what an earlier run of these tasks left.
-        watch: called whenever a task's progress changed.
-
-    Raises:
-        RunError: a task's folder holds another run.
-        DataError: a task's data cannot be read.
-        ValueError: a task is not in the recipe.
+        folder: where the outcomes lie, each in a file named by all that decides it.
+        content: the task's `fingerprints`, where the caller has them; with them an outcome is found without the data.
     """
-    runs = [Run(recipe, name) for name in recipe.chosen(only)]
-    base = Base(recipe)
-    for run in runs:  # every error in data or folders before the first step, and before anything is removed
-        run.check_folder(resume)
-        run.encode(base.tokenizer, resume)
-    for run in runs:
-        if not resume and run.folder.exists():
-            shutil.rmtree(run.folder)
-    return {run.name: run.finish(base, watch) for run in runs}
+    described = trial.described(content or fingerprints(trial.experiment, trial.held_out))
+    file = folder / trial.experiment.name / trial.way.name / f"{digest(described)}.json"
+    if file.exists():
+        return Outcome.read(file)
+    try:
+        outcome, lasting = _run(trial), True
+    except NotPossible as error:
+        outcome, lasting = Outcome(impossible=str(error)), False  # another version of PEFT may know how
+    except (RunError, FloatingPointError, DataError) as error:
+        outcome, lasting = Outcome(failed=str(error)), True
+    except torch.OutOfMemoryError:
+        outcome, lasting = Outcome(failed="out of memory"), False
+    outcome = replace(outcome, run=described, versions=versions())
+    if lasting:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, outcome.as_dict())
+    return outcome
 
 
-def evaluate_run(recipe: Recipe, only: list[str] | None = None, split: str = "test") -> dict[str, dict[str, Any]]:
-    """Score the recipe's trained adapters, and the base model, on a split.
-
-    Raises:
-        RunError: a task has no adapter yet.
-    """
-    names = recipe.chosen(only)
-    base, results = Base(recipe), {}
-    for name in names:
-        run = Run(recipe, name)
-        if not (run.folder / "adapter_config.json").exists():
-            raise RunError(f"{run.folder}: no adapter yet; train it first.")
-        inspect_adapter(run.folder)
-        model, examples = base.model_for(run.task), run.task.examples(split)
-        untuned = evaluate(model, base.tokenizer, run.task, examples)
-        adapted = PeftModel.from_pretrained(model, str(run.folder))
-        try:
-            tuned = evaluate(adapted, base.tokenizer, run.task, examples)
-        finally:
-            unload(adapted)
-        results[name] = {
-            "score": run.task.main_score,
-            "examples": len(examples),
-            "untuned": untuned.main,
-            "tuned": tuned.main,
-            "sets": by_set(run.task, examples, untuned, tuned),
-        }
-    return results
+def _run(trial: Trial) -> Outcome:
+    experiment, way, task = trial.experiment, trial.way, trial.experiment.task
+    base = Base(experiment.source)
+    model, new = base.load(task.head, trial.seed)
+    texts = windows(trial.held_out, base.tokenizer) if task.generates else []
+    key = (experiment.source, str(trial.held_out))
+    if texts and key not in _base_losses:
+        _base_losses[key] = window_loss(model, texts)
+    size = sum(p.numel() for p in model.parameters())
+    examples = drawn(task.examples("train"), trial.examples, trial.seed)
+    shots = drawn(task.examples("train"), trial.examples or way.shots, trial.seed) if way.shots else []
+    set_seed(trial.seed)
+    adapted = way.build(model, task.task_type, new, trial.seed)
+    trained = _trained(trial, adapted, base.tokenizer, examples) if way.trains else {}
+    found = {split: _scored(trial, adapted, base.tokenizer, split, shots) for split in trial.splits}
+    lost = window_loss(adapted, texts, takes_prompts=way.takes_prompts) - _base_losses[key] if texts else None
+    return Outcome(
+        validation=found["validation"].main if "validation" in found else None,
+        test=found["test"].scores if "test" in found else {},
+        predictions=found["test"].predictions if "test" in found else [],
+        parameters=trained_parameters(adapted),
+        model_parameters=size,
+        forgetting=lost,
+        **trained,
+    )
 
 
-def by_set(
-    task: Task[Any], examples: list[Example], untuned: Evaluation, tuned: Evaluation
-) -> dict[str, dict[str, Any]]:
-    """Where there are several test sets, of each its score's name, its number of examples and its scores."""
-    counts = Counter(e.set for e in examples)
+def _trained(
+    trial: Trial, model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
+) -> dict[str, Any]:
+    """Train in a folder that is thrown away; what that cost."""
+    encoded, _ = trial.experiment.encode(tokenizer, examples, training=True)
+    progress = Progress(trial.experiment.name)
+    with tempfile.TemporaryDirectory() as folder:
+        fit = Fit(trial, model, tokenizer, encoded, Path(folder), progress, measured=True)
+        fit.run()
+        fit.close()
     return {
-        name: {
-            "score": one.main_score,
-            "examples": counts[name],
-            "untuned": untuned.scores[name],
-            "tuned": tuned.scores[name],
-        }
-        for name, one in task.sets.items()
-        if counts[name]
+        "seconds": round(progress.seconds, 3),
+        "steps": fit.steps,
+        "tokens": progress.tokens,
+        "memory": fit.memory,
+        "curve": thinned(fit.losses),
     }
 
 
-class Base:
-    """The frozen model and its tokenizer, loaded once for all generation tasks, and for each classification task."""
+class Fit:
+    """The training of one adapted model.
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
-        self.tokenizer = load_tokenizer(recipe.model)
-        self._causal: nn.Module | None = None
-        self.heads: dict[str, list[str]] = {}
-        """The modules of each classification task's model that are trained with any adapter."""
+    Args:
+        folder: for checkpoints, and for what is kept for reuse beyond the memory allowed.
+        look: takes the validation score now and then, to be shown.
+        checkpoints: where the training resumes from, and leaves some for others; None for none.
+        measured: count the memory too.
+    """
 
-    def model_for(self, task: Task[Any]) -> nn.Module:
-        name, dtype = self.recipe.model, self.recipe.dtype
-        if task.spec.type == "generation":
-            if self._causal is None:
-                self._causal = load_causal_lm(name, dtype, self.recipe.attention)
-            return self._causal
-        with loading(name):
-            config = AutoConfig.from_pretrained(name, num_labels=task.num_labels)  # type: ignore[attr-defined]
-            if task.spec.type == "regression":
-                config.problem_type = "regression"
-            config.pad_token_id = Collator(self.tokenizer).pad_id  # by which the head of a decoder finds the last token
-            set_seed(self.recipe.seed)  # the head is new
-            model, info = AutoModelForSequenceClassification.from_pretrained(
-                name,
-                config=config,
-                dtype=as_dtype(dtype),
-                attn_implementation=as_attention(self.recipe.attention),
-                output_loading_info=True,
-            )
-        self.heads[task.name] = heads_of(model, info["missing_keys"])
-        if model.base_model_prefix in self.heads[task.name]:
-            raise ModelError(f"cannot load the model {name!r}: none of its weights fit a {type(model).__name__}")
-        moved: nn.Module = model.to(device())
-        return moved
+    def __init__(
+        self,
+        trial: Trial,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        encoded: list[Encoded],
+        folder: Path,
+        progress: Progress,
+        *,
+        watch: Watch = lambda progress: None,
+        look: Any = None,
+        checkpoints: Path | None = None,
+        measured: bool = False,
+    ) -> None:
+        spec, way = trial.training, trial.way
+        self._store = Store(int(spec.reuse_memory_gb * 1e9), folder / "reuse")
+        found = way.reuse(model, self._store, spec.gradient_checkpointing) if spec.reuse else "reuse: false"
+        self._reuse = found if isinstance(found, Reuse) else None
+        self._no_reuse = None if isinstance(found, Reuse) else found
+        collate = NumberedCollator(tokenizer)
+        # What is kept for reuse belongs to an example of its own row.
+        collate.packed = trial.experiment.task.generates and self._reuse is None and _packs(spec, model, way)
+        arguments = training_arguments(spec, checkpoints or folder, trial.seed, len(encoded))
+        if checkpoints is None:
+            arguments.save_strategy = "no"
+        self.trainer = ReftTrainer(
+            model,
+            arguments,
+            encoded,
+            self._reuse,
+            supervised=not way.adds_tokens,
+            takes_prompts=way.takes_prompts,
+            progress=progress,
+            data_collator=collate,
+            callbacks=[Report(progress, watch, look, self._reuse)],
+        )
+        self.trainer.remove_callback(PrinterCallback)
+        self.memory = training_memory(self.trainer, model, encoded, spec.batch_size) if measured else 0
 
-
-class Run:
-    """One task of a recipe and the folder it leaves."""
-
-    def __init__(self, recipe: Recipe, name: str) -> None:
-        self.recipe, self.name = recipe, name
-        self.spec = recipe.tasks[name]
-        self.task: Task[Any] = build_task(name, self.spec)
-        self.folder = Path(recipe.output) / name
-        self.checkpoints = self.folder / "checkpoints"
-        self.encoded: list[Encoded] = []
-        self.left_out = 0
-        """Training examples that are too long."""
+    def run(self, resume_from: str | None = None) -> None:
+        """Raises DivergedError when the loss becomes NaN."""
+        self.trainer.train(resume_from_checkpoint=resume_from)
 
     @property
-    def description(self) -> dict[str, Any]:
-        """All that decides the outcome."""
-        return {
-            "model": self.recipe.model,
-            "dtype": self.recipe.dtype,
-            "attention": self.recipe.attention,
-            "seed": self.recipe.seed,
-            "name": self.name,
-            "task": self.spec.model_dump(mode="json"),
-        }
+    def steps(self) -> int:
+        return int(self.trainer.state.global_step)
 
-    def check_folder(self, resume: bool) -> None:
-        """Refuse a folder that holds what is not trimtab's or, when resuming, work under other settings.
+    @property
+    def losses(self) -> list[float]:
+        """Of each step, also of those before the training was resumed."""
+        return [log["loss"] for log in self.trainer.state.log_history if "loss" in log]
 
-        Raises:
-            RunError: saying whose it is.
-        """
-        if not self.folder.exists() or not [f for f in self.folder.iterdir() if not f.name.endswith(".saving")]:
-            return
-        try:
-            earlier = json.loads((self.folder / "run.json").read_text())["run"]
-        except (OSError, ValueError, KeyError):
-            raise RunError(f"{self.folder} is not empty and was not left by trimtab; give another output:.") from None
-        started = (self.folder / "metrics.json").exists() or self.checkpoints.exists()
-        if resume and started and earlier != self.description:
-            differing = ", ".join(_differing(earlier, self.description))
-            raise RunError(
-                f"{self.folder} holds a run with other settings ({differing}). Give another output: to keep it, "
-                f"or --no-resume --task {self.name} to replace it."
-            )
+    @property
+    def reuse_summary(self) -> dict[str, Any]:
+        refused = self.trainer.reuse_refused or self._no_reuse
+        return {"reused": None, "because": refused} if refused or self._reuse is None else self._reuse.summary()
 
-    def encode(self, tokenizer: PreTrainedTokenizerBase, resume: bool) -> None:
-        """Read the data and, unless the task is done, tokenise it.
-
-        Raises:
-            DataError: it cannot be read, or no example fits.
-        """
-        train, _ = self.task.examples("train"), self.task.examples("test")
-        if not resume or not (self.folder / "metrics.json").exists():
-            self.encoded, self.left_out = self.task.encode(tokenizer, train, training=True)
-
-    def finish(self, base: Base, watch: Watch) -> dict[str, Any]:
-        """Train what is left to train, score, and write the folder; returns the metrics."""
-        progress = Progress(self.name)
-        done = self.folder / "metrics.json"
-        if not done.exists():
-            self._train(base, progress, watch)
-        progress.metrics = json.loads(done.read_text())
-        progress.state = "done"
-        progress.score = progress.metrics["tuned"][self.task.main_score]
-        watch(progress)
-        return progress.metrics
-
-    def _train(self, base: Base, progress: Progress, watch: Watch) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / "run.json", {"run": self.description, "versions": versions()})
-        progress.state = "untuned score"
-        watch(progress)
-        model, tokenizer = base.model_for(self.task), base.tokenizer
-        test = self.task.examples("test")
-        untuned = evaluate(model, tokenizer, self.task, test)
-        set_seed(self.recipe.seed)
-        whole = heads_beyond_peft(base.heads.get(self.name, []))
-        adapted = get_peft_model(model, ReftConfig(**self.spec.adapter_fields(), modules_to_save=whole or None))
-        try:
-            store = Store(int(self.spec.training.reuse_memory_gb * 1e9), self.folder / "reuse")
-            reuse = self._reuse(adapted, store)
-            trainer = self._trainer(adapted, tokenizer, progress, watch, reuse)
-            progress.state = "training"
-            trainer.train(resume_from_checkpoint=last_checkpoint(self.checkpoints))
-            losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]  # resumed or not
-            progress.state = "tuned score"
-            watch(progress)
-            tuned = evaluate(adapted, tokenizer, self.task, test)
-            save_adapter(adapted, self.folder)
-            trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-            if trainer.reuse_refused:
-                reuse = trainer.reuse_refused
-            reused = reuse.summary() if isinstance(reuse, Reuse) else {"reused": None, "because": reuse}
-        finally:
-            store.close()
-            unload(adapted)
-        metrics = {
-            "task": self.name,
-            "score": self.task.main_score,
-            "split": "validation" if self.task.test_is_validation else "test",
-            "examples": len(test),
-            "untuned": untuned.scores,
-            "tuned": tuned.scores,
-            "sets": by_set(self.task, test, untuned, tuned),
-            "parameters": trainable,
-            "bytes": (self.folder / "adapter_model.safetensors").stat().st_size,
-            "seconds": round(progress.seconds, 2),
-            "steps": trainer.state.global_step,
-            "train_loss": sum(losses) / len(losses),
-            "train_examples": len(self.encoded),
-            "left_out_as_too_long": self.left_out,
-            "left_out_as_bad": self.task.skipped,
-            "reuse": reused,
-        }
-        write_json(self.folder / "predictions.json", {"untuned": untuned.predictions, "tuned": tuned.predictions})
-        write_json(self.folder / "metrics.json", metrics)
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
-
-    def _trainer(
-        self,
-        model: PeftModel,
-        tokenizer: PreTrainedTokenizerBase,
-        progress: Progress,
-        watch: Watch,
-        reuse: Reuse | str,
-    ) -> ReftTrainer:
-        def look() -> float:
-            return evaluate(model, tokenizer, self.task, self.task.examples("validation")[:100]).main
-
-        collate = Counting(tokenizer, progress)
-        collate.packed = self.task.spec.type == "generation" and self._packs(model, reuse)
-        trainer = ReftTrainer(
-            model,
-            training_arguments(self.spec.training, self.checkpoints, self.recipe.seed, len(self.encoded)),
-            self.encoded,
-            reuse if isinstance(reuse, Reuse) else None,
-            data_collator=collate,
-            callbacks=[Report(progress, watch, None if self.spec.data.validation is False else look)],
-        )
-        trainer.remove_callback(PrinterCallback)
-        return trainer
-
-    def _packs(self, model: PeftModel, reuse: Reuse | str) -> bool:
-        if isinstance(reuse, Reuse):
-            return False  # what is kept belongs to an example of its own row
-        packing = self.spec.training.packing
-        base: Any = model.get_base_model()
-        return "flash" in str(base.config._attn_implementation) if packing == "auto" else packing
-
-    def _reuse(self, model: PeftModel, store: Store) -> Reuse | str:
-        training = self.spec.training
-        if not training.reuse:
-            return "reuse: false"
-        return choose_reuse(model, ReftConfig(**self.spec.adapter_fields()), store, training.gradient_checkpointing)
+    def close(self) -> None:
+        self._store.close()
 
 
-def training_arguments(spec: TrainingSpec, folder: Path, seed: int, examples: int) -> TrainingArguments:
-    """The recipe's training section in transformers' words."""
-    a_step = spec.batch_size * spec.gradient_accumulation
-    steps_an_epoch = max(1, -(-examples // a_step))
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        learning_rate=spec.learning_rate,
-        num_train_epochs=spec.epochs or 1,
-        max_steps=spec.max_steps or -1,
-        per_device_train_batch_size=spec.batch_size,
-        gradient_accumulation_steps=spec.gradient_accumulation,
-        lr_scheduler_type=spec.schedule,
-        warmup_steps=spec.warmup,  # below 1, a share of all steps
-        weight_decay=spec.weight_decay,
-        max_grad_norm=1.0,
-        save_strategy="steps",
-        save_steps=spec.checkpoint_every or max(20, steps_an_epoch),
-        save_total_limit=2,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        seed=seed,
-        data_seed=seed,
-        report_to=[],
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
-    if spec.gradient_checkpointing:  # naming it at all warns, since transformers is about to rename it
-        arguments.gradient_checkpointing = arguments.activation_checkpointing = True
-    return arguments
-
-
-class Counting(NumberedCollator):
-    """A collator that counts the real tokens it hands out."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> None:
-        super().__init__(tokenizer)
-        self.progress = progress
-
-    def __call__(self, batch: Any) -> dict[str, Any]:
-        self.progress.tokens += sum(len(e.input_ids) for _, e in batch)
-        return super().__call__(batch)
-
-
-class Report(TrainerCallback):
-    """Keeps `Progress` up to date, takes the validation score now and then if told how, and stops at a NaN loss."""
-
-    def __init__(self, progress: Progress, watch: Watch, look: Callable[[], float] | None = None) -> None:
-        self.progress, self.watch, self.look = progress, watch, look
-        self._last = time.perf_counter()
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.progress.steps = state.max_steps
-        earlier = state.log_history[-1] if state.log_history else {}  # of a run that is resumed
-        self.progress.seconds, self.progress.tokens = earlier.get("seconds", 0.0), earlier.get("tokens", 0)
-        self._last = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        now = time.perf_counter()
-        self.progress.seconds += now - self._last
-        self.progress.step = state.global_step
-        at_look = state.global_step % max(1, state.max_steps // VALIDATION_LOOKS) == 0
-        if self.look is not None and at_look and state.global_step < state.max_steps:
-            self.progress.score = self.look()
-        self._last = time.perf_counter()  # looking is not training
-        self.watch(self.progress)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if logs and "loss" in logs:
-            self.progress.loss = logs["loss"]
-            state.log_history[-1].update(seconds=self.progress.seconds, tokens=self.progress.tokens)
-            if logs["loss"] != logs["loss"]:
-                raise RunError(
-                    f"{self.progress.task}: the loss is NaN at step {state.global_step}. Lower training: learning_rate "
-                    "or set dtype: float32."
-                )
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end; an interrupted write is passed over."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
-    return next((str(path) for path in found if _complete(path)), None)
-
-
-def _complete(checkpoint: Path) -> bool:
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text())  # the file that Trainer writes last
-    except (OSError, ValueError):
+def _packs(spec: TrainingSpec, model: Any, way: Way) -> bool:
+    if not way.takes_prompts:
         return False
-    return (checkpoint / "adapter_model.safetensors").exists() and (checkpoint / "optimizer.pt").exists()
+    if spec.packing != "auto":
+        return spec.packing
+    return "flash" in str(model.get_base_model().config._attn_implementation)
 
 
-def unload(model: PeftModel) -> None:
-    """Take the adapter off its base model, which is then as it was."""
-    tuner: Any = model.base_model
-    tuner.unload()
+def _scored(
+    trial: Trial, model: nn.Module, tokenizer: PreTrainedTokenizerBase, split: str, shots: Sequence[Example]
+) -> Evaluation:
+    experiment = trial.experiment
+    asked = with_shots(experiment, tokenizer, experiment.task.examples(split), shots)
+    if shots:
+        _check_context(model, experiment, tokenizer, asked, len(shots))
+    until = "\n\n" if shots and not _chats(experiment, tokenizer) else None
+    how = {"examples": asked, "equal_lengths": trial.way.adds_tokens, "until": until}
+    return experiment.evaluate(model, tokenizer, split, **how)
 
 
-def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Save the adapter into `folder`, each file whole or not at all."""
-    staging = folder / ".saving"
-    shutil.rmtree(staging, ignore_errors=True)
-    model.save_pretrained(str(staging))
-    (staging / "README.md").write_text(_card(model), encoding="utf-8")
-    for file in staging.iterdir():
-        os.replace(file, folder / file.name)
-    staging.rmdir()
+def drawn(examples: list[Example], count: int | None, seed: int) -> list[Example]:
+    """So many examples, drawn by the seed; all of them for None. Raises NotPossible where there are fewer."""
+    if count is None:
+        return examples
+    if count > len(examples):
+        raise NotPossible(f"{count} examples asked for, {len(examples)} there")
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [examples[i] for i in order[:count]]
 
 
-def _card(model: PeftModel) -> str:
-    """The model card: unlike PEFT's own, it says that the adapter needs trimtab."""
-    config = model.active_peft_config
-    return f"""\
----
-base_model: {config.base_model_name_or_path}
-library_name: peft
-tags: [trimtab, reft, loreft]
----
-A ReFT adapter ({config.method}, rank {config.r}, positions {config.positions}) for `{config.base_model_name_or_path}`.
-
-```python
-import trimtab  # registers the method with PEFT
-from peft import PeftModel
-
-model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
-```
-"""
+def with_shots(
+    experiment: Experiment,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    shots: Sequence[Example],
+) -> list[Example]:
+    """The examples with solved ones before each prompt: in the user's turn or, without a chat, as text that goes on."""
+    if not shots:
+        return list(examples)
+    solved = "".join(f"{s.texts[0]}\n{s.answer}\n\n" for s in shots)
+    end = "" if _chats(experiment, tokenizer) else "\n"
+    return [replace(e, texts=(solved + e.texts[0] + end,)) for e in examples]
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, whole or not at all."""
-    staging = path.with_name(f".{path.name}.saving")
-    staging.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(staging, path)
+def _chats(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> bool:
+    return is_templated(tokenizer, getattr(experiment.spec, "chat", False))
 
 
-def versions() -> dict[str, str]:
-    """What a result depends on besides its settings."""
-    packages = ("trimtab", "torch", "transformers", "peft", "safetensors")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+def _check_context(
+    model: Any, experiment: Experiment, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], shots: int
+) -> None:
+    """Raises NotPossible where solved examples make a prompt longer than the model reads."""
+    encoded, _ = experiment.encode(tokenizer, examples, training=False)
+    longest = max(len(e.input_ids) for e in encoded) + experiment.task.decoding()["max_new_tokens"]
+    room = getattr(model.config, "max_position_embeddings", None)
+    if room is not None and longest > room:
+        raise NotPossible(f"{shots} solved examples make a prompt of {longest} tokens; the model reads {room}")
 
 
-def _differing(a: Any, b: Any, place: str = "") -> list[str]:
-    """The places at which two nested settings differ."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        return [d for key in {**a, **b} for d in _differing(a.get(key), b.get(key), f"{place}.{key}" if place else key)]
-    return [] if a == b else [place]
+def trained_parameters(model: nn.Module) -> int:
+    """How many values are trained."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def digest(described: Any) -> str:
+    """A short name for what JSON can say."""
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def fingerprints(experiment: Experiment, held_out: str | None = None) -> dict[str, str]:
+    """Short hashes of what a task's splits, the held-out text and a local model's files say. Raises DataError."""
+    task = build_task(experiment.name, experiment.spec)  # which reads the data as it is now
+    splits = [s for s in SPLITS if s != "validation" or experiment.spec.data.validation is not False]
+    texts = {
+        split: json.dumps([(e.texts, e.answer, e.label, e.set) for e in task.examples(split)], ensure_ascii=False)
+        for split in splits
+    }
+    if held_out:
+        texts["held_out"] = Path(held_out).read_text(encoding="utf-8")
+    found = {key: hashlib.sha256(text.encode()).hexdigest()[:16] for key, text in texts.items()}
+    kinds = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja")
+    files = sorted(f for f in Path(experiment.source.name).glob("*") if f.suffix in kinds)
+    return {**found, "model": _hash_of(tuple((f, f.stat().st_mtime_ns) for f in files))} if files else found
+
+
+@cache
+def _hash_of(files: tuple[tuple[Path, int], ...]) -> str:
+    """Of files of some age, names and contents."""
+    whole = hashlib.sha256()
+    for file, _ in files:
+        with file.open("rb") as opened:
+            whole.update(f"{file.name} {hashlib.file_digest(opened, 'sha256').hexdigest()} ".encode())
+    return whole.hexdigest()[:16]

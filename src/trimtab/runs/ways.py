@@ -1,13 +1,13 @@
-"""What `trimtab compare` trains beside LoReFT: one row a method, any PEFT config besides.
+"""Ways to adapt a model: ReFT, any PEFT config, parts of the model itself, or solved examples in the prompt.
 
-contender = as_contender("lora", adapter)                       # a row of CONTENDERS
-contender = as_contender({"mine": {"peft_type": "LORA", "r": 32}}, adapter)
-model = contender.build(base, task_type="CAUSAL_LM")            # trainable, the rest of the base frozen
+way = as_way("lora", adapter)                                   # a row of WAYS
+way = as_way({"mine": {"peft_type": "LORA", "r": 32}}, adapter)
+model = way.build(base, task_type="CAUSAL_LM")                  # trainable, the rest of the base frozen
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,11 +19,13 @@ from torch import nn
 
 from trimtab.adapter.config import ReftConfig
 from trimtab.edits import METHODS
-from trimtab.recipe.schema import AdapterSpec, Recipe
+from trimtab.errors import NotPossible
 from trimtab.runs.models import heads_beyond_peft
+from trimtab.runs.reuse import Reuse, Store, choose_reuse
+from trimtab.tasks.spec import Section
 
 _LINEAR = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
-CONTENDERS: dict[str, dict[str, Any]] = {
+WAYS: dict[str, dict[str, Any]] = {
     "untuned": {"trains": "nothing"},
     "few-shot": {"trains": "nothing", "shots": 8},
     **{name: {"method": name} for name in METHODS},
@@ -45,78 +47,138 @@ CONTENDERS: dict[str, dict[str, Any]] = {
 """Where nothing is said of target modules, they are PEFT's own choice for the architecture (q and v for LoRA)."""
 
 
-class NotPossible(ValueError):
-    """A contender that this model or task has no place for. The message says why."""
+class AdapterSpec(Section):
+    """What `trimtab.ReftConfig` is made of; the values are checked there."""
+
+    method: str = "loreft"
+    r: int = 4
+    positions: str = "f7+l7"
+    layers: str | list[int] = "all"
+    site: str = "block"
+    tied: bool = True
+    dropout: float = 0.0
+    activation: str | None = None
+    init_weights: bool | str = True
 
 
 @dataclass(frozen=True)
-class Contender:
+class Way(ABC):
     """One way to adapt a model; `settings` decide all of it."""
 
     name: str
     settings: Mapping[str, Any]
-    """Fields of a PEFT config with its `peft_type`, or of a `ReftConfig`, or `trains`: what of the model itself."""
+
+    trains = True
+    """Whether there is anything to train."""
+    shots = 0
+    """Solved examples put before each prompt."""
+    adds_tokens = False
+    """Whether virtual tokens come before the input, so that positions in the batch are not those in the model."""
+    takes_prompts = False
+    """Whether the adapted model takes `prompt_lengths`."""
+
+    @abstractmethod
+    def build(self, model: nn.Module, task_type: str, new: Sequence[str] = (), seed: int = 0) -> nn.Module:
+        """The model with this way's parameters trainable and all others frozen.
+
+        Args:
+            new: the model's modules without pretrained weights, which every way trains.
+            seed: of what a method draws outside the global generator.
+        Raises:
+            NotPossible: the model has no such parameters, or PEFT does not know where to put them.
+        """
+
+    def check(self) -> None:
+        """Raises ValueError for a field or value that its config does not take."""
+        return
+
+    def reuse(self, model: Any, store: Store, checkpointing: bool) -> Reuse | str:
+        """What of the frozen model's work need not be repeated, or why nothing."""
+        return "weights below every token change"
+
+
+class ReftWay(Way):
+    """A ReFT adapter; the settings are `ReftConfig`'s fields."""
+
+    takes_prompts = True
+
+    def config(self, task_type: str, new: Sequence[str] = ()) -> ReftConfig:
+        return ReftConfig(task_type=task_type, modules_to_save=heads_beyond_peft(new) or None, **self.settings)
+
+    def check(self) -> None:
+        self.config("CAUSAL_LM")
+
+    def build(self, model: nn.Module, task_type: str, new: Sequence[str] = (), seed: int = 0) -> nn.Module:
+        try:
+            adapted: nn.Module = get_peft_model(model, self.config(task_type, new))
+        except ValueError as error:
+            raise NotPossible(_first_line(error)) from error
+        return adapted
+
+    def reuse(self, model: Any, store: Store, checkpointing: bool) -> Reuse | str:
+        return choose_reuse(model, model.peft_config[model.active_adapter], store, checkpointing)
+
+
+class PeftWay(Way):
+    """Any other PEFT method; the settings are its config's fields and `peft_type`."""
 
     @property
-    def is_reft(self) -> bool:
-        return "method" in self.settings
+    def kind(self) -> Any:
+        return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[self.settings["peft_type"]]]
 
     @property
-    def trains(self) -> bool:
-        """Whether there is anything to train."""
-        return self.settings.get("trains") != "nothing"
-
-    @property
-    def shots(self) -> int:
-        """Solved examples put before each prompt."""
-        return int(self.settings.get("shots", 0))
-
-    @property
-    def adds_tokens(self) -> bool:
-        """Whether virtual tokens come before the input, so that positions in the batch are not those in the model."""
-        kind = self.settings.get("peft_type")
-        return kind is not None and issubclass(PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[kind]], PromptLearningConfig)
+    def adds_tokens(self) -> bool:  # type: ignore[override]
+        return issubclass(self.kind, PromptLearningConfig)
 
     @property
     def moves_last_token(self) -> bool:
         """Whether the model is given embeddings, in which a decoder's classifier cannot tell where a text ends."""
         return self.adds_tokens and self.settings["peft_type"] != PeftType.PREFIX_TUNING
 
-    def config(self, task_type: str) -> Any:
-        """The PEFT config; raises ValueError for a field or value that it does not take."""
-        if self.is_reft:
-            return ReftConfig(task_type=task_type, **self.settings)
+    def config(self, task_type: str, new: Sequence[str] = (), seed: int = 0) -> Any:
         fields = {k: v for k, v in self.settings.items() if k != "peft_type"}
-        kind = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[self.settings["peft_type"]]]
         try:
-            return kind(task_type=task_type, **fields)
+            config = self.kind(task_type=task_type, **fields)
         except TypeError as error:
-            raise ValueError(f"{self.name}: {kind.__name__}: {str(error).partition('() ')[2] or error}") from None
+            raise ValueError(f"{self.name}: {self.kind.__name__}: {str(error).partition('() ')[2] or error}") from None
+        if extra := heads_beyond_peft(new):
+            config.modules_to_save = [*(config.modules_to_save or []), *extra]
+        if hasattr(config, "projection_prng_key") and "projection_prng_key" not in self.settings:
+            config.projection_prng_key = seed
+        return config
 
-    def build(self, model: nn.Module, task_type: str, heads: Sequence[str] = (), seed: int = 0) -> nn.Module:
-        """The model with this contender's parameters trainable and all others frozen.
+    def check(self) -> None:
+        self.config("CAUSAL_LM")
 
-        Args:
-            heads: the model's new modules, which every contender trains.
-            seed: of what a method draws outside the global generator.
-        Raises:
-            NotPossible: the model has no such parameters, or PEFT does not know where to put them.
-        """
-        if "trains" not in self.settings:
-            if task_type == "SEQ_CLS" and self.moves_last_token and hasattr(model, "score"):
-                raise NotPossible("virtual tokens move the last token, which a decoder's classifier reads")
-            try:
-                adapted: nn.Module = get_peft_model(model, self._config_for(task_type, heads, seed))
-                return adapted
-            except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
-                raise NotPossible(str(error).strip().partition("\n")[0] or type(error).__name__) from error
+    def build(self, model: nn.Module, task_type: str, new: Sequence[str] = (), seed: int = 0) -> nn.Module:
+        if task_type == "SEQ_CLS" and self.moves_last_token and hasattr(model, "score"):
+            raise NotPossible("virtual tokens move the last token, which a decoder's classifier reads")
+        try:
+            adapted: nn.Module = get_peft_model(model, self.config(task_type, new, seed))
+        except (ValueError, TypeError, AttributeError, NotImplementedError) as error:  # PEFT's, of a model it lacks
+            raise NotPossible(_first_line(error)) from error
+        return adapted
+
+
+class PartWay(Way):
+    """Parts of the model itself (`trains`), or none of it, with solved examples (`shots`) in the prompt or without."""
+
+    @property
+    def trains(self) -> bool:  # type: ignore[override]
+        return bool(self.settings["trains"] != "nothing")
+
+    @property
+    def shots(self) -> int:  # type: ignore[override]
+        return int(self.settings.get("shots", 0))
+
+    def build(self, model: nn.Module, task_type: str, new: Sequence[str] = (), seed: int = 0) -> nn.Module:
         part = self.settings["trains"]
         if self.shots and task_type == "SEQ_CLS":
             raise NotPossible("a classifier takes no solved examples")
         if part == "head" and task_type != "SEQ_CLS":
             raise NotPossible("a model that generates has no new head")
         names = [name for name, _ in model.named_parameters()]
-        head = {name for name in names if any(name.startswith(f"{module}.") for module in heads)}
+        head = {name for name in names if any(name.startswith(f"{module}.") for module in new)}
         chosen = PARTS[part](model, names) - head
         if part in ("biases", "norms") and not chosen:
             raise NotPossible(f"the model has no {part}")
@@ -127,13 +189,9 @@ class Contender:
                 raise NotPossible(f"its weights are {kind}, in which small steps are lost; set dtype: float32")
         return model
 
-    def _config_for(self, task_type: str, heads: Sequence[str], seed: int) -> Any:
-        config = self.config(task_type)
-        if extra := heads_beyond_peft(heads):
-            config.modules_to_save = [*(config.modules_to_save or []), *extra]
-        if hasattr(config, "projection_prng_key") and "projection_prng_key" not in self.settings:
-            config.projection_prng_key = seed
-        return config
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _norms(model: nn.Module, names: list[str]) -> set[str]:
@@ -152,67 +210,44 @@ PARTS: dict[str, Callable[[nn.Module, list[str]], set[str]]] = {
 """What `trains:` names, beside a classifier's head: which parameters of the model."""
 
 
-def as_contender(entry: str | Mapping[str, Mapping[str, Any]], adapter: AdapterSpec) -> Contender:
-    """A row of `CONTENDERS` by name, or `{name: settings}`; ReFT settings fill up from the recipe's `adapter`.
+def as_way(entry: str | Mapping[str, Mapping[str, Any]], adapter: AdapterSpec) -> Way:
+    """A row of `WAYS` by name, or `{name: settings}`; ReFT settings fill up from the recipe's `adapter`.
 
     Raises:
         ValueError: an unknown name, PEFT type or field, or a value that its config refuses.
     """
     if isinstance(entry, str):
-        if entry not in CONTENDERS:
-            raise ValueError(
-                f"{entry!r} is no method; there are {', '.join(CONTENDERS)}, and {{name: {{peft_type: …}}}}"
-            )
-        name, settings = entry, dict(CONTENDERS[entry])
-    else:
-        if len(entry) != 1:
-            raise ValueError(f"a method is a name or one {{name: settings}}, not {dict(entry)!r}")
+        if entry not in WAYS:
+            raise ValueError(f"{entry!r} is no method; there are {', '.join(WAYS)}, and {{name: {{peft_type: …}}}}")
+        name, settings = entry, dict(WAYS[entry])
+    elif len(entry) == 1:
         name, settings = next((n, dict(s)) for n, s in entry.items())
+    else:
+        raise ValueError(f"a method is a name or one {{name: settings}}, not {dict(entry)!r}")
+    way = _made(name, settings, adapter)
+    way.check()
+    return way
+
+
+def _made(name: str, settings: dict[str, Any], adapter: AdapterSpec) -> Way:
     if "peft_type" in settings:
         kind = str(settings["peft_type"]).upper()
-        known = [t.name for t in PeftType if t in PEFT_TYPE_TO_CONFIG_MAPPING]
-        if kind not in known or kind == "REFT":
-            raise ValueError(f"{name}: peft_type {kind!r} is none of {', '.join(k for k in known if k != 'REFT')}")
-        settings = {**settings, "peft_type": kind}
-    elif "trains" in settings:
+        known = [t.name for t in PeftType if t in PEFT_TYPE_TO_CONFIG_MAPPING and t.name != "REFT"]
+        if kind not in known:
+            raise ValueError(f"{name}: peft_type {kind!r} is none of {', '.join(known)}")
+        return PeftWay(name, {**settings, "peft_type": kind})
+    if "trains" in settings:
         if settings["trains"] not in PARTS:
             raise ValueError(f"{name}: trains: {settings['trains']!r} is none of {', '.join(PARTS)}")
         if more := settings.keys() - {"trains", "shots"}:
             raise ValueError(f"{name}: {sorted(more)[0]!r} does not go with trains:")
-    else:
-        settings = AdapterSpec.model_validate({**adapter.model_dump(), **settings}).model_dump()
-    contender = Contender(name, settings)
-    if "trains" not in settings:
-        contender.config("CAUSAL_LM")
-    return contender
-
-
-def choose_contenders(
-    recipe: Recipe, tasks: Sequence[str] | None = None, only: Sequence[str] | None = None
-) -> dict[str, list[Contender]]:
-    """What to compare for each task: the recipe's methods, or all that fit the kind of task.
-
-    Raises:
-        ValueError: a task or method that is not there.
-    """
-    chosen = {}
-    for name in recipe.chosen(tasks):
-        spec = recipe.tasks[name]
-        entries = recipe.compare.methods or applicable(spec.task_type)
-        found = [as_contender(entry, spec.adapter) for entry in entries]
-        for method in only or ():
-            if method not in (c.name for c in found):
-                found.append(as_contender(method, spec.adapter))
-        often, count = Counter(c.name for c in found).most_common(1)[0]
-        if count > 1:
-            raise ValueError(f"compare: methods: {count} are called {often!r}; give each a name of its own")
-        chosen[name] = [c for c in found if not only or c.name in only]
-    return chosen
+        return PartWay(name, settings)
+    return ReftWay(name, AdapterSpec.model_validate({**adapter.model_dump(), **settings}).model_dump())
 
 
 def applicable(task_type: str) -> list[str]:
-    """The contenders to try when a recipe names none: all but the relatives of LoReFT that differ by a term."""
+    """The ways to try when a recipe names none: all but the relatives of LoReFT that differ by a term."""
     left_out = {"noreft", "consreft", "lobireft", "direft_orthonormal"}
     left_out |= {"few-shot"} if task_type == "SEQ_CLS" else {"head"}
-    names = [name for name in CONTENDERS if name not in left_out]
+    names = [name for name in WAYS if name not in left_out]
     return ["loreft", *(name for name in names if name != "loreft")]  # the reference comes first

@@ -17,7 +17,7 @@ from typing import Any
 
 import uvicorn
 
-from trimtab.runs.models import load_causal_lm, load_tokenizer
+from trimtab.runs.models import ModelSource, load_model, load_tokenizer
 from trimtab.serve.engine import Engine
 from trimtab.serve.guard import Access
 from trimtab.serve.registry import Registry
@@ -57,7 +57,7 @@ def open_service(settings: Settings) -> Service:
         ValueError: one of them cannot be loaded or served; says which and why.
     """
     base = settings.name or (Path(settings.model).resolve().name if Path(settings.model).is_dir() else settings.model)
-    model, tokenizer = load_causal_lm(settings.model, settings.dtype), load_tokenizer(settings.model)
+    model, tokenizer = load_model(ModelSource(settings.model, settings.dtype)), load_tokenizer(settings.model)
     layout = Layout([found for site in settings.sites for found in find_sites(model, site, "all")], settings.max_rank)
     registry = Registry(layout, settings.folder, reserved=[base])
     for name, folder in settings.adapters.items():

@@ -8,63 +8,99 @@ where the last search stopped.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import optuna
-import yaml
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from pydantic import Field, PositiveFloat, PositiveInt
 
-from trimtab.recipe.schema import Recipe, TuneSpec
-from trimtab.runs.trial import RunError
-from trimtab.runs.ways import as_contender
-from trimtab.study.compare import Trial, describe, digest, fingerprints, run_trial
-
-Watch = Callable[[int, dict[str, Any], float], None]
+from trimtab.errors import RunError
+from trimtab.runs.trial import Experiment, Trial, digest, fingerprints, run_trial
+from trimtab.runs.ways import as_way
+from trimtab.tasks.spec import Section
+from trimtab.where.layers import layer_sets
 
 
-def tune(recipe: Recipe, task: str, blocks: int, trials: int, watch: Watch = lambda *_: None) -> dict[str, Any]:
-    """Search until the study holds `trials` finished trials; returns the best settings and validation score.
+class TuneSpec(Section):
+    """Where `trimtab tune` looks: the paper's search space, at the ranks of small and large models."""
+
+    r: list[PositiveInt] = Field([1, 2, 4, 8, 16, 32], min_length=1)
+    positions: list[str] = Field([f"f{n}+l{n}" for n in (1, 3, 5, 7, 9, 11)], min_length=1)
+    layers: list[Literal["all", "lower", "middle", "upper"]] = Field(["all", "lower", "middle", "upper"], min_length=1)
+    """all, or a third of the blocks"""
+    learning_rates: list[PositiveFloat] = Field([9e-5, 2e-2], min_length=1, max_length=2)
+    """lowest and highest, between which the search is logarithmic; the paper's highest, 3e-3, is for large models"""
+
+
+@dataclass(frozen=True)
+class Found:
+    """Settings that a search tried, and what they scored."""
+
+    settings: dict[str, Any]
+    """Of the adapter: r, positions and layers."""
+    learning_rate: float
+    validation: float
+
+
+Watch = Callable[[int, Found], None]
+
+
+def tune(
+    experiment: Experiment,
+    space: TuneSpec,
+    folder: Path,
+    blocks: int,
+    trials: int,
+    watch: Watch = lambda *_: None,
+) -> Found:
+    """Search until the study holds `trials` finished trials; returns the best.
 
     Args:
+        folder: where the study and its trials lie.
         blocks: how many the model has.
-        watch: called after each trial with its number, settings and validation score.
+        watch: called after each trial with its number and what it found.
 
     Raises:
         RunError: no trial trained.
     """
-    folder = Path(recipe.output) / "tune"
+    import optuna  # not at the top, since a recipe names what is searched whether or not optuna is there
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
     folder.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    space, content = recipe.tune, fingerprints(recipe, task)
-    contender = as_contender({"tuned": {}}, recipe.tasks[task].adapter)
-    searched = [describe(recipe, Trial(task, contender, None, recipe.seed, test=False), content), space.model_dump()]
+    content, name = fingerprints(experiment), experiment.name
+
+    def trial_of(settings: dict[str, Any], rate: float | None) -> Trial:
+        way = as_way({"tuned": settings}, experiment.adapter)
+        return Trial(experiment, way, rate, experiment.seed, splits=("validation",))
+
+    searched = [trial_of({}, None).described(content), space.model_dump()]
     study = optuna.create_study(
-        storage=JournalStorage(JournalFileBackend(str(folder / f"{task}-{digest(searched)}.journal"))),
-        study_name=task,
+        storage=JournalStorage(JournalFileBackend(str(folder / f"{name}-{digest(searched)}.journal"))),
+        study_name=name,
         direction="maximize",
         load_if_exists=True,
     )
 
-    def objective(trial: optuna.Trial) -> float:
+    def objective(trial: Any) -> float:
         settings, rate = suggested(trial, space, blocks)
-        contender = as_contender({"tuned": settings}, recipe.tasks[task].adapter)
-        result = run_trial(recipe, Trial(task, contender, rate, recipe.seed, test=False), folder / "trials", content)
-        if "validation" not in result:
-            raise optuna.TrialPruned(result.get("failed") or result["impossible"])
-        watch(trial.number, {**settings, "learning_rate": rate}, result["validation"])
-        return float(result["validation"])
+        outcome = run_trial(trial_of(settings, rate), folder / "trials", content)
+        if outcome.validation is None:
+            raise optuna.TrialPruned(outcome.failed or outcome.impossible)
+        watch(trial.number, Found(settings, rate, outcome.validation))
+        return outcome.validation
 
     complete = optuna.trial.TrialState.COMPLETE
     tried = (complete, optuna.trial.TrialState.PRUNED)
     done = len(study.get_trials(deepcopy=False, states=tried))
-    study.sampler = optuna.samplers.TPESampler(seed=recipe.seed + done)  # the same seed would draw the same again
-    study.optimize(objective, n_trials=max(0, trials - done))
+    for number in range(done, trials):  # seeded by its number, so that a resumed search draws the same
+        study.sampler = optuna.samplers.TPESampler(seed=experiment.seed + number)
+        study.optimize(objective, n_trials=1)
     if not study.get_trials(deepcopy=False, states=(complete,)):
-        raise RunError(f"{task}: no trial trained; lower tune: learning_rates.")
+        raise RunError(f"{name}: no trial trained; lower tune: learning_rates.")
     settings, rate = suggested(optuna.trial.FixedTrial(study.best_params), space, blocks)
-    return {**settings, "learning_rate": rate, "validation": study.best_value}
+    return Found(settings, rate, study.best_value)
 
 
 def suggested(trial: Any, space: TuneSpec, blocks: int) -> tuple[dict[str, Any], float]:
@@ -79,28 +115,3 @@ def suggested(trial: Any, space: TuneSpec, blocks: int) -> tuple[dict[str, Any],
     low, high = min(space.learning_rates), max(space.learning_rates)
     rate = trial.suggest_float("learning_rate", low, high, log=True) if low < high else low
     return settings, float(rate)
-
-
-def layer_sets(blocks: int) -> dict[str, Any]:
-    """The sets of blocks that `tune: layers:` names; those that a small model has no blocks for are left out."""
-    third = max(1, blocks // 3)
-    sets: dict[str, Any] = {"all": "all"}
-    if blocks >= 3:
-        sets |= {
-            "lower": list(range(third)),
-            "middle": list(range(third, blocks - third)),
-            "upper": list(range(blocks - third, blocks)),
-        }
-    return sets
-
-
-def tuned_recipe(recipe: Recipe, found: dict[str, dict[str, Any]]) -> str:
-    """The recipe as YAML with the settings found for each task in place of its own."""
-    raw = recipe.model_dump(mode="json", exclude_unset=True)
-    for name, best in found.items():
-        task = raw["tasks"][name]
-        spec = recipe.tasks[name]
-        rate = float(f"{best['learning_rate']:.3g}")
-        task["adapter"] = {**spec.adapter.model_dump(), **{k: best[k] for k in ("r", "positions", "layers")}}
-        task["training"] = {**spec.training.model_dump(mode="json", exclude_none=True), "learning_rate": rate}
-    return yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)

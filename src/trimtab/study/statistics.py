@@ -10,14 +10,14 @@ on the wide side.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import stats
 
-Array = NDArray[np.float64]
+from trimtab.tasks.scores import Array
+
 Weighted = Callable[[Any, Array], Array]
 """(predictions (n,), weights (B, n)) to the score of each resample (B,)."""
 RESAMPLES = 2000
@@ -40,9 +40,6 @@ class Difference:
     verdict: str
     """of A: better, worse, or not told apart"""
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def compare_runs(
     a: Sequence[Any],
@@ -56,8 +53,8 @@ def compare_runs(
     """Compare two methods on the same items.
 
     Args:
-        a, b: one array of per-item values (n,) for each seed; one seed for what has no randomness.
-        score: the score of each resample; `mean_of` where it is the mean over items.
+        a, b: what `score` takes (n,) of each seed, predictions or values; one seed for what has no randomness.
+        score: the score of each resample.
         count: bootstrap samples.
         binary: the values are 0 or 1 and the score is their mean, so that McNemar's exact test applies to single runs.
     Raises:
@@ -121,77 +118,3 @@ def resamples(items: int, seed: int, count: int) -> Array:
 def _mean_score(runs: Sequence[Any], score: Weighted, weights: Array) -> Array:
     total: Array = np.mean([score(run, weights) for run in runs], axis=0)
     return total
-
-
-def mean_of(values: Any, weights: Array) -> Array:
-    """The mean over items."""
-    return _ratio(weights @ np.asarray(values, dtype=np.float64), weights.sum(1))
-
-
-def mcc_of(wanted: Sequence[int]) -> Weighted:
-    """Matthews correlation of predicted classes."""
-    truth = np.asarray(wanted)
-
-    def score(predicted: Any, weights: Array) -> Array:
-        guess = np.asarray(predicted)
-        classes = np.unique(np.concatenate([truth, guess]))
-        right = weights @ (truth == guess)
-        p, w = (weights @ (x[:, None] == classes) for x in (guess, truth))
-        n = weights.sum(1)
-        below = np.sqrt((n**2 - (p**2).sum(1)) * (n**2 - (w**2).sum(1)))
-        return _ratio(right * n - (p * w).sum(1), below)
-
-    return score
-
-
-def f1_of(wanted: Sequence[int], classes: int) -> Weighted:
-    """F1 of class 1 when there are two classes, else the mean over those seen."""
-    truth = np.asarray(wanted)
-
-    def score(predicted: Any, weights: Array) -> Array:
-        guess = np.asarray(predicted)
-        of = np.array([1]) if classes == 2 else np.unique(np.concatenate([truth, guess]))
-        right = weights @ ((truth == guess)[:, None] & (truth[:, None] == of))
-        seen = weights @ ((guess[:, None] == of).astype(float) + (truth[:, None] == of))
-        total: Array = _ratio(2 * right, seen).sum(1) / np.maximum(1, (seen > 0).sum(1))
-        return total
-
-    return score
-
-
-def over_sets(parts: Sequence[tuple[Sequence[int], Weighted]]) -> Weighted:
-    """The plain mean of several test sets' scores, each over its own items, whose indices come with it."""
-
-    def score(values: Any, weights: Array) -> Array:
-        each = [of([values[i] for i in where], weights[:, where]) for where, of in parts]
-        return np.asarray(np.mean(each, axis=0))
-
-    return score
-
-
-def correlation_of(wanted: Sequence[float], kind: str = "correlation") -> Weighted:
-    """Pearson's or Spearman's, or as `correlation` their mean; ranks are the whole sample's in every resample."""
-    truth = np.asarray(wanted, dtype=np.float64)
-
-    def score(predicted: Any, weights: Array) -> Array:
-        guess = np.asarray(predicted, dtype=np.float64)
-        if not np.isfinite(guess).all():
-            return np.zeros(len(weights))
-        linear = _pearson(guess, truth, weights)
-        rank = _pearson(stats.rankdata(guess), stats.rankdata(truth), weights)
-        return {"pearson": linear, "spearman": rank, "correlation": (linear + rank) / 2}[kind]
-
-    return score
-
-
-def _pearson(x: Array, y: Array, weights: Array) -> Array:
-    n = weights.sum(1, keepdims=True)
-    x_off, y_off = (v - (weights @ v)[:, None] / n for v in (x, y))
-    below = np.sqrt((weights * x_off**2).sum(1) * (weights * y_off**2).sum(1))
-    return _ratio((weights * x_off * y_off).sum(1), below)
-
-
-def _ratio(above: Array, below: Array) -> Array:
-    """Quotients, 0 where there is nothing to divide by."""
-    found: Array = np.divide(above, below, out=np.zeros_like(below), where=below > 0)
-    return found

@@ -1,15 +1,16 @@
-"""The task families by the `type:` of a recipe; a new one is one file and one row here."""
+"""The kinds of task by the `type:` of a recipe: text in, a score out. A new one is one file and one row here."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from trimtab.recipe.schema import TaskSpec
-from trimtab.tasks.base import Example, Task
-from trimtab.tasks.classification import ClassificationTask, RegressionTask
+from trimtab.tasks.base import Example, Head, Task
+from trimtab.tasks.classification import ClassificationTask
 from trimtab.tasks.generation import GenerationTask
+from trimtab.tasks.regression import RegressionTask
+from trimtab.tasks.spec import TaskSpec
 
-__all__ = ["TASKS", "Example", "Task", "build_task"]
+__all__ = ["TASKS", "Example", "Head", "Task", "TaskSpec", "build_task"]
 
 TASKS: dict[str, type[Task[Any]]] = {
     "generation": GenerationTask,
@@ -19,5 +20,5 @@ TASKS: dict[str, type[Task[Any]]] = {
 
 
 def build_task(name: str, spec: TaskSpec) -> Task[Any]:
-    """The task a recipe's entry describes; nothing is read yet, and nothing is raised."""
+    """The task that a recipe's entry describes; nothing is read yet, and nothing is raised."""
     return TASKS[spec.type](name, spec)

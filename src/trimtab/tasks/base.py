@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Generic, TypeVar
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from trimtab.recipe.schema import SPLITS, DataSpec, TaskSpec
-from trimtab.tasks.tokens import DataError, Encoded, Row, read_rows
+from trimtab.errors import DataError
+from trimtab.tasks.files import Row, read_rows
+from trimtab.tasks.scores import Array, Score, Truth
+from trimtab.tasks.spec import SPLITS, TaskSpec
+from trimtab.tasks.tokens import Encoded
 
 SpecT = TypeVar("SpecT", bound=TaskSpec)
-CUT, CUT_MOST = (
-    0.1,
-    500,
-)  # the share of train, and at most how many rows, that validate when no validation data is given
+CUT, CUT_MOST = 0.1, 500
+"""The share of train, and at most how many rows, that validate when no validation data is given."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,31 @@ class Example:
     """Which of several test sets it is from."""
 
 
+@dataclass(frozen=True)
+class Head:
+    """The model that a task needs: a class of transformers, and what its config says where the head is new."""
+
+    auto: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the model gets modules without pretrained weights, so that no two tasks share it."""
+        return bool(self.config)
+
+
 class Task(ABC, Generic[SpecT]):
     """A task of a recipe. Splits are read once, when first asked for."""
 
+    spec_class: ClassVar[type[TaskSpec]]
+    task_type: ClassVar[str]
+    """PEFT's name for it."""
+    generates = False
+    """Whether the model writes text, prompt first, instead of filling in a head's outputs."""
+
     def __init__(self, name: str, spec: SpecT) -> None:
         self.name, self.spec = name, spec
-        self.main_score: str = spec.score
+        self.score: Score = spec.SCORES[spec.score]
         self.validation_is_cut = spec.data.validation is None
         """No validation data is given: the last tenth of train (1 to 500 rows) validates, and train leaves it out."""
         self.test_is_validation = spec.data.test is None
@@ -51,6 +72,8 @@ class Task(ABC, Generic[SpecT]):
         self._examples: dict[str, list[Example]] = {}
         for one in self.sets.values():
             one._rows = self._rows  # train is read once
+
+    # ---- data --------------------------------------------------------------------------------------------------
 
     def examples(self, split: str) -> list[Example]:
         """The examples of train, validation or test.
@@ -68,8 +91,60 @@ class Task(ABC, Generic[SpecT]):
             self._examples[split] = self._made(split, self.spec.data.skip_bad_rows and split == "train")
         return self._examples[split]
 
-    def score(self, predictions: Sequence[Any], examples: Sequence[Example]) -> dict[str, float]:
-        """The scores by name, `main_score` first; all are better when higher.
+    @abstractmethod
+    def example(self, row: Row, where: str) -> Example:
+        """Make an example of a row; raises DataError starting with `where`."""
+
+    # ---- model -------------------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def head(self) -> Head:
+        """The model it needs."""
+
+    @abstractmethod
+    def encode(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        examples: Sequence[Example],
+        *,
+        training: bool,
+        max_length: int = 512,
+        cut: bool = False,
+    ) -> tuple[list[Encoded], int]:
+        """Tokenise examples, with answers or labels when `training`; also return how many were too long.
+
+        Args:
+            max_length: in tokens.
+            cut: what is longer is cut where the task allows it, instead of left out.
+        """
+
+    def decoding(self) -> dict[str, Any]:
+        """Arguments of `generate` for a task that generates."""
+        return {}
+
+    @abstractmethod
+    def read(self, outputs: Sequence[Any]) -> list[Any]:
+        """Predictions from what the model gave for each example: its text, or its head's outputs."""
+
+    # ---- scores ------------------------------------------------------------------------------------------------
+
+    @property
+    def shown(self) -> tuple[Score, ...]:
+        """The scores that are told, the main one first."""
+        return (self.score, *self.score.beside)
+
+    @property
+    def binary(self) -> bool:
+        """Whether the main score is the plain share of right items."""
+        return self.score.binary and not self.sets
+
+    @abstractmethod
+    def truth(self, examples: Sequence[Example]) -> Truth:
+        """What predictions on the examples are held against."""
+
+    def scores(self, predictions: Sequence[Any], examples: Sequence[Example]) -> dict[str, float]:
+        """The scores by name, the main one first; all are better when higher.
 
         Over several test sets these are each set's main score, and first the plain mean of those.
 
@@ -79,40 +154,40 @@ class Task(ABC, Generic[SpecT]):
             raise ValueError(
                 f"{self.name}: {len(predictions)} predictions for {len(examples)} examples; give one for each"
             )
-        scores = self._set_scores(predictions, examples) or self.scores(predictions, examples)
-        return {self.main_score: scores[self.main_score], **scores}
+        parts = self._by_set(examples)
+        if not parts:
+            truth = self.truth(examples)
+            return {score.name: score.value(predictions, truth) for score in self.shown}
+        found = {}
+        for name, places in parts.items():
+            one = self.sets[name]
+            truth = one.truth([examples[i] for i in places])
+            found[name] = one.score.value([predictions[i] for i in places], truth)
+        return {self.score.name: sum(found.values()) / len(found), **found}
 
-    def per_item(self, predictions: Sequence[Any], examples: Sequence[Example]) -> list[float]:
-        """How right each prediction is, higher is better: for statistics on pairs."""
-        return [self._task_of(e).item(p, e) for p, e in zip(predictions, examples, strict=True)]
+    def weighted(self, examples: Sequence[Example]) -> Callable[[Sequence[Any], Array], Array]:
+        """The main score for resampled items: (predictions (n,), weights (B, n)) -> (B,)."""
+        parts = self._by_set(examples)
+        if not parts:
+            truth = self.truth(examples)
+            return lambda predictions, weights: self.score.weighted(predictions, truth, weights)
+        each = [
+            (places, self.sets[name].weighted([replace(examples[i], set=None) for i in places]))
+            for name, places in parts.items()
+        ]
 
-    def _task_of(self, example: Example) -> Task[Any]:
-        return self.sets.get(example.set or "", self)
+        def mean(predictions: Sequence[Any], weights: Array) -> Array:
+            found = [of([predictions[i] for i in places], weights[:, places]) for places, of in each]
+            return np.asarray(np.mean(found, axis=0))
 
-    def _set_scores(self, predictions: Sequence[Any], examples: Sequence[Example]) -> dict[str, float]:
-        scores: dict[str, float] = {}
-        for set_, one in self.sets.items():
-            pairs = [(p, e) for p, e in zip(predictions, examples, strict=True) if e.set == set_]
-            if pairs:
-                scores[set_] = one.score(*zip(*pairs, strict=True))[one.main_score]
-        return {self.main_score: sum(scores.values()) / len(scores), **scores} if scores else {}
+        return mean
 
-    @abstractmethod
-    def example(self, row: Row, where: str) -> Example:
-        """Make an example of a row; raises DataError starting with `where`."""
+    def _by_set(self, examples: Sequence[Example]) -> dict[str, list[int]]:
+        """The places of each test set's examples; empty where these are of no set."""
+        counts = Counter(e.set for e in examples if e.set in self.sets)
+        return {name: [i for i, e in enumerate(examples) if e.set == name] for name in self.sets if counts[name]}
 
-    @abstractmethod
-    def encode(
-        self, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], *, training: bool
-    ) -> tuple[list[Encoded], int]:
-        """Tokenise examples, with answers or labels when `training`; also return how many were too long."""
-
-    @abstractmethod
-    def scores(self, predictions: Sequence[Any], examples: Sequence[Example]) -> dict[str, float]: ...
-
-    @abstractmethod
-    def item(self, prediction: Any, example: Example) -> float:
-        """How right one prediction is, higher is better."""
+    # ---- rows --------------------------------------------------------------------------------------------------
 
     def _made(self, split: str, skip: bool) -> list[Example]:
         made: list[Example] = []
@@ -142,7 +217,7 @@ class Task(ABC, Generic[SpecT]):
         return list(enumerate(rows, first))[: getattr(self.spec.data.limit, split)]
 
     def _read(self, split: str) -> list[Row]:
-        data: DataSpec = self.spec.data
+        data = self.spec.data
         name: str = getattr(data, split)
         if name not in self._rows:
             self._rows[name] = (
@@ -159,23 +234,3 @@ class Task(ABC, Generic[SpecT]):
     def _where(self, split: str, number: int) -> str:
         source = self._source("train" if split == "validation" and self.validation_is_cut else split)
         return f"{source}, row {number}"
-
-
-def field(row: Row, name: str, where: str) -> Any:
-    """The value of a field; raises DataError naming the fields there are."""
-    if name not in row:
-        raise DataError(f"{where}: no field {name!r}; the fields are {', '.join(map(str, row))}")
-    return row[name]
-
-
-def is_missing(value: Any) -> bool:
-    """Whether a value is null, NaN or the empty string."""
-    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
-
-
-def needed(row: Row, name: str, where: str) -> Any:
-    """The value of a field that must hold something; raises DataError for null, NaN and the empty string."""
-    value = field(row, name, where)
-    if is_missing(value):
-        raise DataError(f"{where}: the field {name!r} is {value!r}; fill it or remove the row")
-    return value

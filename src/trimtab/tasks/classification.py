@@ -1,53 +1,100 @@
-"""Classification and regression: a text, or a pair of texts, in; a class or a number out."""
+"""Classification: a text, or a pair of texts, in; one of several classes out."""
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from trimtab.recipe.schema import ClassificationSpec, RegressionSpec
-from trimtab.tasks.base import Example, Task, field, is_missing, needed
-from trimtab.tasks.scores import accuracy, f1, mcc, pearson, spearman
-from trimtab.tasks.tokens import DataError, Encoded, Row, encode_texts
+from trimtab.errors import DataError
+from trimtab.tasks.base import Example, Head, Task
+from trimtab.tasks.files import Row, field, is_missing, needed
+from trimtab.tasks.scores import CLASS_SCORES, Score, Truth
+from trimtab.tasks.spec import FieldNames, Names, TaskSpec, one_of
+from trimtab.tasks.tokens import Encoded, encode_texts
 
-TextSpecT = TypeVar("TextSpecT", ClassificationSpec, RegressionSpec)
+
+class TextSpec(TaskSpec):
+    """What tasks on whole texts share."""
+
+    text: FieldNames
+    """the text's field, or [first, second] for a pair"""
+
+
+TextSpecT = TypeVar("TextSpecT", bound=TextSpec)
 
 
 class TextTask(Task[TextSpecT]):
-    """What classification and regression share."""
+    """A task on a whole text, or a pair, that a head reads."""
+
+    task_type = "SEQ_CLS"
 
     def example(self, row: Row, where: str) -> Example:
         values = [field(row, name, where) for name in self.spec.text]
         if all(map(is_missing, values)):
             needed(row, self.spec.text[0], where)  # of a pair, one may be empty
         texts = tuple("" if is_missing(value) else str(value) for value in values)
-        value = needed(row, self.spec.label, where)
+        value = needed(row, self.label_field, where)
         return Example(texts, str(value), self.label(value, where), row)
 
     def encode(
-        self, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], *, training: bool
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        examples: Sequence[Example],
+        *,
+        training: bool,
+        max_length: int = 512,
+        cut: bool = False,
     ) -> tuple[list[Encoded], int]:
         """Tokenise, labels included; texts longer than `max_length` are cut to it, in evaluation too, and counted."""
-        pairs = [encode_texts(tokenizer, e.texts, e.label, self.spec.training.max_length) for e in examples]
-        return [encoded for encoded, _ in pairs], sum(cut for _, cut in pairs)
+        pairs = [encode_texts(tokenizer, e.texts, e.label, max_length) for e in examples]
+        return [encoded for encoded, _ in pairs], sum(was_cut for _, was_cut in pairs)
+
+    def truth(self, examples: Sequence[Example]) -> Truth:
+        return Truth([e.label or 0 for e in examples])
+
+    @property
+    def shown(self) -> tuple[Score, ...]:
+        others = (score for score in self.spec.SCORES.values() if score is not self.score)
+        return (self.score, *others)
 
     @property
     @abstractmethod
-    def num_labels(self) -> int:
-        """The outputs the model's head needs."""
+    def label_field(self) -> str:
+        """The field that holds what is to be told."""
 
     @abstractmethod
     def label(self, value: Any, where: str) -> int | float:
         """The label a field's value stands for; raises DataError for none."""
 
 
+class ClassificationSpec(TextSpec):
+    """Text (or a pair of texts) in, one of several classes out."""
+
+    SCORES = CLASS_SCORES
+    type: Literal["classification"]
+    label: str
+    """the field that holds the class"""
+    labels: Names | None = None
+    """The classes in order; without it, those of the training file, sorted."""
+    score: Annotated[str, one_of(CLASS_SCORES)] = "accuracy"
+
+
 class ClassificationTask(TextTask[ClassificationSpec]):
-    """Predictions are class numbers, 0 to `num_labels` - 1."""
+    """Predictions are class numbers, from 0."""
+
+    spec_class = ClassificationSpec
+
+    @property
+    def label_field(self) -> str:
+        return self.spec.label
+
+    @property
+    def head(self) -> Head:
+        return Head("AutoModelForSequenceClassification", {"num_labels": len(self.labels)})
 
     @cached_property
     def labels(self) -> list[str]:
@@ -65,10 +112,6 @@ class ClassificationTask(TextTask[ClassificationSpec]):
             )
         return sorted(names, key=lambda n: (0, int(n), n) if n.lstrip("-").isdecimal() else (1, 0, n))
 
-    @property
-    def num_labels(self) -> int:
-        return len(self.labels)
-
     def label(self, value: Any, where: str) -> int:
         """The class of a name or, where no class is named by a number, of a number counting from 0."""
         name = label_name(value)
@@ -80,43 +123,11 @@ class ClassificationTask(TextTask[ClassificationSpec]):
             f"{where}: {self.spec.label} is {name[:60]!r}, not one of the labels {', '.join(self.labels[:20])}"
         )
 
-    def scores(self, predictions: Sequence[int], examples: Sequence[Example]) -> dict[str, float]:
-        wanted = [int(e.label or 0) for e in examples]
-        return {
-            "accuracy": accuracy(predictions, wanted),
-            "f1": f1(predictions, wanted, self.num_labels),
-            "mcc": mcc(predictions, wanted),
-        }
+    def read(self, outputs: Sequence[Sequence[float]]) -> list[int]:
+        return [max(range(len(logits)), key=logits.__getitem__) for logits in outputs]
 
-    def item(self, prediction: int, example: Example) -> float:
-        return float(prediction == example.label)
-
-
-class RegressionTask(TextTask[RegressionSpec]):
-    """Predictions are numbers."""
-
-    num_labels = 1
-
-    def label(self, value: Any, where: str) -> float:
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            number = math.nan
-        if not math.isfinite(number):
-            raise DataError(
-                f"{where}: {self.spec.label} is {str(value)[:60]!r}, not a finite number; mend it or remove the row"
-            )
-        return number
-
-    def scores(self, predictions: Sequence[float], examples: Sequence[Example]) -> dict[str, float]:
-        """Pearson's and Spearman's correlation and their mean; each 0 for constant or non-finite predictions."""
-        wanted = [float(e.label or 0) for e in examples]
-        linear, rank = pearson(predictions, wanted), spearman(predictions, wanted)
-        return {"correlation": (linear + rank) / 2, "pearson": linear, "spearman": rank}
-
-    def item(self, prediction: float, example: Example) -> float:
-        """Minus the absolute error: a correlation has no items."""
-        return -abs(prediction - float(example.label or 0))
+    def truth(self, examples: Sequence[Example]) -> Truth:
+        return Truth([int(e.label or 0) for e in examples], classes=len(self.labels))
 
 
 def label_name(value: Any) -> str:

@@ -6,15 +6,14 @@ import csv
 import difflib
 import io
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from trimtab.errors import DataError
+
 Row = dict[str, Any]
-
-
-class DataError(ValueError):
-    """Data that cannot be used. The message names the file, the line or row, and what to do."""
 
 
 def locate(path: str | Path, folder: str | Path = ".") -> Path:
@@ -196,3 +195,23 @@ READERS: dict[str, Callable[[Path, Sequence[str] | None, bool], list[Row]]] = {
     ".tsv": _read_tsv,
     ".parquet": _read_parquet,
 }
+
+
+def field(row: Row, name: str, where: str) -> Any:
+    """The value of a field; raises DataError naming the fields there are."""
+    if name not in row:
+        raise DataError(f"{where}: no field {name!r}; the fields are {', '.join(map(str, row))}")
+    return row[name]
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a value is null, NaN or the empty string."""
+    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
+
+
+def needed(row: Row, name: str, where: str) -> Any:
+    """The value of a field that must hold something; raises DataError for null, NaN and the empty string."""
+    value = field(row, name, where)
+    if is_missing(value):
+        raise DataError(f"{where}: the field {name!r} is {value!r}; fill it or remove the row")
+    return value

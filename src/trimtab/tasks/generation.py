@@ -6,37 +6,62 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from transformers import PreTrainedTokenizerBase
 
-from trimtab.recipe.schema import GenerationSpec, parse_template
-from trimtab.tasks.base import Example, Task, field, is_missing, needed
-from trimtab.tasks.scores import last_number, named_choice, overlap, same_number
-from trimtab.tasks.tokens import DataError, Encoded, Row, cut, encode
+from trimtab.errors import DataError
+from trimtab.tasks.base import Example, Head, Task
+from trimtab.tasks.files import Row
+from trimtab.tasks.scores import GENERATION_SCORES, Truth
+from trimtab.tasks.spec import Names, TaskSpec, one_of
+from trimtab.tasks.templates import Template, Templates, chosen_template, render
+from trimtab.tasks.tokens import Encoded, encode
+from trimtab.tasks.tokens import cut as cut_to
 
 
-def render(template: str, row: Row, where: str, *, full: bool = False) -> str:
-    """Fill a template from a row; null and NaN give the empty string, or with `full` an error.
+class GenerationSpec(TaskSpec):
+    """Prompt in, text out."""
 
-    Raises DataError for a field that is not there and, with `full`, for an empty one.
-    """
-    get = needed if full else field
-    parts = [(text, get(row, name, where) if name is not None else "") for text, name in parse_template(template)]
-    return "".join(text + ("" if is_missing(value) else str(value)) for text, value in parts)
+    SCORES = GENERATION_SCORES
+    set_fields = frozenset({"answer", "score", "choices"})
+    type: Literal["generation"]
+    prompt: Templates
+    """a template over the row's fields such as "{question}", or several: the first whose fields all hold something"""
+    answer: Template
+    """a template over the row's fields such as "{output}" """
+    chat: Literal[True, False, "auto"] = "auto"
+    system: str | None = None
+    choices: Names | None = None
+    score: Annotated[str, one_of(GENERATION_SCORES)] = "exact_match"
+    max_new_tokens: PositiveInt = 16
+    repetition_penalty: PositiveFloat = 1.0
+    no_repeat_ngram_size: NonNegativeInt = 0
 
-
-def chosen_template(templates: str | list[str], row: Row) -> str:
-    """The template itself or, of several, the first whose fields all hold something, else the last."""
-    if isinstance(templates, str):
-        return templates
-    for template in templates:
-        if not any(is_missing(row.get(name)) for _, name in parse_template(template) if name is not None):
-            return template
-    return templates[-1]
+    @model_validator(mode="after")
+    def _consistent(self) -> GenerationSpec:
+        if GENERATION_SCORES[self.score].takes_choices != (self.choices is not None):
+            raise ValueError("score: choice and a choices: list go together; give both or neither")
+        if self.chat is False and self.system is not None:
+            raise ValueError("system needs the chat template; remove it or chat: false")
+        for name, one in self.data.sets.items():
+            if one.score is None and one.choices is None:
+                continue
+            if one.score not in GENERATION_SCORES:
+                raise ValueError(f"data.test.{name}: score must be one of {', '.join(GENERATION_SCORES)}")
+            if GENERATION_SCORES[one.score].takes_choices != (one.choices is not None):
+                raise ValueError(f"data.test.{name}: score: choice and a choices: list go together")
+        return self
 
 
 class GenerationTask(Task[GenerationSpec]):
     """Predictions are the generated texts."""
+
+    spec_class = GenerationSpec
+    task_type = "CAUSAL_LM"
+    generates = True
+    head = Head("AutoModelForCausalLM")
 
     def example(self, row: Row, where: str) -> Example:
         prompt = render(chosen_template(self.spec.prompt, row), row, where)
@@ -44,19 +69,24 @@ class GenerationTask(Task[GenerationSpec]):
             raise DataError(
                 f"{where}: the prompt {self.spec.prompt!r} comes out empty; fill the field or remove the row"
             )
-        answer = render(self.spec.answer, row, where, full=self.spec.score != "overlap")  # which has a value for ""
+        answer = render(self.spec.answer, row, where, full=not self.score.takes_empty)
+        example = Example((prompt,), answer, None, row)
         if self.sets:
-            return Example((prompt,), answer, None, row)  # a row to train on; each set checks its own
-        if self.spec.score == "number" and last_number(answer) is None:
-            raise DataError(f"{where}: score: number needs a number in the answer, which is {answer[:60]!r}")
-        if self.spec.choices and named_choice(answer, self.spec.choices) is None:
-            raise DataError(f"{where}: the answer {answer[:60]!r} names none of choices: {self.spec.choices}")
-        return Example((prompt,), answer, None, row)
+            return example  # a row to train on; each set checks its own
+        if flaw := self.score.flaw(answer, self.truth([])):
+            raise DataError(f"{where}: {flaw}")
+        return example
 
     def encode(
-        self, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], *, training: bool
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        examples: Sequence[Example],
+        *,
+        training: bool,
+        max_length: int = 512,
+        cut: bool = False,
     ) -> tuple[list[Encoded], int]:
-        """Tokenise; training examples longer than `max_length` are left out or, with `too_long: cut`, cut; and counted.
+        """Tokenise; training examples longer than `max_length` are left out or, with `cut`, cut; and counted.
 
         What leaves no token of the answer is left out in any case.
 
@@ -68,32 +98,25 @@ class GenerationTask(Task[GenerationSpec]):
         ]
         if not training:
             return encoded, 0
-        longest, cuts = self.spec.training.max_length, self.spec.training.too_long == "cut"
-        kept = [cut(e, longest) for e in encoded if len(e.input_ids) <= longest or (cuts and e.prompt_length < longest)]
+        fits = [len(e.input_ids) <= max_length for e in encoded]
+        kept = [
+            cut_to(e, max_length)
+            for e, whole in zip(encoded, fits, strict=True)
+            if whole or (cut and e.prompt_length < max_length)
+        ]
         if not kept:
             shortest = min((len(e.input_ids) for e in encoded), default=0)
             raise DataError(
-                f"{self.name}: none of {len(encoded)} training examples fits in max_length {longest}; the shortest has "
-                f"{shortest} tokens. Raise training: max_length:"
+                f"{self.name}: none of {len(encoded)} training examples fits in max_length {max_length}; the shortest "
+                f"has {shortest} tokens. Raise training: max_length:"
             )
-        return kept, sum(len(e.input_ids) > longest for e in encoded)
+        return kept, fits.count(False)
 
-    def scores(self, predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
-        """The share of right answers and, for number and choice, of outputs that hold an answer at all."""
-        scores = {self.main_score: sum(self.per_item(predictions, examples)) / len(examples)}
-        if self.main_score in ("number", "choice"):
-            scores["answered"] = sum(self._parse(p) is not None for p in predictions) / len(examples)
-        return scores
+    def decoding(self) -> dict[str, Any]:
+        return self.spec.model_dump(include={"max_new_tokens", "repetition_penalty", "no_repeat_ngram_size"})
 
-    def item(self, prediction: str, example: Example) -> float:
-        if self.spec.score == "number":
-            return float(same_number(prediction, example.answer))
-        if self.spec.score == "choice":
-            wanted = self._parse(example.answer)
-            return float(wanted is not None and self._parse(prediction) == wanted)
-        if self.spec.score == "overlap":
-            return overlap(prediction, example.answer)
-        return float(prediction.strip() == example.answer.strip())
+    def read(self, outputs: Sequence[str]) -> list[str]:
+        return list(outputs)
 
-    def _parse(self, text: str) -> float | int | None:
-        return named_choice(text, self.spec.choices) if self.spec.choices else last_number(text)
+    def truth(self, examples: Sequence[Example]) -> Truth:
+        return Truth([e.answer for e in examples], choices=self.spec.choices or ())

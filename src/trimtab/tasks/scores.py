@@ -1,11 +1,90 @@
-"""Scores as plain functions of Python lists. Averages over no items raise ZeroDivisionError; tasks check before."""
+"""Scores: each is one object that knows its plain value, its value in resamples, and what its items are.
+
+    accuracy.value(predictions, truth)              # plain
+    accuracy.weighted(predictions, truth, weights)  # (B, n) weights of the items -> (B,), for a bootstrap
+    accuracy.binary                                 # items are right or wrong, so that exact tests apply
+
+A new score is one object in its task's table; training, evaluation and the report take it from there.
+"""
 
 from __future__ import annotations
 
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What predictions are held against."""
+
+    wanted: Sequence[Any]
+    """Answers as text, class numbers, or numbers."""
+    classes: int = 0
+    choices: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Score:
+    """One score, higher is better.
+
+    Either `item` scores each prediction, (prediction, wanted, truth) -> float, and the score is their mean; or `whole`
+    scores all at once, (predictions (n,), truth, weights (B, n)) -> (B,), where no mean over items does.
+    """
+
+    name: str
+    item: Callable[[Any, Any, Truth], float] | None = None
+    whole: Callable[[Any, Truth, Array], Array] | None = None
+    binary: bool = False
+    """Every item is 0 or 1."""
+    beside: tuple[Score, ...] = ()
+    """What is shown beside it."""
+    takes_choices: bool = False
+    takes_empty: bool = False
+    """An empty answer is one."""
+    flaw: Callable[[str, Truth], str | None] = lambda answer, truth: None
+    """What is wrong with an answer that this score could never find right; None for nothing."""
+
+    def per_item(self, predictions: Sequence[Any], truth: Truth) -> list[float]:
+        """The value of each prediction, for a score that is a mean of them."""
+        assert self.item is not None
+        return [self.item(p, w, truth) for p, w in zip(predictions, truth.wanted, strict=True)]
+
+    def weighted(self, predictions: Sequence[Any], truth: Truth, weights: Array) -> Array:
+        """The score of each resample of the items.
+
+        Args:
+            weights: (B, n), how often each item is drawn.
+        """
+        if self.whole is not None:
+            return self.whole(predictions, truth, weights)
+        return mean_of(self.per_item(predictions, truth), weights)
+
+    def value(self, predictions: Sequence[Any], truth: Truth) -> float:
+        """The plain score."""
+        return float(self.weighted(predictions, truth, np.ones((1, len(truth.wanted))))[0])
+
+
+def mean_of(values: Sequence[float] | Array, weights: Array) -> Array:
+    """The mean over items of each resample."""
+    return ratio(weights @ np.asarray(values, dtype=np.float64), weights.sum(1))
+
+
+def ratio(above: Array, below: Array) -> Array:
+    """Quotients, 0 where there is nothing to divide by."""
+    found: Array = np.divide(above, below, out=np.zeros_like(below), where=below > 0)
+    return found
+
+
+# ---- text --------------------------------------------------------------------------------------------------------
 
 WHOLE = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"  # 1,234 or 1234
 NUMBER = re.compile(rf"(?:(?<![\w).])-)?\$?(?:{WHOLE}(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
@@ -52,57 +131,105 @@ def _whole_word(choice: str) -> re.Pattern[str]:
     return re.compile(rf"(?<!\w){re.escape(choice)}(?!\w)", 0 if len(choice) == 1 else re.IGNORECASE)
 
 
-def accuracy(predicted: Sequence[int], wanted: Sequence[int]) -> float:
-    """The share of equal items."""
-    return sum(p == w for p, w in zip(predicted, wanted, strict=True)) / len(wanted)
+def _same_choice(predicted: str, wanted: str, truth: Truth) -> float:
+    right = named_choice(wanted, truth.choices)
+    return float(right is not None and named_choice(predicted, truth.choices) == right)
 
 
-def f1(predicted: Sequence[int], wanted: Sequence[int], classes: int) -> float:
-    """F1 of class 1 when there are two classes, else the mean F1 of the classes seen; 0 where it has no denominator."""
-    right = Counter(p for p, w in zip(predicted, wanted, strict=True) if p == w)
-    seen = Counter(predicted) + Counter(wanted)
-    of = [1] if classes == 2 else sorted(seen)
-    return sum(2 * right[c] / seen[c] if seen[c] else 0.0 for c in of) / len(of)
+EXACT_MATCH = Score("exact_match", lambda p, w, truth: float(p.strip() == w.strip()), binary=True)
+NUMBER_MATCH = Score(
+    "number",
+    lambda p, w, truth: float(same_number(p, w)),
+    binary=True,
+    beside=(Score("answered", lambda p, w, truth: float(last_number(p) is not None), binary=True),),
+    flaw=lambda answer, truth: (
+        f"score: number needs a number in the answer, which is {answer[:60]!r}" if last_number(answer) is None else None
+    ),
+)
+CHOICE = Score(
+    "choice",
+    _same_choice,
+    binary=True,
+    beside=(Score("answered", lambda p, w, t: float(named_choice(p, t.choices) is not None), binary=True),),
+    takes_choices=True,
+    flaw=lambda answer, truth: (
+        f"the answer {answer[:60]!r} names none of choices: {truth.choices}"
+        if named_choice(answer, truth.choices) is None
+        else None
+    ),
+)
+OVERLAP = Score("overlap", lambda p, w, truth: overlap(p, w), takes_empty=True)
+GENERATION_SCORES = {score.name: score for score in (EXACT_MATCH, NUMBER_MATCH, CHOICE, OVERLAP)}
 
 
-def mcc(predicted: Sequence[int], wanted: Sequence[int]) -> float:
+# ---- classes -----------------------------------------------------------------------------------------------------
+
+
+def _f1(predicted: Any, truth: Truth, weights: Array) -> Array:
+    """F1 of class 1 when there are two classes, else the mean F1 of those seen; 0 where it has no denominator."""
+    guess, wanted = np.asarray(predicted), np.asarray(truth.wanted)
+    of = np.array([1]) if truth.classes == 2 else np.unique(np.concatenate([wanted, guess]))
+    right = weights @ ((wanted == guess)[:, None] & (wanted[:, None] == of))
+    seen = weights @ ((guess[:, None] == of).astype(float) + (wanted[:, None] == of))
+    total: Array = ratio(2 * right, seen).sum(1) / np.maximum(1, (seen > 0).sum(1))
+    return total
+
+
+def _mcc(predicted: Any, truth: Truth, weights: Array) -> Array:
     """Matthews correlation for any number of classes; 0 when the predictions or the answers are constant."""
-    n, right = len(wanted), sum(p == w for p, w in zip(predicted, wanted, strict=True))
-    p_counts, w_counts = Counter(predicted), Counter(wanted)
-    p_spread = n * n - sum(v * v for v in p_counts.values())
-    w_spread = n * n - sum(v * v for v in w_counts.values())
-    if p_spread == 0 or w_spread == 0:
-        return 0.0
-    return (right * n - sum(v * w_counts[c] for c, v in p_counts.items())) / math.sqrt(p_spread * w_spread)
+    guess, wanted = np.asarray(predicted), np.asarray(truth.wanted)
+    classes = np.unique(np.concatenate([wanted, guess]))
+    right = weights @ (wanted == guess)
+    p, w = (weights @ (x[:, None] == classes) for x in (guess, wanted))
+    n = weights.sum(1)
+    below = np.sqrt((n**2 - (p**2).sum(1)) * (n**2 - (w**2).sum(1)))
+    return ratio(right * n - (p * w).sum(1), below)
 
 
-def pearson(a: Sequence[float], b: Sequence[float]) -> float:
-    """Linear correlation; 0 when either side is constant or not finite."""
-    if not all(map(math.isfinite, (*a, *b))) or min(a) == max(a) or min(b) == max(b):
-        return 0.0
-    xs, ys = _centred(a), _centred(b)
-    return max(-1.0, min(1.0, math.fsum(x * y for x, y in zip(xs, ys, strict=True))))
+ACCURACY = Score("accuracy", lambda p, w, truth: float(p == w), binary=True)
+F1 = Score("f1", whole=_f1)
+MCC = Score("mcc", whole=_mcc)
+CLASS_SCORES = {score.name: score for score in (ACCURACY, F1, MCC)}
 
 
-def _centred(values: Sequence[float]) -> list[float]:
-    """Mean 0 and norm 1; divided by the largest first, so that squares neither overflow nor vanish."""
-    mean = math.fsum(v / len(values) for v in values)
-    off = [v - mean for v in values]
-    top = max(map(abs, off))
-    norm = math.sqrt(math.fsum((v / top) ** 2 for v in off))
-    return [v / top / norm for v in off]
+# ---- numbers -----------------------------------------------------------------------------------------------------
 
 
-def spearman(a: Sequence[float], b: Sequence[float]) -> float:
-    """Correlation of ranks, ties at their mean rank; 0 when either side is constant or not finite."""
-    finite = all(map(math.isfinite, (*a, *b)))
-    return pearson(ranks(a), ranks(b)) if finite else 0.0
-
-
-def ranks(values: Sequence[float]) -> list[float]:
+def ranks(values: Sequence[float] | Array) -> Array:
     """Ranks from 1; equal values share the mean of their places."""
-    places: dict[float, list[int]] = {}
-    for place, value in enumerate(sorted(values), 1):
-        places.setdefault(value, []).append(place)
-    mean = {value: sum(p) / len(p) for value, p in places.items()}
-    return [mean[value] for value in values]
+    _, place, counts = np.unique(np.asarray(values, dtype=np.float64), return_inverse=True, return_counts=True)
+    last = counts.cumsum()
+    found: Array = (last - (counts - 1) / 2)[place]
+    return found
+
+
+def _pearson(predicted: Any, truth: Truth, weights: Array) -> Array:
+    """Linear correlation; 0 when either side is constant or not finite."""
+    sides = [np.asarray(side, dtype=np.float64) for side in (predicted, truth.wanted)]
+    if not all(np.isfinite(side).all() and len(side) and side.min() < side.max() for side in sides):
+        return np.zeros(len(weights))
+    n = weights.sum(1, keepdims=True)
+    x, y = (_scaled(side) for side in sides)
+    x_off, y_off = (v - (weights @ v)[:, None] / n for v in (x, y))
+    below = np.sqrt((weights * x_off**2).sum(1) * (weights * y_off**2).sum(1))
+    return ratio((weights * x_off * y_off).sum(1), below).clip(-1, 1)
+
+
+def _scaled(values: Array) -> Array:
+    """Around 0 and at most 1 in size, so that squares neither overflow nor vanish."""
+    off = values - math.fsum(values / len(values))
+    scaled: Array = off / np.abs(off).max()
+    return scaled
+
+
+def _spearman(predicted: Any, truth: Truth, weights: Array) -> Array:
+    """Correlation of ranks, those of the whole sample in every resample; ties at their mean rank."""
+    if not all(np.isfinite(np.asarray(side, dtype=np.float64)).all() for side in (predicted, truth.wanted)):
+        return np.zeros(len(weights))
+    return _pearson(ranks(predicted), Truth(ranks(truth.wanted).tolist()), weights)
+
+
+PEARSON = Score("pearson", whole=_pearson)
+SPEARMAN = Score("spearman", whole=_spearman)
+CORRELATION = Score("correlation", whole=lambda p, t, w: (_pearson(p, t, w) + _spearman(p, t, w)) / 2)
+NUMBER_SCORES = {score.name: score for score in (CORRELATION, PEARSON, SPEARMAN)}

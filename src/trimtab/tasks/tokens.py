@@ -1,6 +1,5 @@
 """Text to batches: prompts and answers to tokens, tokens to padded tensors.
 
-rows = read_rows("data/train.jsonl")
 encoded = encode(tokenizer, "What is 2+2?", "4")      # token ids; labels are -100 on the prompt
 batch = Collator(tokenizer)([encoded])                # input_ids, attention_mask, labels, prompt_lengths
 """
@@ -15,21 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from trimtab.tasks.files import DataError, Row, locate, read_rows
-
-__all__ = [
-    "Collator",
-    "DataError",
-    "Encoded",
-    "Row",
-    "cut",
-    "encode",
-    "encode_messages",
-    "encode_texts",
-    "is_templated",
-    "locate",
-    "read_rows",
-]
+from trimtab.errors import DataError
 
 IGNORED = -100  # the label of a token that the loss skips
 Chat = Literal[True, False, "auto"]

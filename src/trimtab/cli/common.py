@@ -1,0 +1,98 @@
+"""What the commands share: the app, the console, options, the recipe, small checks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperCommand
+
+if TYPE_CHECKING:
+    from trimtab.recipe.schema import Recipe
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Train, score and switch LoReFT adapters on one frozen model.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+console = Console()
+
+
+class QuietCommand(TyperCommand):
+    """Silences the libraries underneath when it runs, which loads them, and not when its help is read."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        from trimtab.runs.models import quiet
+
+        quiet()
+        return super().invoke(ctx)
+
+
+command = partial(app.command, cls=QuietCommand)
+
+RecipeFile = Annotated[
+    Path, typer.Argument(help="The recipe: a YAML file, or the name of one that comes with trimtab.", metavar="RECIPE")
+]
+TaskNames = Annotated[list[str] | None, typer.Option("--task", help="Only this task; may be repeated.")]
+Folders = Annotated[
+    list[str] | None,
+    typer.Option("--adapter", "-a", help="An adapter's folder, or one that holds several; may be repeated."),
+]
+RecipeModel = Annotated[str | None, typer.Option("--model", help="The base model, instead of the recipe's.")]
+DataFolder = Annotated[
+    Path | None, typer.Option("--data", help="The folder that relative data files are in, instead of the recipe's.")
+]
+OutputFolder = Annotated[str | None, typer.Option("--output", help="Where runs go, instead of where the recipe says.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="key.path=value, instead of what the recipe says (training.epochs=3); may be repeated."),
+]
+ModelName = Annotated[str | None, typer.Option(help="The base model, where it is not the one the adapter names.")]
+
+
+def must_be_new(output: Path) -> None:
+    """Raises FileExistsError for what is there already."""
+    if output.exists():
+        raise FileExistsError(f"{output} is there already; name another output, or remove it.")
+
+
+@contextmanager
+def extra(name: str) -> Iterator[None]:
+    """Around imports that an optional extra brings; without it, say how to get it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ValueError(f"this command needs {error.name}: pip install 'trimtab[{name}]'") from None
+
+
+def read_recipe(
+    file: Path,
+    model: str | None,
+    data: Path | None,
+    output: str | None,
+    settings: list[str] | None,
+    tasks: list[str] | None,
+) -> Recipe:
+    """The recipe as the options change it; only the files of `tasks` have to be there."""
+    from trimtab.recipe.load import load_recipe
+
+    own = {"model": model, "output": output}
+    given = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in own.items() if value is not None]
+    return load_recipe(file, [*given, *(settings or [])], data=data, only=tasks)
+
+
+def size_of(count: float) -> str:
+    """Bytes as people read them."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}" if unit != "B" else f"{count:.0f} B"
+        count /= 1000
+    return f"{count:.3g} GB"

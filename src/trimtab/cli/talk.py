@@ -1,0 +1,64 @@
+"""Commands that ask adapters: generate, chat."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from trimtab.cli.common import Folders, ModelName, command, console
+
+
+@command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The input; each adapter's own prompt template goes around it.")],
+    adapter: Folders = None,
+    model: ModelName = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="At most so many new tokens.")] = None,
+    base: Annotated[bool, typer.Option(help="Answer with the base model too.")] = True,
+) -> None:
+    """Answer one prompt with each adapter, and the base model, in a single batch."""
+    from trimtab.runs.generate import BASE, Answerer, find_adapters
+
+    adapters = find_adapters(adapter or [])
+    answerer = Answerer(adapters, model)
+    names = [*adapters, *([BASE] if base or not adapters else [])]
+    table = Table("adapter", "answer", title=escape(prompt))
+    for name, text in zip(names, answerer.answer(prompt, names, max_new_tokens), strict=True):
+        table.add_row("(base model)" if name == BASE else name, escape(text))
+    console.print(table)
+
+
+@command()
+def chat(adapter: Folders = None, model: ModelName = None) -> None:
+    """Talk to a model; /use NAME switches the adapter, also in the middle of a conversation."""
+    from trimtab.runs.generate import BASE, Answerer, find_adapters
+
+    adapters = find_adapters(adapter or [])
+    answerer = Answerer(adapters, model)
+    current = next(iter(adapters), BASE)
+    messages: list[dict[str, str]] = []
+    console.print(f"Adapters: {', '.join([*adapters, 'base'])}. Commands: /use NAME, /new, /quit.")
+    while True:
+        try:
+            text = console.input(f"[bold]{'base' if current == BASE else escape(current)}>[/] ").strip()
+        except (EOFError, KeyboardInterrupt):
+            break
+        command, _, argument = text.partition(" ")
+        if command == "/quit":
+            break
+        if command == "/new":
+            messages = []
+        elif command == "/use":
+            if argument not in (*adapters, "base"):
+                console.print(f"No adapter {argument!r}; there are {', '.join([*adapters, 'base'])}.")
+            else:
+                current = BASE if argument == "base" else argument
+        elif command.startswith("/"):
+            console.print("Commands: /use NAME, /new, /quit.")
+        elif text:
+            messages.append({"role": "user", "content": text})
+            messages.append({"role": "assistant", "content": answerer.reply(messages, current)})
+            console.print(escape(messages[-1]["content"]))

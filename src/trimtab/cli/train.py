@@ -1,0 +1,115 @@
+"""Commands from a model to trained adapters: init, train, eval."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from trimtab.cli.common import (
+    DataFolder,
+    OutputFolder,
+    RecipeFile,
+    RecipeModel,
+    Settings,
+    TaskNames,
+    command,
+    console,
+    must_be_new,
+    read_recipe,
+    size_of,
+)
+from trimtab.cli.tables import indented, progress_table, results_table, score_name
+
+
+@command()
+def init(
+    model: Annotated[str, typer.Argument(help="A local model folder or a Hub name.")],
+    task: Annotated[list[str] | None, typer.Option(help="name=training_file; may be repeated.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The recipe to write.")] = Path("recipe.yaml"),
+) -> None:
+    """Look at a model and write a commented recipe for it."""
+    from trimtab.recipe.init import adapter_parameters, look_at, parse_tasks, recipe_text, suggest
+
+    must_be_new(output)
+    facts = look_at(model)
+    text = recipe_text(facts, parse_tasks(task or []))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(text, encoding="utf-8")
+    weight = adapter_parameters(facts, suggest(facts).r)
+    table = Table(
+        "", "parameters", "share", "file (float32)", title=f"{model}: {facts.blocks} blocks of width {facts.width}"
+    )
+    for name, count in (("this LoReFT", weight), ("LoRA r8, all linear layers", facts.lora_parameters)):
+        table.add_row(name, f"{count:,}", f"{100 * count / facts.parameters:.3f}%", size_of(4 * count))
+    console.print(table)
+    console.print(f"Wrote {output}. Fill in the data, then: trimtab train {output}")
+
+
+@command()
+def train(
+    file: RecipeFile,
+    model: RecipeModel = None,
+    data: DataFolder = None,
+    output: OutputFolder = None,
+    settings: Settings = None,
+    task: TaskNames = None,
+    resume: Annotated[
+        bool, typer.Option(help="Skip what is done and go on where a run stopped; --no-resume starts over.")
+    ] = True,
+) -> None:
+    """Train an adapter for every task of a recipe."""
+    from rich.live import Live
+
+    from trimtab.runs.train import train as train_all
+    from trimtab.runs.trainer import Progress
+
+    recipe = read_recipe(file, model, data, output, settings, task)
+    experiments = recipe.experiments(task)
+    rows = {name: Progress(name) for name in experiments}
+    live = Live(console=console, refresh_per_second=4)
+
+    def watch(progress: Progress) -> None:
+        rows[progress.task] = progress
+        live.start()  # not before, so that a mistake in the recipe or its data is told without a table
+        live.update(progress_table(rows))
+
+    try:
+        metrics = train_all(experiments, recipe.output, resume=resume, watch=watch)
+    finally:
+        if live.is_started:
+            live.stop()
+            if not console.is_terminal:
+                console.print()  # Live ends without a line break there
+    console.print(results_table(metrics))
+    for name, m in metrics.items():
+        if m["reuse"]["reused"]:
+            share = m["reuse"]["tokens_saved"] / max(1, m["reuse"]["tokens"])
+            console.print(f"{name}: kept {m['reuse']['reused']}, {share:.0%} of all tokens' work.")
+    talks = next((name for name in metrics if experiments[name].task.generates), None)
+    hint = f" Try: trimtab generate PROMPT --adapter {recipe.output}/{talks}" if talks else ""
+    console.print(f"Adapters in {recipe.output}/<task>.{hint}")
+
+
+@command(name="eval")
+def evaluate_recipe(
+    file: RecipeFile,
+    model: RecipeModel = None,
+    data: DataFolder = None,
+    output: OutputFolder = None,
+    settings: Settings = None,
+    task: TaskNames = None,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+) -> None:
+    """Score the trained adapters of a recipe, and the base model beside them."""
+    from trimtab.runs.train import evaluate_runs
+
+    recipe = read_recipe(file, model, data, output, settings, task)
+    table = Table("task", "score", "examples", "untuned", "tuned", title=f"{split} split")
+    for name, result in evaluate_runs(recipe.experiments(task), recipe.output, split).items():
+        for label, row in {name: result, **indented(result["sets"])}.items():
+            scores = (f"{row[which]:.3f}" for which in ("untuned", "tuned"))
+            table.add_row(label, score_name(row), str(row["examples"]), *scores)
+    console.print(table)

@@ -1,0 +1,283 @@
+"""`train`: one trial a task, whose adapter is kept; `evaluate`: the adapters of such runs, scored again.
+
+Each task's folder is an adapter that PEFT loads, with `metrics.json` (scores, cost) and `run.json` (what was run). A
+finished task is skipped and an interrupted one resumes from its last checkpoint, to the same adapter that an
+uninterrupted run gives.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import set_seed
+
+from trimtab.adapter.folder import inspect_adapter
+from trimtab.errors import RunError
+from trimtab.runs.folder import RunFolder, differing
+from trimtab.runs.models import Base
+from trimtab.runs.predict import Evaluation
+from trimtab.runs.trainer import Progress, Watch
+from trimtab.runs.trial import Experiment, Fit, Trial, fingerprints, trained_parameters
+from trimtab.runs.ways import ReftWay
+from trimtab.tasks import Example, Task
+from trimtab.tasks.tokens import Encoded
+
+LOOKED_AT = 100
+"""Validation examples that are scored now and then while training."""
+
+
+def train(
+    experiments: Mapping[str, Experiment],
+    output: str | Path,
+    *,
+    resume: bool = True,
+    watch: Watch = lambda progress: None,
+) -> dict[str, dict[str, Any]]:
+    """Train every task that is not done yet; returns each task's metrics.
+
+    Args:
+        experiments: by task, on one model.
+        output: each task leaves a folder there.
+        resume: False starts over, which removes what an earlier run of these tasks left.
+        watch: called whenever a task's progress changed.
+
+    Raises:
+        RunError: a task's folder holds another run.
+        DataError: a task's data cannot be read.
+    """
+    runs = [Run(experiment, Path(output) / name) for name, experiment in experiments.items()]
+    base = Base(runs[0].experiment.source)
+    for run in runs:  # every error in data or folders before the first step, and before anything is removed
+        run.check_folder(resume)
+        run.encode(base, resume)
+    for run in runs:
+        if not resume:
+            run.folder.remove()
+    return {run.experiment.name: run.finish(base, watch) for run in runs}
+
+
+def evaluate_runs(
+    experiments: Mapping[str, Experiment], output: str | Path, split: str = "test"
+) -> dict[str, dict[str, Any]]:
+    """Score trained adapters, and the base model, on a split.
+
+    Raises:
+        RunError: a task has no adapter yet.
+    """
+    results: dict[str, dict[str, Any]] = {}
+    base: Base | None = None
+    for name, experiment in experiments.items():
+        folder, task = Path(output) / name, experiment.task
+        if not (folder / "adapter_config.json").exists():
+            raise RunError(f"{folder}: no adapter yet; train it first.")
+        inspect_adapter(folder)
+        base = base or Base(experiment.source)
+        model, _ = base.load(task.head, experiment.seed)
+        untuned = experiment.evaluate(model, base.tokenizer, split)
+        adapted = PeftModel.from_pretrained(model, str(folder))
+        try:
+            tuned = experiment.evaluate(adapted, base.tokenizer, split)
+        finally:
+            unload(adapted)
+        examples = task.examples(split)
+        results[name] = {
+            "score": task.score.name,
+            "examples": len(examples),
+            "untuned": untuned.main,
+            "tuned": tuned.main,
+            "sets": by_set(task, examples, untuned, tuned),
+        }
+    return results
+
+
+class Run:
+    """One task and the folder it leaves."""
+
+    def __init__(self, experiment: Experiment, folder: Path) -> None:
+        self.experiment, self.task, self.folder = experiment, experiment.task, RunFolder(folder)
+        way = ReftWay(experiment.adapter.method, experiment.adapter.model_dump())
+        self.trial = Trial(experiment, way, None, experiment.seed, splits=("test",))
+        self.content = fingerprints(experiment)
+        self.encoded: list[Encoded] = []
+        self.too_long = 0
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """All that decides the outcome, but for what the data and the model's files hold."""
+        source = self.experiment.source
+        return {
+            "model": source.name,
+            "dtype": source.dtype,
+            "attention": source.attention,
+            "seed": self.experiment.seed,
+            "name": self.experiment.name,
+            "task": self.experiment.settings,
+        }
+
+    def check_folder(self, resume: bool) -> None:
+        """Refuse a folder that holds what is not trimtab's or, when resuming, work on other data or settings.
+
+        Raises:
+            RunError: saying whose it is.
+        """
+        folder = self.folder
+        if folder.is_empty:
+            return
+        try:
+            earlier = folder.run
+        except RunError:
+            raise RunError(f"{folder.path} is not empty and was not left by trimtab; give another output:.") from None
+        if not resume or not folder.is_started:
+            return
+        remedy = f"Give another output: to keep it, or --no-resume --task {self.experiment.name} to replace it."
+        if earlier != self.description:
+            changed = ", ".join(differing(earlier, self.description))
+            raise RunError(f"{folder.path} holds a run with other settings ({changed}). {remedy}")
+        if folder.content is not None and folder.content != self.content:
+            changed = ", ".join(differing(folder.content, self.content))
+            raise RunError(f"{folder.path} holds a run on other files: what they say has changed ({changed}). {remedy}")
+
+    def encode(self, base: Base, resume: bool) -> None:
+        """Read the data and, unless the task is done, tokenise it.
+
+        Raises:
+            DataError: it cannot be read, or no example fits.
+        """
+        examples, _ = self.task.examples("train"), self.task.examples("test")
+        if not resume or not self.folder.is_done:
+            self.encoded, self.too_long = self.experiment.encode(base.tokenizer, examples, training=True)
+
+    def finish(self, base: Base, watch: Watch) -> dict[str, Any]:
+        """Train what is left to train, score, and write the folder; returns the metrics."""
+        progress = Progress(self.experiment.name)
+        if not self.folder.is_done:
+            self._train(base, progress, watch)
+        progress.metrics = self.folder.metrics
+        progress.state = "done"
+        progress.score = progress.metrics["tuned"][self.task.score.name]
+        watch(progress)
+        return progress.metrics
+
+    def _train(self, base: Base, progress: Progress, watch: Watch) -> None:
+        self.folder.begin(self.description, self.content)
+        progress.state = "untuned score"
+        watch(progress)
+        experiment, tokenizer = self.experiment, base.tokenizer
+        model, new = base.load(self.task.head, experiment.seed)
+        untuned = experiment.evaluate(model, tokenizer, "test")
+        set_seed(experiment.seed)
+        adapted: Any = self.trial.way.build(model, self.task.task_type, new)
+
+        def look() -> float:
+            some = self.task.examples("validation")[:LOOKED_AT]
+            return experiment.evaluate(adapted, tokenizer, "validation", examples=some).main
+
+        try:
+            fit = Fit(
+                self.trial,
+                adapted,
+                tokenizer,
+                self.encoded,
+                self.folder.path,
+                progress,
+                watch=watch,
+                look=None if experiment.spec.data.validation is False else look,
+                checkpoints=self.folder.checkpoints,
+            )
+            try:
+                progress.state = "training"
+                fit.run(self.folder.last_checkpoint())
+                progress.state = "tuned score"
+                watch(progress)
+                tuned = experiment.evaluate(adapted, tokenizer, "test")
+                save_adapter(adapted, self.folder.path)
+                parameters = trained_parameters(adapted)
+            finally:
+                fit.close()
+        finally:
+            unload(adapted)
+        metrics = self._metrics(progress, fit, untuned, tuned, parameters)
+        self.folder.finish(metrics, {"untuned": untuned.predictions, "tuned": tuned.predictions})
+
+    def _metrics(
+        self, progress: Progress, fit: Fit, untuned: Evaluation, tuned: Evaluation, parameters: int
+    ) -> dict[str, Any]:
+        test, losses = self.task.examples("test"), fit.losses
+        return {
+            "task": self.experiment.name,
+            "score": self.task.score.name,
+            "split": "validation" if self.task.test_is_validation else "test",
+            "examples": len(test),
+            "untuned": untuned.scores,
+            "tuned": tuned.scores,
+            "sets": by_set(self.task, test, untuned, tuned),
+            "parameters": parameters,
+            "bytes": (self.folder.path / "adapter_model.safetensors").stat().st_size,
+            "seconds": round(progress.seconds, 2),
+            "steps": fit.steps,
+            "train_loss": sum(losses) / len(losses),
+            "train_examples": len(self.encoded),
+            "left_out_as_too_long": self.too_long,
+            "left_out_as_bad": self.task.skipped,
+            "reuse": fit.reuse_summary,
+        }
+
+
+def by_set(
+    task: Task[Any], examples: list[Example], untuned: Evaluation, tuned: Evaluation
+) -> dict[str, dict[str, Any]]:
+    """Where there are several test sets, of each its score's name, its number of examples and its scores."""
+    counts = Counter(e.set for e in examples)
+    return {
+        name: {
+            "score": one.score.name,
+            "examples": counts[name],
+            "untuned": untuned.scores[name],
+            "tuned": tuned.scores[name],
+        }
+        for name, one in task.sets.items()
+        if counts[name]
+    }
+
+
+def unload(model: PeftModel) -> None:
+    """Take the adapter off its base model, which is then as it was."""
+    tuner: Any = model.base_model
+    tuner.unload()
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Save the adapter into `folder`, each file whole or not at all."""
+    staging = folder / ".saving"
+    shutil.rmtree(staging, ignore_errors=True)
+    model.save_pretrained(str(staging))
+    (staging / "README.md").write_text(_card(model), encoding="utf-8")
+    for file in staging.iterdir():
+        os.replace(file, folder / file.name)
+    staging.rmdir()
+
+
+def _card(model: PeftModel) -> str:
+    """The model card: unlike PEFT's own, it says that the adapter needs trimtab."""
+    config = model.active_peft_config
+    return f"""\
+---
+base_model: {config.base_model_name_or_path}
+library_name: peft
+tags: [trimtab, reft, loreft]
+---
+A ReFT adapter ({config.method}, rank {config.r}, positions {config.positions}) for `{config.base_model_name_or_path}`.
+
+```python
+import trimtab  # registers the method with PEFT
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
+```
+"""

@@ -1,0 +1,48 @@
+"""Processes that trials run in, and how many fit."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trimtab.runs.models import quiet
+
+
+@contextmanager
+def workers(jobs: int) -> Iterator[Executor]:
+    """Processes that share the cores; each has its own GPU where there are several."""
+    context = multiprocessing.get_context("spawn")
+    devices = context.Queue()
+    cards = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    for i in range(jobs):
+        devices.put(cards.split(",")[i % (cards.count(",") + 1)])
+    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # processes whose threads spin for one another's cores
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=(devices, threads))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker(devices: Any, threads: int) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = devices.get()  # seeing several, transformers' Trainer would use them all
+    torch.set_num_threads(threads)
+    quiet()
+
+
+def room_for(model: str) -> int:
+    """How many trials fit at a time: one a GPU, else one for each core whose copy of the model fits into memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.device_count()
+    size = sum(f.stat().st_size for f in Path(model).glob("*.safetensors")) if Path(model).is_dir() else 0
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    fit = memory // (8 * size) if size else 1  # a full fine-tuning holds weights, gradients and two moments
+    return max(1, min(len(os.sched_getaffinity(0)), fit))
