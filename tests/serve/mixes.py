@@ -34,6 +34,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 """Adapters; each is made twice, with other values."""
 RANK = 8
+SMALL: dict[str, Any] = {"slots": 6, "max_len": 128, "block": 4, "queue_seconds": 1e9}
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Served:
     def engine(self, entries: int = 12, tokenizer: Any = None, **limits: Any) -> SlotsEngine:
         table = AdapterTable(Layout(self.sites, RANK), entries)
         self.registry = Registry(table.layout, self.folder)
-        return SlotsEngine(self.model, table, tokenizer, Limits(**{"slots": 6, "max_len": 128, "block": 4, **limits}))
+        return SlotsEngine(self.model, table, tokenizer, Limits(**{**SMALL, **limits}))
 
     def request(self, id: str, asked: Asked, **sampling: Any) -> Request:
         applied = tuple(Applied(self.registry.get(name), scale) for name, scale in asked.adapters)

@@ -91,7 +91,11 @@ class SlotsEngine:
         Raises:
             NotServed: it differs.
         """
-        self.check()
+        try:
+            self.check()
+        except BaseException:
+            self.close()
+            raise
         self._health = "ready"
         self._thread = threading.Thread(target=self._run, name="trimtab-engine", daemon=True)
         self._thread.start()
