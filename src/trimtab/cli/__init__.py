@@ -8,7 +8,7 @@ import sys
 from rich.console import Console
 from rich.markup import escape
 
-from trimtab.cli import look, study, talk, train  # noqa: F401 (each registers its commands)
+from trimtab.cli import look, serve, study, talk, train  # noqa: F401 (each registers its commands)
 from trimtab.cli.common import app, console
 
 __all__ = ["app", "console", "main"]
