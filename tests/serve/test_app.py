@@ -3,15 +3,18 @@
 import json
 from collections import Counter
 from collections.abc import Iterator
+from functools import reduce
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import schemathesis
+from conftest import Command
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 from schemathesis.checks import CHECKS, load_all_checks
-from served import BASE, Served, listening, serving, user
+from served import BASE, MODEL, Served, listening, serving, user
 
 from trimtab.serve.app import create_app
 from trimtab.serve.guard import Access
@@ -270,6 +273,67 @@ def test_without_a_key_only_this_machine_may_connect(host: str) -> None:
     check_exposure(host, KEYS)
     for own in ("127.0.0.1", "localhost", "::1"):
         check_exposure(own, Access())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--host", "0.0.0.0"], "--host 0.0.0.0 lets other machines connect: give --api-key"),
+        (["--host", "0.0.0.0", "--api-key", ""], "give --api-key"),
+        (["--api-key-file", "{empty}"], "holds no key"),
+        (["--engine", "vllm"], "--engine vllm: is not there yet"),
+        (["-a", "{empty}"], "no adapter there"),
+        (["-a", "one={ends}", "-a", "one={ends}"], "two adapters called 'one'"),
+        (["-a", "one=nowhere"], "nowhere: no adapter_config.json there"),
+        (["-a", f"{BASE}={{ends}}"], f"adapter name '{BASE}'"),
+        (["--max-rank", "1", "-a", "one={ends}"], "larger max_rank"),
+        (["--site", "blocks"], "site='blocks'"),
+        (["--adapters", "nowhere"], "nowhere"),
+    ],
+)
+def test_wrong_arguments(
+    trimtab: Command,
+    served: Served,
+    tmp_path: Path,
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each is told before a port is opened."""
+    monkeypatch.setattr("uvicorn.Server.run", lambda self: pytest.fail("it runs"))
+    places = {"{empty}": str(tmp_path / "empty"), "{ends}": str(served.adapters / "ends")}
+    (tmp_path / "empty").write_text("\n")
+    given = [reduce(lambda text, place: text.replace(*place), places.items(), argument) for argument in arguments]
+    code, said = trimtab("serve", MODEL, *given)
+    assert code == 2 and message in said.replace("\n", " "), said
+    assert "Traceback" not in said
+
+
+def test_the_command_serves_what_it_was_given(
+    trimtab: Command, served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr("trimtab.serve.server.Server.run", lambda server: seen.append(server))
+    monkeypatch.setenv("TRIMTAB_API_KEY", "one two")
+    (tmp_path / "keys").write_text("three\nfour\n")
+    options = ["-a", f"mine={served.adapters / 'ends'}", "-a", str(served.adapters / "all"), "--host", "0.0.0.0"]
+    options += [
+        "--api-key-file",
+        str(tmp_path / "keys"),
+        "--served-model-name",
+        "tiny",
+        "--port",
+        "1234",
+        "--grace",
+        "3",
+    ]
+    code, said = trimtab("serve", MODEL, *options)
+    assert code == 0 and "tiny with 2 adapters at http://0.0.0.0:1234" in said
+    server = seen[0]
+    service, guard = server.config.app.state.service, server.config.app.user_middleware[0]
+    assert service.base == "tiny" and service.registry.names() == ["all", "mine"] and server.grace == 30
+    assert guard.kwargs["access"].keys == ("one", "two", "three", "four")
+    assert service.engine.health == "dead"  # closed when the server ends
 
 
 # Adapters while the server runs.

@@ -3,13 +3,15 @@
 import asyncio
 import math
 import random
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 import torch
-from served import ADAPTERS, BASE, Served, serving, user
+from served import ADAPTERS, BASE, MODEL, Served, serving, user
 
 MODELS = [BASE, *ADAPTERS]
 PROMPT = "The cat and the dog went"
@@ -205,3 +207,14 @@ def test_the_base_model_has_no_edit_to_scale(served: Served) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         served.openai.completions.create(model=BASE, prompt=PROMPT, extra_body={"reft_scale": 0.5})
     assert caught.value.param == "reft_scale"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/serving.md"])
+def test_the_docs_run(served: Served, page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(MODEL).parents[1] / page).read_text()
+    code = next(block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "127.0.0.1:8000" in block)
+    served.client.post("/v1/load_lora_adapter", json={"lora_name": "plural", "lora_path": "ends", "load_inplace": True})
+    exec("import openai\n" + code.replace("http://127.0.0.1:8000", served.url), {})
+    served.client.post("/v1/unload_lora_adapter", json={"lora_name": "plural"})
+    if "print" in code:
+        assert capsys.readouterr().out.strip() == served.expected_text(served.chat_ids("cat"), "ends", 64).strip()

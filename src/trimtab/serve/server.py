@@ -104,7 +104,7 @@ class Server(uvicorn.Server):
 
 
 def run(app: Any, engine: Engine, host: str, port: int, grace: float = 30) -> None:
-    """Serve until SIGTERM or SIGINT."""
+    """Serve until SIGTERM or SIGINT, and close the engine."""
     config = uvicorn.Config(
         app,
         host,
@@ -115,4 +115,7 @@ def run(app: Any, engine: Engine, host: str, port: int, grace: float = 30) -> No
         timeout_keep_alive=75,  # longer than clients and proxies keep idle connections, so that they close them
         timeout_graceful_shutdown=5,
     )
-    Server(config, engine, grace).run()
+    try:
+        Server(config, engine, grace).run()
+    finally:
+        engine.close()
