@@ -1,5 +1,6 @@
 """The HTTP server: what it refuses and how it says so, who may do what, and its other routes."""
 
+import base64
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -14,12 +15,13 @@ from conftest import Command
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 from schemathesis.checks import CHECKS, load_all_checks
-from served import BASE, MODEL, Served, listening, serving, user
+from served import ADAPTERS, BASE, MODEL, Served, listening, serving, user
 
 from trimtab.serve.app import create_app
 from trimtab.serve.guard import Access
 from trimtab.serve.rows import Limits
 from trimtab.serve.server import check_exposure
+from trimtab.serve.service import Service
 
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
 MESSAGES = [user("cat")]
@@ -255,6 +257,8 @@ def test_callers_of_different_keys_share_no_prefix(guarded: httpx.Client) -> Non
         {"Host": ""},
         {"Origin": "http://evil.example"},
         {"Origin": "null"},
+        {"Origin": "http://["},
+        {"Host": "["},
         {"Origin": "http://127.0.0.1:1"},
     ],
 )
@@ -331,7 +335,7 @@ def test_the_command_serves_what_it_was_given(
     assert code == 0 and "tiny with 2 adapters at http://0.0.0.0:1234" in said
     server = seen[0]
     service, guard = server.config.app.state.service, server.config.app.user_middleware[0]
-    assert service.base == "tiny" and service.registry.names() == ["all", "mine"] and server.grace == 30
+    assert service.base == "tiny" and service.registry.names() == ["all", "mine"] and server.grace == 3
     assert guard.kwargs["access"].keys == ("one", "two", "three", "four")
     assert service.engine.health == "dead"  # closed when the server ends
 
@@ -375,6 +379,49 @@ def test_paths_stay_below_the_folder(served: Served, path: str, name: str) -> No
 def test_names_that_no_adapter_may_have(served: Served, name: str) -> None:
     answer = served.client.post(LOAD, json={"lora_name": name, "lora_path": "ends"})
     assert answer.status_code == 400, answer.text
+
+
+def brought(folder: Path) -> dict[str, Any]:
+    weights = base64.b64encode((folder / "adapter_model.safetensors").read_bytes()).decode()
+    return {"config": json.loads((folder / "adapter_config.json").read_text()), "weights": weights}
+
+
+@pytest.fixture
+def generous(served: Served) -> Iterator[httpx.Client]:
+    """A server that takes adapters from requests, on the same engine."""
+    own = served.service
+    service = Service(own.engine, own.registry, own.tokens.tokenizer, BASE, takes_adapters=True)
+    with listening(create_app(service, Access())) as url, httpx.Client(base_url=url) as client:
+        yield client
+
+
+def test_a_request_brings_its_adapter(served: Served, generous: httpx.Client) -> None:
+    ids = served.ids("cat")
+    for name in ADAPTERS:
+        body = {"prompt": ids, "max_tokens": 6, "temperature": 0, "reft_adapter": brought(served.adapters / name)}
+        answer = generous.post(TEXT, json={"model": BASE, "reft_scale": 0.5, **body}).json()
+        assert answer["choices"][0]["text"] == served.expected_text(ids, name, 6, scale=0.5)
+    assert generous.post(TEXT, json={"model": "ends", **body}).json()["error"]["param"] == "model"
+    refused = served.client.post(TEXT, json={"model": BASE, **body})
+    assert refused.status_code == 403 and refused.json()["error"]["param"] == "reft_adapter"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"weights": "é"},
+        {"weights": "AAAA"},
+        {"weights": ""},
+        {"config": {}},
+        {"config": {"peft_type": "LORA"}},
+        {"more": 1},
+    ],
+)
+def test_a_bad_adapter_that_a_request_brings(served: Served, generous: httpx.Client, change: dict[str, Any]) -> None:
+    body = {"model": BASE, "prompt": "cat", "reft_adapter": brought(served.adapters / "ends") | change}
+    answer = generous.post(TEXT, json=body)
+    assert answer.status_code == 400 and "reft_adapter" in answer.json()["error"]["param"]
+    assert "/tmp" not in answer.text and str(served.adapters.parent) not in answer.text
 
 
 # The other routes.

@@ -48,6 +48,7 @@ def serve(
     max_rank: Annotated[int, typer.Option(min=1, help="Largest rank of an adapter.")] = 16,
     resident: Annotated[int, typer.Option(min=1, help="Adapters in use at a time; an untied one counts twice.")] = 64,
     site: Annotated[list[str] | None, typer.Option(help="What adapters may edit (block); may be repeated.")] = None,
+    request_adapters: Annotated[bool, typer.Option(help="Let a request bring an adapter of its own.")] = False,
     max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request at most.")] = 4 << 20,
     grace: Annotated[float, typer.Option(min=0, help="Seconds for running requests to end at SIGTERM.")] = 30,
 ) -> None:
@@ -65,11 +66,10 @@ def serve(
     limits = Limits(
         slots, max_len, chunk, prefix_bytes=prefix_mb << 20, max_queue=max_queue, queue_seconds=queue_seconds
     )
-    sites = tuple(site or ["block"])
-    settings = Settings(
-        model, _named(adapter or []), adapters, served_model_name, dtype, sites, max_rank, resident, limits
+    named, sites = _named(adapter or []), tuple(site or ["block"])
+    service = open_service(
+        Settings(model, named, adapters, served_model_name, dtype, sites, max_rank, resident, request_adapters, limits)
     )
-    service = open_service(settings)
     count = len(service.registry.names())
     console.print(f"{service.base} with {count} adapters at http://{host}:{port}", soft_wrap=True, highlight=False)
     run(create_app(service, access, max_body), service.engine, host, port, grace)

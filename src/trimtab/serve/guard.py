@@ -9,7 +9,7 @@ import logging
 import uuid
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -58,7 +58,8 @@ class Access:
         """
         if not self.keys:
             _check_origin(headers)
-        given = _digest(headers.get("authorization", "").removeprefix("Bearer "))
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        given = _digest(key if scheme.lower() == "bearer" else "")
         is_admin = self.admin_key is not None and hmac.compare_digest(given, _digest(self.admin_key))
         is_known = sum(hmac.compare_digest(given, key) for key in self._known) > 0  # each is compared
         if path in ADMIN:
@@ -73,10 +74,17 @@ class Access:
 
 def _check_origin(headers: Headers) -> None:
     host, origin = headers.get("host", ""), headers.get("origin")
-    if urlsplit(f"//{host}").hostname not in LOOPBACK:
+    if _place(f"//{host}").hostname not in LOOPBACK:
         raise ApiError(403, f"host {host!r}: without a key this server answers to {', '.join(LOOPBACK)} only.", "host")
-    if origin is not None and urlsplit(origin).netloc != host:
+    if origin is not None and _place(origin).netloc != host:
         raise ApiError(403, f"origin {origin!r}: without a key other pages may not ask this server.", "origin")
+
+
+def _place(url: str) -> SplitResult:
+    try:
+        return urlsplit(url)
+    except ValueError:  # as of "[", which is no address
+        return urlsplit("")
 
 
 class Guard:

@@ -100,9 +100,17 @@ Word = Annotated[String, Field(min_length=1, max_length=256)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
+class BroughtAdapter(_Body):
+    """An adapter that comes with its request, and goes with it."""
+
+    config: dict[str, Any] = Field(description="What adapter_config.json holds.")
+    weights: String = Field(description="What adapter_model.safetensors holds, in base64.")
+
+
 class Generation(Prompt):
     """What chat and plain completions have in common."""
 
+    reft_adapter: BroughtAdapter | None = Field(None, description="Instead of one by name, where the server allows it.")
     n: int = Field(1, ge=1, le=128)
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)

@@ -47,6 +47,8 @@ class Settings:
     """Of an adapter's edit at most."""
     resident: int = 64
     """Adapters on the device at a time, one in use by requests each."""
+    takes_adapters: bool = False
+    """Whether a request may bring one."""
     limits: Limits = field(default_factory=Limits)
 
 
@@ -64,7 +66,7 @@ def open_service(settings: Settings) -> Service:
         registry.add(name, folder)
     engine = SlotsEngine(model, AdapterTable(layout, settings.resident, model.device), tokenizer, settings.limits)
     engine.start()
-    return Service(engine, registry, tokenizer, base)
+    return Service(engine, registry, tokenizer, base, settings.takes_adapters)
 
 
 def check_exposure(host: str, access: Access) -> None:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import json
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import cast
 
 from fastapi import Request
 from transformers import PreTrainedTokenizerBase
 
+from trimtab.adapter.folder import CONFIG, WEIGHTS, AdapterError
 from trimtab.serve import schemas
 from trimtab.serve.answers import Form, Tokens
 from trimtab.serve.engine import Applied, Engine, EngineError, Event
@@ -33,6 +38,7 @@ class Service:
 
     Args:
         base: the name of the base model.
+        takes_adapters: whether a request may bring an adapter.
         choices: answers of one request at most, over its prompts.
     """
 
@@ -42,10 +48,11 @@ class Service:
         registry: Registry,
         tokenizer: PreTrainedTokenizerBase,
         base: str,
+        takes_adapters: bool = False,
         choices: int = 128,
     ) -> None:
         self.engine, self.registry, self.base = engine, registry, base
-        self.tokens, self.choices = Tokens(tokenizer), choices
+        self.tokens, self.takes_adapters, self.choices = Tokens(tokenizer), takes_adapters, choices
         self.metrics, self.created = Metrics(engine), int(time.time())
 
     def applied(self, model: str, scale: float) -> tuple[Applied, ...]:
@@ -65,10 +72,30 @@ class Service:
                 return (Applied(self.registry.get(name), scale),)
         raise ApiError(404, f"there is no model {model!r}; see /v1/models.", "model_not_found", "model")
 
+    def _brought(self, brought: schemas.BroughtAdapter, body: schemas.Prompt) -> tuple[Applied, ...]:
+        """The edit that a request brings. Raises ApiError."""
+        field = "reft_adapter"
+        if not self.takes_adapters:
+            raise ApiError(403, f"{field}: this server takes no adapters from requests.", "not_allowed", field)
+        if body.model != self.base:
+            raise ApiError(400, f"{field}: edits the base model; give model as {self.base!r}.", param="model")
+        try:
+            weights = base64.b64decode(brought.weights, validate=True)
+        except ValueError:
+            raise ApiError(400, f"{field}.weights: is not base64.", param=f"{field}.weights") from None
+        with TemporaryDirectory() as folder:
+            (Path(folder) / CONFIG).write_text(json.dumps(brought.config))
+            (Path(folder) / WEIGHTS).write_bytes(weights)
+            try:
+                return (Applied(self.registry.read(folder, "(brought)"), body.reft_scale),)
+            except AdapterError as error:
+                raise ApiError(400, str(error).replace(folder, field), "invalid_adapter", field) from None
+
     def requests(self, form: Form, tenant: bytes) -> list[EngineRequest]:
         """One for each choice. Raises ApiError."""
         body = form.body
-        applied, made = self.applied(body.model, body.reft_scale), []
+        brought, made = body.reft_adapter, []
+        applied = self._brought(brought, body) if brought else self.applied(body.model, body.reft_scale)
         if len(form.prompts) * body.n > self.choices:
             raise ApiError(
                 400, f"n: {len(form.prompts) * body.n} answers in one request; at most {self.choices}.", param="n"
@@ -131,6 +158,7 @@ class Service:
             watch.cancel()
             for request in left.values():
                 self.engine.cancel(request.id)
+                self.metrics.ended(_adapter(request), Event(finish_reason="abort"))
 
 
 class _Clock:
