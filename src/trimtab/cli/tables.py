@@ -30,17 +30,13 @@ def progress_table(rows: dict[str, Any]) -> Table:
 def results_table(metrics: dict[str, dict[str, Any]]) -> Table:
     """Scores and costs of finished runs."""
     name_column = Column("task", overflow="fold")  # never cut
-    table = Table(name_column, "score", "on", "untuned", "tuned", "parameters", "on disk", "seconds")
+    table = Table(name_column, "score", "untuned", "tuned", "parameters", "on disk", "seconds")
     for name, m in metrics.items():
+        score = f"{score_name(m)}\n{m['split']}, {m['examples']} rows"
         scores = (f"{m[which][m['score']]:.3f}" for which in ("untuned", "tuned"))
-        on = f"{m['split']}, {m['examples']} rows"
-        table.add_row(
-            name, score_name(m), on, *scores, f"{m['parameters']:,}", size_of(m["bytes"]), f"{m['seconds']:.1f}"
-        )
+        table.add_row(name, score, *scores, f"{m['parameters']:,}", size_of(m["bytes"]), f"{m['seconds']:.1f}")
         for label, row in indented(m.get("sets", {})).items():
-            table.add_row(
-                label, row["score"], f"{row['examples']} rows", f"{row['untuned']:.3f}", f"{row['tuned']:.3f}"
-            )
+            table.add_row(label, row["score"], f"{row['untuned']:.3f}", f"{row['tuned']:.3f}")
     return table
 
 

@@ -144,8 +144,8 @@ class Run:
         if changed := differing(earlier, self.description):  # a key that earlier versions did not have is null
             raise RunError(f"{folder.path} holds a run with other settings ({', '.join(changed)}). {remedy}")
         if folder.content is not None and folder.content != self.content:
-            changed = ", ".join(differing(folder.content, self.content))
-            raise RunError(f"{folder.path} holds a run on other files: what they say has changed ({changed}). {remedy}")
+            files = ", ".join(differing(folder.content, self.content))
+            raise RunError(f"{folder.path} holds a run on other files: what they say has changed ({files}). {remedy}")
 
     def encode(self, base: Base, resume: bool) -> None:
         """Read the data and, unless the task is done, tokenise it.
