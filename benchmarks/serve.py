@@ -9,7 +9,8 @@
 - prefix: suffix-only adapters on one long prompt, with the prefix store and without;
 - memory: of the process, while 1,000 adapters go through a table of 64.
 
-A result file keeps the parts that a later run leaves out. With another model and device: --model, --device. `--random WIDTH,BLOCKS` builds one of random weights instead.
+A result file keeps the parts that a later run leaves out. With another model and device: --model, --device;
+`--random WIDTH,BLOCKS` builds one of random weights instead.
 """
 
 from __future__ import annotations
