@@ -12,12 +12,27 @@ from trimtab.registration import register
 
 if TYPE_CHECKING:
     from trimtab.adapter.config import ReftConfig
+    from trimtab.adapter.forward import prompts
+    from trimtab.adapter.sharding import shard_edits
     from trimtab.adapter.tuner import ReftModel, set_scale
     from trimtab.edits import METHODS
+    from trimtab.runs.trainer import supervised_only, with_prompts
     from trimtab.where.positions import Positions, parse_positions
 
 __version__ = "0.1.0"
-__all__ = ["METHODS", "Positions", "ReftConfig", "ReftModel", "__version__", "parse_positions", "set_scale"]
+__all__ = [
+    "METHODS",
+    "Positions",
+    "ReftConfig",
+    "ReftModel",
+    "__version__",
+    "parse_positions",
+    "prompts",
+    "set_scale",
+    "shard_edits",
+    "supervised_only",
+    "with_prompts",
+]
 
 _HOMES = {
     "METHODS": "edits",
@@ -25,7 +40,11 @@ _HOMES = {
     "ReftConfig": "adapter.config",
     "ReftModel": "adapter.tuner",
     "parse_positions": "where.positions",
+    "prompts": "adapter.forward",
     "set_scale": "adapter.tuner",
+    "shard_edits": "adapter.sharding",
+    "supervised_only": "runs.trainer",
+    "with_prompts": "runs.trainer",
 }
 """Where each public name lives; imported when it is first asked for."""
 

@@ -19,20 +19,26 @@ _TUNER = "trimtab.adapter.tuner"
 
 
 class _WhenPeftIsLoaded(MetaPathFinder):
-    """Stands aside, but has the method registered right after `peft` ran."""
+    """Stands aside, but has the method registered right after `peft` ran, which need not be when it is first found."""
+
+    def __init__(self) -> None:
+        self._looking = False
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != "peft":
+        if name != "peft" or self._looking:
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec("peft")
+        self._looking = True
+        try:
+            spec = find_spec("peft")
+        finally:
+            self._looking = False
         if spec is not None and spec.loader is not None:
             loader: Any = spec.loader
             run = loader.exec_module
 
             def run_and_register(module: ModuleType) -> None:
+                sys.meta_path.remove(self)
                 run(module)
-                loader.exec_module = run
                 import_module(_TUNER)
 
             loader.exec_module = run_and_register

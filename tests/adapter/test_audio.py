@@ -22,8 +22,8 @@ def edited(monkeypatch: pytest.MonkeyPatch) -> Edited:
     found: Edited = []
     original = Pass.rows
 
-    def rows(self: Pass, adapter: str, positions: Any, hidden: Tensor) -> Any:
-        result = original(self, adapter, positions, hidden)
+    def rows(self: Pass, adapter: str, positions: Any, hidden: Tensor, parts: Any) -> Any:
+        result = original(self, adapter, positions, hidden, parts)
         if result is not None:
             found.append((hidden.shape[1], result.flat[0][result.valid[0, :, 0]].tolist()))
         return result

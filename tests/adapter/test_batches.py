@@ -362,19 +362,29 @@ def test_impossible_prompt_lengths(lengths: list[Any]) -> None:
         model(**padded(rows), prompt_lengths=lengths)
 
 
-def test_a_conversation_in_one_cache() -> None:
-    """A second turn, generated on the cache of the first: all of its text is the prompt."""
+@pytest.mark.parametrize("positions", ["f2+l2", "generated", "f2", "all"])
+def test_a_conversation_in_one_cache(positions: str) -> None:
+    """The second turn's prompt is all there is, or what the caller says; a cache with other edits is refused."""
     from transformers import DynamicCache
 
-    model, (row, *_) = adapted(a={"r": 2, "positions": "l2"}), prompts()
+    model, (row, *_) = adapted(a={"r": 2, "positions": positions}), prompts()
     cache = DynamicCache()
     first = model.generate(row[None], **search(past_key_values=cache)).sequences
     second = torch.cat([first, torch.tensor([[11, 12, 13]])], 1)
     mask = torch.ones_like(second)
-    together = model.generate(second, attention_mask=mask, **search(past_key_values=copy.deepcopy(cache)))
-    only_new = model.generate(second[:, -4:], attention_mask=mask, **search(past_key_values=cache))
-    assert torch.equal(together.sequences[:, -NEW:], only_new.sequences[:, -NEW:])
-    assert all(torch.equal(a, b) for a, b in zip(together.logits, only_new.logits, strict=True))
+    for told in ({}, {"prompt_lengths": [len(row)]}):
+        without = model.generate(second, attention_mask=mask, **told, **search())
+        for given in (second, second[:, -4:]):
+            turn = dict(search(past_key_values=copy.deepcopy(cache)), attention_mask=mask, **told)
+            if not told and positions in ("f2+l2", "generated"):
+                with pytest.raises(
+                    ValueError, match=r"the cache was filled for prompts of \[21\].*prompt_lengths=\[21\]"
+                ):
+                    model.generate(given, **turn)
+                continue
+            out = model.generate(given, **turn)
+            assert torch.equal(out.sequences[:, -NEW:], without.sequences[:, -NEW:])
+            assert (torch.stack(out.logits) - torch.stack(without.logits)).abs().max() < TOLERANCE
 
 
 # ---- decoding by hand ------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -114,6 +115,22 @@ def test_several_turns_and_no_turn() -> None:
         for i, n in enumerate([9, 2, 16]):
             real = batch["attention_mask"][i].bool()
             assert (logits[i][real] - logits_alone(model, rows[i], n)).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("how", ["padded", "packed"])
+def test_what_is_said_once(how: str) -> None:
+    """Several supervised turns in a row; some prompts empty, as packing that cuts anywhere leaves them."""
+    collate = padded if how == "padded" else packed
+    turns, cut, clean = examples(), examples(), examples()
+    turns[1]["labels"][8:10] = -100
+    cut[2]["labels"] = cut[2]["input_ids"].clone()
+    for rows, text in ((turns, "a row of its own"), (cut, "1 of the 3 prompts"), (clean, None)):
+        model = adapted()
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                model(**collate(rows), use_cache=False)
+        assert [text in str(w.message) for w in said if "Said once" in str(w.message)] == ([True] if text else [])
 
 
 def test_labels_on_padding_are_no_answer() -> None:
@@ -368,5 +385,5 @@ def test_an_error_in_the_model_leaves_nothing_behind() -> None:
             with pytest.raises(KeyError, match="somebody's hook"):
                 model(**batch)
             handle.remove()
-            assert model.base_model._passes.current is None
+            assert model.base_model._passes.current() is None
             assert same(gradients(model, model(**batch).loss), expected, 0.0)

@@ -12,10 +12,18 @@ import torch
 from helpers import VOCAB, tiny
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import (
+    AutoTokenizer,
+    BartConfig,
+    BartForConditionalGeneration,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+)
 
-from trimtab import ReftConfig
-from trimtab.adapter.tuner import ReftLayer, ReftModel
+from trimtab import ReftConfig, prompts, with_prompts
+from trimtab.adapter.forward import Forwards
+from trimtab.adapter.tuner import ReftLayer
 from trimtab.edits.orthonormal import orthonormality_error
 
 trl = pytest.importorskip("trl")
@@ -153,6 +161,109 @@ def test_classification(tmp_path: Path, name: str, head: str, said: bool) -> Non
     assert again.evaluate()["eval_loss"] == trainer.evaluate()["eval_loss"]
 
 
+# ---- trainers that take the labels away ----------------------------------------------------------------------------
+
+
+def cross_entropy(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    logits = outputs["logits"] if isinstance(outputs, dict) else outputs.logits
+    if logits.shape[1] == labels.shape[1] and labels[0, 0] == -100:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+
+
+TAKES_AWAY: dict[str, dict[str, Any]] = {
+    "compute_loss_func": {"compute_loss_func": cross_entropy},
+    "label_smoothing": {"label_smoothing_factor": 1e-9},
+}
+
+
+def pad_free(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+    """One row; the first label of each sequence is ignored, as in transformers' flattening collator."""
+    return {
+        "input_ids": torch.tensor([[i for row in rows for i in row["input_ids"]]]),
+        "labels": torch.tensor([[i for row in rows for i in [-100, *row["labels"][1:]]]]),
+        "position_ids": torch.tensor([[i for row in rows for i in range(len(row["labels"]))]]),
+    }
+
+
+def seq2seq(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+    batch = pad([{"input_ids": row["input_ids"][:-3], "labels": row["labels"][:-3]} for row in rows])
+    labels = torch.tensor([row["labels"][-3:] for row in rows])
+    return {**batch, "labels": labels, "decoder_input_ids": nn.functional.pad(labels[:, :-1], (1, 0), value=0)}
+
+
+def bart() -> nn.Module:
+    sizes = {f"{half}_{part}": n for half in ("encoder", "decoder") for part, n in BART.items()}
+    return BartForConditionalGeneration(BartConfig(vocab_size=VOCAB, d_model=32, pad_token_id=0, **sizes, dropout=0.0))
+
+
+BART = {"layers": 2, "attention_heads": 4, "ffn_dim": 48}
+
+
+def takes_away(folder: Path, collate: Any, name: str, positions: str, special: dict[str, Any]) -> Trainer:
+    torch.manual_seed(0)
+    config = reft(positions=positions, task_type="CAUSAL_LM" if name == "llama" else "SEQ_2_SEQ_LM")
+    model = get_peft_model(bart() if name == "bart" else base(name=name), config)
+    function = special.get("compute_loss_func")
+    rest = {k: v for k, v in special.items() if k != "compute_loss_func"}
+    args = TrainingArguments(**settings(folder, save_strategy="no", per_device_eval_batch_size=4, **rest))
+    data = Dataset.from_list(answers())
+    return Trainer(
+        model, args, train_dataset=data, eval_dataset=data, data_collator=collate, compute_loss_func=function
+    )
+
+
+@pytest.mark.parametrize("special", TAKES_AWAY)
+@pytest.mark.parametrize("positions", ["f2+l2", "generated"])
+@pytest.mark.parametrize(("name", "collate"), [("llama", pad), ("llama", pad_free), ("t5", seq2seq), ("bart", seq2seq)])
+def test_labels_that_are_taken_away(tmp_path: Path, name: str, collate: Any, positions: str, special: str) -> None:
+    """Told by the collator, the model edits as with labels: the same losses, in training and evaluation."""
+    ways = {}
+    for way, how in {"plain": {}, "told": TAKES_AWAY[special]}.items():
+        trainer = takes_away(tmp_path, with_prompts(collate) if how else collate, name, positions, how)
+        evaluated = trainer.evaluate()["eval_loss"]
+        trainer.train()
+        ways[way] = [evaluated, *losses_of(trainer)]
+    assert ways["told"] == pytest.approx(ways["plain"], abs=2e-4)
+    untold = takes_away(tmp_path, collate, name, positions, TAKES_AWAY[special])
+    if name == "llama":
+        with pytest.raises(ValueError, match=r"data_collator=trimtab\.with_prompts\(collator\)"):
+            untold.train()
+
+
+def test_a_guess_is_said_once(tmp_path: Path) -> None:
+    model = get_peft_model(base(), reft()).eval()
+    ids = torch.arange(3, 12)[None]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        model.generate(ids, max_new_tokens=2)
+        model(input_ids=ids, labels=ids.masked_fill(ids < 8, -100))
+        model(input_ids=ids, prompt_lengths=[4])
+        with prompts(model, [4]):
+            model(input_ids=ids)
+        assert not [w for w in said if "whole input is taken for the prompt" in str(w.message)]
+        model(input_ids=ids)
+        model(input_ids=ids)
+    assert len([w for w in said if "whole input is taken for the prompt" in str(w.message)]) == 1
+
+
+@pytest.mark.parametrize("part", ["peft", "base", "inner"])
+def test_a_loss_that_calls_the_model_by_itself(part: str) -> None:
+    """As TRL's distillation does with the backbone."""
+    model = get_peft_model(base(), reft()).train()
+    whole: Any = model.get_base_model()
+    called = {"peft": model, "base": whole, "inner": whole.model}[part]
+    ids = torch.arange(3, 12)[None]
+    states = lambda out: out.last_hidden_state if part == "inner" else out.hidden_states[-1]  # noqa: E731
+    expected = model(input_ids=ids, prompt_lengths=[5], output_hidden_states=True).hidden_states[-1]
+    with prompts(model, [5]):
+        assert torch.equal(states(called(input_ids=ids, output_hidden_states=True)), expected)
+    with pytest.raises(ValueError, match=r"with trimtab\.prompts\(model, lengths\)"):
+        called(input_ids=ids)
+    with pytest.raises(ValueError, match="no ReFT adapter"), prompts(base(), [5]):
+        pass
+
+
 # ---- TRL -------------------------------------------------------------------------------------------------------------
 
 COMPLETIONS = [
@@ -257,15 +368,15 @@ def test_reward(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
 def test_grpo(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its log-prob passes hand over labels, -100 on the prompt: the prompt ends where it did while sampling."""
     ends: list[list[int]] = []
-    original = ReftModel._pass
+    original = Forwards._pass
 
-    def spy(self: ReftModel, role: str, arguments: dict[str, Any]) -> Any:
-        result = original(self, role, arguments)
+    def spy(self: Forwards, role: Any, arguments: dict[str, Any], call: Any) -> Any:
+        result = original(self, role, arguments, call)
         if arguments.get("labels") is not None:
             ends.append(result.prompt.lengths.tolist())
         return result
 
-    monkeypatch.setattr(ReftModel, "_pass", spy)
+    monkeypatch.setattr(Forwards, "_pass", spy)
     trainer = trl.GRPOTrainer(
         base(tokenizer),
         reward_funcs=lambda completions, **_: [float(len(set(c))) for c in completions],

@@ -12,12 +12,15 @@ from peft import get_peft_model
 from torch import Tensor
 
 from trimtab import METHODS, ReftConfig
-from trimtab.edits import ACTIVATIONS, Edit, parameter_count
+from trimtab.edits import ACTIVATIONS, Edit, LoReFT, parameter_count
+from trimtab.edits.lowrank import LowRank
 from trimtab.edits.orthonormal import restore
 
 D, R = 12, 3
 NAMES = list(METHODS)
-CAN_START_AT_IDENTITY = {"loreft", "direft", "noreft", "lobireft", "direft_orthonormal"}
+CAN_START_AT_IDENTITY = {"loreft", "direft", "noreft", "lobireft", "direft_orthonormal", "red"}
+LOW_RANK = [name for name in NAMES if issubclass(METHODS[name], LowRank)]
+ROTATED = [name for name in NAMES if "rotation" in METHODS[name].shapes(D, R)]
 Act = Callable[[float], float]
 
 SCALAR_ACTIVATIONS: dict[str | None, Act] = {
@@ -44,8 +47,17 @@ def by_loops(method: str, h: Any, rows: Any, weight: Any, bias: Any, act: Act) -
     return [h[j] + sum(rows[k][j] * inner(k) for k in range(R)) for j in range(D)]
 
 
-def random_edit(method: str, **options: Any) -> Edit:
-    return METHODS[method](D, R, init_weights="paper", **options).eval()
+def red_by_loops(h: Any, scale: Any, bias: Any) -> list[float]:
+    return [scale[j] * h[j] + bias[j] for j in range(D)]
+
+
+def random_edit(method: str, **options: Any) -> Any:
+    edit = METHODS[method](D, R, init_weights="paper", **options).eval()
+    if method == "red":  # which its paper starts at the identity
+        with torch.no_grad():
+            for parameter in edit.parameters():
+                parameter.add_(torch.randn(D))
+    return edit
 
 
 def test_every_method_has_a_reference_here() -> None:
@@ -54,14 +66,22 @@ def test_every_method_has_a_reference_here() -> None:
 
 @pytest.mark.parametrize(
     ("method", "activation"),
-    [(method, act) for method in NAMES for act in SCALAR_ACTIVATIONS if act is None or METHODS[method].has_weight],
+    [
+        (method, act)
+        for method in NAMES
+        for act in SCALAR_ACTIVATIONS
+        if act is None or "activation" in METHODS[method].takes
+    ],
 )
 def test_formula(method: str, activation: str | None) -> None:
     edit, h = random_edit(method, activation=activation).double(), torch.randn(5, D, dtype=torch.float64)
-    weight = edit.weight.tolist() if edit.has_weight else None
-    rows, bias, act = edit.basis().tolist(), edit.bias.tolist(), SCALAR_ACTIVATIONS[activation]
-    expected = torch.tensor([by_loops(method, row, rows, weight, bias, act) for row in h.tolist()], dtype=torch.float64)
-    assert (h + edit(h) - expected).abs().max() < 1e-12
+    bias, act = edit.bias.tolist(), SCALAR_ACTIVATIONS[activation]
+    if method == "red":
+        expected = [red_by_loops(row, edit.scale.tolist(), bias) for row in h.tolist()]
+    else:
+        weight = edit.weight.tolist() if edit.has_weight else None
+        expected = [by_loops(method, row, edit.basis().tolist(), weight, bias, act) for row in h.tolist()]
+    assert (h + edit(h) - torch.tensor(expected, dtype=torch.float64)).abs().max() < 1e-12
 
 
 def test_every_activation_has_a_reference_here_and_keeps_zero() -> None:
@@ -153,7 +173,12 @@ def test_parameters_are_float32_whatever_the_default(default: torch.dtype) -> No
 
 @pytest.mark.parametrize(
     ("method", "activation"),
-    [(method, act) for method in NAMES for act in (None, "tanh") if act is None or METHODS[method].has_weight],
+    [
+        (method, act)
+        for method in LOW_RANK
+        for act in (None, "tanh")
+        if act is None or "activation" in METHODS[method].takes
+    ],
 )
 def test_gradients(method: str, activation: str | None) -> None:
     """gradcheck of the formula in h, W, b and the plain basis; the projection of R's gradient is checked below."""
@@ -162,20 +187,20 @@ def test_gradients(method: str, activation: str | None) -> None:
 
     def formula(h: Tensor, basis: Tensor, *parameters: Tensor) -> Tensor:
         with torch.nn.utils.stateless._reparametrize_module(edit, dict(zip(names, parameters, strict=True))):
-            return edit.delta(h, basis)
+            return edit.inner(h, basis) @ basis
 
     leaves = [torch.randn(4, D, dtype=torch.float64), edit.basis(), *(getattr(edit, n) for n in names)]
     assert torch.autograd.gradcheck(formula, [leaf.detach().clone().requires_grad_() for leaf in leaves])
 
 
-@pytest.mark.parametrize("method", [name for name in NAMES if METHODS[name].orthonormal])
+@pytest.mark.parametrize("method", ROTATED)
 def test_the_gradient_of_R_is_the_plain_one_along_the_manifold(method: str) -> None:
     edit = random_edit(method).double()
     restore([edit.rotation])
     h, target = torch.randn(4, D, dtype=torch.float64), torch.randn(4, D, dtype=torch.float64)
     (edit(h) - target).square().sum().backward()
     basis = edit.basis().detach().requires_grad_()
-    (edit.delta(h, basis) - target).square().sum().backward()
+    (edit.inner(h, basis) @ basis - target).square().sum().backward()
     plain = basis.grad
     assert plain is not None
     normal = plain @ basis.mT
@@ -186,24 +211,46 @@ def test_the_gradient_of_R_is_the_plain_one_along_the_manifold(method: str) -> N
 @pytest.mark.parametrize("method", NAMES)
 def test_saved_tensors(method: str) -> None:
     edit = random_edit(method)
-    rows = "rotation" if edit.orthonormal else "projection"
-    shapes = {rows: (R, D), "bias": (R,), **({"weight": (R, D)} if edit.has_weight else {})}
-    state = edit.state_dict()
-    assert {name: tuple(tensor.shape) for name, tensor in state.items()} == shapes
+    shapes = METHODS[method].shapes(D, R)
+    saved = {name: edit.rotation() if name == "rotation" else getattr(edit, name) for name in shapes}
+    assert {name: tuple(tensor.shape) for name, tensor in saved.items()} == shapes
     assert sum(p.numel() for p in edit.parameters()) == parameter_count(method, D, R)
-    assert torch.equal(state[rows], edit.basis())
-    other = random_edit(method)
-    other.load_state_dict(state)
     h = torch.randn(5, D)
-    assert torch.equal(other(h), edit(h))
+    for state in (saved, edit.state_dict()):  # as files hold it, and as the module does
+        other = random_edit(method)
+        other.load_state_dict(state)
+        assert torch.equal(other(h), edit(h))
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_the_size_is_that_of_the_map(method: str) -> None:
+    edit = random_edit(method)
+    assert edit.size() == pytest.approx(Edit.size(edit), rel=1e-5)
+    constant = edit(torch.zeros(1, D))
+    assert edit.size() == pytest.approx(float(torch.cat([edit(torch.eye(D)) - constant, constant]).norm()), rel=1e-5)
+    if method in CAN_START_AT_IDENTITY:
+        assert METHODS[method](D, R).size() == 0
+
+
+def test_a_parameter_must_be_among_the_shapes() -> None:
+    class Sly(LoReFT):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.extra = torch.nn.Parameter(torch.zeros(1))
+
+    with pytest.raises(TypeError, match=r"Sly.extra: a parameter that `shapes` does not declare"):
+        Sly(D, R)
 
 
 @pytest.mark.parametrize(
     ("tensor", "message"),
     [
-        (torch.zeros(R, D + 1), r"weight: the file holds shape \(3, 13\), this model and config need \(3, 12\)"),
-        (torch.zeros(R + 1, D), r"holds shape \(4, 12\)"),
-        (torch.full((R, D), math.nan), "weight: holds NaN or infinity: the adapter was saved from a diverged run"),
+        (
+            torch.zeros(R, D + 1),
+            r"weight has shape \(3, 13\), but the config's r=3 asks for \(3, 12\): .* another base",
+        ),
+        (torch.zeros(R + 1, D), r"has shape \(4, 12\)"),
+        (torch.full((R, D), math.nan), "weight holds NaN or infinity: the run it comes from diverged"),
     ],
 )
 def test_tensors_that_do_not_fit(tensor: Tensor, message: str) -> None:
@@ -212,8 +259,8 @@ def test_tensors_that_do_not_fit(tensor: Tensor, message: str) -> None:
         edit.load_state_dict({**edit.state_dict(), "weight": tensor})
 
 
-@pytest.mark.parametrize("missing", ["rotation", "weight", "bias"])
-def test_missing_tensors_are_named_as_they_are_saved(missing: str) -> None:
+@pytest.mark.parametrize("missing", ["rotation.halved", "weight", "bias"])
+def test_missing_tensors_are_named(missing: str) -> None:
     edit = random_edit("loreft")
     state = {k: v for k, v in edit.state_dict().items() if k != missing}
     with pytest.raises(RuntimeError, match=rf'Missing key\(s\) in state_dict: "{missing}"'):

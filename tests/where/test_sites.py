@@ -239,3 +239,22 @@ def test_blocks_that_give_tuples_keep_the_rest(name: str) -> None:
 def test_too_large_a_rank_names_the_site() -> None:
     with pytest.raises(ValueError, match=r"r=33: larger than the width 32 of model.layers.0"):
         edited("llama", r=33)
+
+
+def test_a_pattern_that_never_ends_is_refused() -> None:
+    model = nn.ModuleDict({"a" * 40: nn.Linear(2, 2)})
+    with pytest.raises(ValueError, match="takes too long to match"):
+        find_sites(model, r"(a|a|aa)+$b", "all")
+
+
+@pytest.mark.parametrize("site", ["block", "attention", r"layers\.\d+\.linear2"])
+def test_time_before_batch_is_refused(site: str) -> None:
+    """As torch makes its own layers: the first time steps of row 0 would be taken for the first tokens of every row."""
+    for batch_first in (False, True):
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=batch_first)
+        model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        if batch_first:
+            assert len(find_sites(model, site, "all")) == 2
+        else:
+            with pytest.raises(ValueError, match=r"layers\.0.* takes \(time, batch, width\).*batch_first=True"):
+                find_sites(model, site, "all")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 from peft import PeftConfig, PeftType
@@ -11,6 +12,9 @@ from peft import PeftConfig, PeftType
 from trimtab.edits import ACTIVATIONS, METHODS
 from trimtab.where.plan import Part
 from trimtab.where.positions import Positions, parse_positions
+
+WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
+NO_PICKLES = "a pickle, which can run code when opened; it was not opened. Ask for safetensors."
 
 
 def extend_peft_types() -> PeftType:
@@ -48,7 +52,9 @@ class ReftConfig(PeftConfig):
     """
 
     method: str = field(default="loreft", metadata={"help": f"The edit: {', '.join(METHODS)}."})
-    r: int = field(default=4, metadata={"help": "Rank of the edit, at most the width of the model."})
+    r: int | None = field(
+        default=4, metadata={"help": "Rank of the edit, at most the width of the model; null for a method without one."}
+    )
     positions: str = field(
         default="f7+l7",
         metadata={
@@ -90,7 +96,13 @@ class ReftConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = REFT
         self._check_choice("method", METHODS)
-        self._check(_is_int(self.r) and self.r >= 1, "r", "a whole number of at least 1")
+        takes = METHODS[self.method].takes
+        if "r" not in takes:
+            self.r = None
+        else:
+            self._check(
+                isinstance(self.r, int) and _is_int(self.r) and self.r >= 1, "r", "a whole number of at least 1"
+            )
         positions = parse_positions(self.positions)
         if isinstance(self.layers, tuple | set | range):
             self.layers = list(cast(Any, self.layers))
@@ -118,7 +130,7 @@ class ReftConfig(PeftConfig):
         )
         if self.activation is not None:
             self._check_choice("activation", ACTIVATIONS)
-        if self.activation and not METHODS[self.method].has_weight:
+        if self.activation and "activation" not in takes:
             raise ValueError(f"activation={self.activation!r}: method {self.method!r} has no W h + b to apply it to.")
         self._check(
             isinstance(self.init_weights, bool) or self.init_weights == "paper",
@@ -132,9 +144,26 @@ class ReftConfig(PeftConfig):
             "null or a list of module names such as ['classifier']",
         )
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """The config in an adapter's folder.
+
+        Raises:
+            ValueError: the folder's weights are a pickle, which PEFT would open next.
+        """
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        if (folder / PICKLE).exists() and not (folder / WEIGHTS).exists():
+            raise ValueError(f"{folder / PICKLE}: {NO_PICKLES}")
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+
     @property
     def parsed_positions(self) -> Positions:
         return parse_positions(self.positions)
+
+    @property
+    def method_text(self) -> str:
+        """The method and its rank, if it has one, for people."""
+        return self.method if self.r is None else f"{self.method}, rank {self.r}"
 
     def edit_names(self) -> tuple[Part, ...]:
         """The edits of one block: `edit` where prefix and suffix share one, else `prefix` and `suffix`."""

@@ -18,20 +18,16 @@ from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from trimtab.adapter.config import ReftConfig
+from trimtab.adapter.config import NO_PICKLES, PICKLE, WEIGHTS, ReftConfig
 from trimtab.edits import METHODS, Edit
-from trimtab.edits.orthonormal import as_rotation
+from trimtab.errors import AdapterError
 from trimtab.where.plan import Part
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
 _EDIT = re.compile(r"(?:base_model\.model\.)?(.+)\.reft\.reft_(edit|prefix|suffix)\.(\w+)")
 
 
 _APART = "the two files do not belong together. Copy both from one save."
-
-
-class AdapterError(ValueError):
-    """A folder that is not a whole ReFT adapter. The message says which file, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +41,9 @@ class AdapterInfo:
     edit_norms: dict[str, float]
     """By edited module (and /prefix or /suffix): the Frobenius norm of [A c], where the edit is h + A h + c."""
 
+    extras: tuple[str, ...] = ()
+    """Keys of whatever else it carries: `modules_to_save`, resized embeddings."""
+
     @property
     def base_model(self) -> str | None:
         name: str | None = self.config.base_model_name_or_path
@@ -55,15 +54,22 @@ class AdapterInfo:
         return sum(torch.Size(shape).numel() for shape in self.shapes.values())
 
 
+Edits = dict[tuple[str, Part], dict[str, Tensor]]
+"""By edited module and edit, prefix or suffix: the saved tensors of one edit."""
+
+
 @dataclass(frozen=True)
 class SavedAdapter:
     """A folder's config and tensors, checked against each other."""
 
     config: ReftConfig
-    edits: dict[tuple[str, Part], dict[str, Tensor]]
-    """By edited module and part: the tensors by name."""
+    edits: Edits
     shapes: dict[str, tuple[int, ...]]
     """Of every saved tensor, those of `modules_to_save` too."""
+    sizes: dict[str, float]
+    """Of each edit, as `AdapterInfo.edit_norms`."""
+    extras: tuple[str, ...]
+    """Keys of whatever else it carries: `modules_to_save`, resized embeddings."""
 
 
 def read_adapter(folder: str | Path) -> SavedAdapter:
@@ -74,14 +80,11 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
     """
     folder = Path(folder)
     config = _read_config(folder)
-    tensors = _read_tensors(folder / WEIGHTS)
-    edits: dict[tuple[str, Part], dict[str, Tensor]] = {}
+    tensors = read_tensors(folder / WEIGHTS)
+    edits, others = sorted_edits(tensors)
     saved_whole = [*(config.modules_to_save or []), *EMBEDDING_LAYER_NAMES]
-    for key, tensor in tensors.items():
-        match = _EDIT.fullmatch(key)
-        if match:
-            edits.setdefault((match[1], cast(Part, match[2])), {})[match[3]] = tensor
-        elif not any(f".{name}." in f".{key}" for name in saved_whole):
+    for key in others:
+        if not any(f".{name}." in f".{key}" for name in saved_whole):
             raise AdapterError(
                 f"{folder / WEIGHTS}: {key} is no part of this ReFT adapter: the weights are another method's, or "
                 "modules_to_save is missing from the config. Copy both files from one save."
@@ -91,9 +94,12 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
             f"{folder / WEIGHTS}: holds no edit (no tensor named ...reft.reft_...). Save the adapter again."
         )
     _check_places(folder / WEIGHTS, config, list(edits))
+    sizes = {}
     for (module, part), own in edits.items():
-        _check_edit(f"{folder / WEIGHTS}: {module}.reft.reft_{part}", config, own)
-    return SavedAdapter(config, edits, {key: tuple(tensor.shape) for key, tensor in tensors.items()})
+        edit = _checked_edit(f"{folder / WEIGHTS}: {module}.reft.reft_{part}", config, own)
+        sizes[module if part == "edit" else f"{module}/{part}"] = edit.size()
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    return SavedAdapter(config, edits, shapes, sizes, tuple(others))
 
 
 def inspect_adapter(folder: str | Path) -> AdapterInfo:
@@ -103,11 +109,8 @@ def inspect_adapter(folder: str | Path) -> AdapterInfo:
         AdapterError: as `read_adapter`.
     """
     saved = read_adapter(folder)
-    norms = {
-        module if part == "edit" else f"{module}/{part}": _edit_norm(METHODS[saved.config.method], own)
-        for (module, part), own in saved.edits.items()
-    }
-    return AdapterInfo(saved.config, saved.shapes, (Path(folder) / WEIGHTS).stat().st_size, norms)
+    size = (Path(folder) / WEIGHTS).stat().st_size
+    return AdapterInfo(saved.config, saved.shapes, size, saved.sizes, saved.extras)
 
 
 def _read_config(folder: Path) -> ReftConfig:
@@ -132,19 +135,35 @@ def _read_config(folder: Path) -> ReftConfig:
     return config
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter's safetensors file.
+
+    Raises:
+        AdapterError: it is missing, damaged, or something else, a pickle above all.
+    """
     if not path.exists():
-        pickle = path.with_name("adapter_model.bin")
+        pickle = path.with_name(PICKLE)
         if pickle.exists():
-            raise AdapterError(
-                f"{pickle}: a pickle, which can run code when opened; it was not opened. Ask for safetensors."
-            )
+            raise AdapterError(f"{pickle}: {NO_PICKLES}")
         raise AdapterError(f"{path}: missing; the folder holds a config without weights. Copy the file there too.")
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{path}: {_what_it_is(path)} ({error}).") from None
+
+
+def sorted_edits(tensors: dict[str, Tensor]) -> tuple[Edits, dict[str, Tensor]]:
+    """An adapter's tensors, edit by edit, and whatever else its file carries."""
+    edits: Edits = {}
+    others = {}
+    for key, tensor in tensors.items():
+        match = _EDIT.fullmatch(key)
+        if match:
+            edits.setdefault((match[1], cast(Part, match[2])), {})[match[3]] = tensor
+        else:
+            others[key] = tensor
+    return edits, others
 
 
 def _what_it_is(path: Path) -> str:
@@ -177,37 +196,13 @@ def _check_places(path: Path, config: ReftConfig, edits: list[tuple[str, Part]])
         )
 
 
-def _check_edit(where: str, config: ReftConfig, tensors: dict[str, Tensor]) -> None:
+def _checked_edit(where: str, config: ReftConfig, tensors: dict[str, Tensor]) -> Edit:
     method = METHODS[config.method]
-    basis = "rotation" if method.orthonormal else "projection"
-    expected = {basis, "bias", *(["weight"] if method.has_weight else [])}
-    if set(tensors) != expected:
-        raise AdapterError(
-            f"{where} holds {', '.join(sorted(tensors))}, but the config (method {config.method}) asks for "
-            f"{', '.join(sorted(expected))}: {_APART}"
-        )
-    for name, tensor in tensors.items():
-        shape = (config.r,) if name == "bias" else (config.r, *tensors[basis].shape[-1:])
-        if tuple(tensor.shape) != shape:
-            raise AdapterError(
-                f"{where}.{name} has shape {tuple(tensor.shape)}, but the config's r={config.r} asks for "
-                f"{shape}: {_APART}"
-            )
-        if not bool(tensor.isfinite().all()):
-            raise AdapterError(
-                f"{where}.{name} holds NaN or infinity: the run it comes from diverged. Use an earlier checkpoint, or "
-                "train again with a lower learning rate."
-            )
-    if method.orthonormal:
-        try:
-            as_rotation(f"{where}.rotation", tensors["rotation"])
-        except ValueError as error:
-            raise AdapterError(str(error)) from None
-
-
-def _edit_norm(method: type[Edit], tensors: dict[str, Tensor]) -> float:
-    basis = tensors["rotation" if method.orthonormal else "projection"].double()
-    weight = tensors["weight"].double() if method.has_weight else torch.zeros_like(basis)
-    source = torch.cat([weight - basis if method.subtracts else weight, tensors["bias"].double().unsqueeze(1)], 1)
-    gram = basis @ basis.mT  # |Bᵀ X|² = tr(Xᵀ B Bᵀ X), in r dimensions instead of d
-    return float(torch.einsum("ik,ij,jk->", source, gram, source).clamp(min=0).sqrt())
+    try:
+        used = method.check(where, tensors, config.r)
+    except ValueError as error:
+        raise AdapterError(str(error)) from None
+    with torch.random.fork_rng(devices=[]):  # whose start is thrown away at once
+        edit = method(method.width_of(used, config.r), config.r, init_weights="paper")
+    edit.load_state_dict(used)
+    return edit

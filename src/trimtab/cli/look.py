@@ -21,7 +21,7 @@ def show(adapter: Annotated[Path, typer.Argument(help="An adapter's folder.")]) 
     facts = Table(show_header=False, title=str(adapter))
     for name, value in (
         ("base model", info.base_model),
-        ("method", f"{config.method}, rank {config.r}{'' if config.tied else ', prefix and suffix edited apart'}"),
+        ("method", f"{config.method_text}{'' if config.tied else ', prefix and suffix edited apart'}"),
         ("positions", config.positions),
         ("site, layers", f"{config.site}, {config.layers}"),
         ("parameters", f"{info.parameters:,}"),

@@ -7,10 +7,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from trimtab.cli.common import app, console, extra
+from trimtab.cli.common import command, console, extra
 
 
-@app.command()
+@command()
 def serve(
     model: Annotated[str, typer.Argument(help="The base model: a local folder or a Hub name.")],
     adapter: Annotated[

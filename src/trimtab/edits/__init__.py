@@ -1,11 +1,15 @@
 """Edits: tensor code that knows no model. A new method is one class in a file here and one row of `METHODS`."""
 
-from trimtab.edits.base import ACTIVATIONS, Edit, InitWeights, Term
+import math
+
+from trimtab.edits.base import ACTIVATIONS, Edit, InitWeights, Term, as_parameters
 from trimtab.edits.lowrank import ConsReFT, DiReFT, DiReFTOrthonormal, LobiReFT, LoReFT, NoReFT
+from trimtab.edits.red import RED
 
 __all__ = [
     "ACTIVATIONS",
     "METHODS",
+    "RED",
     "ConsReFT",
     "DiReFT",
     "DiReFTOrthonormal",
@@ -15,6 +19,7 @@ __all__ = [
     "LobiReFT",
     "NoReFT",
     "Term",
+    "as_parameters",
     "parameter_count",
 ]
 
@@ -25,9 +30,10 @@ METHODS: dict[str, type[Edit]] = {
     "consreft": ConsReFT,
     "lobireft": LobiReFT,
     "direft_orthonormal": DiReFTOrthonormal,
+    "red": RED,
 }
 
 
-def parameter_count(method: str, width: int, r: int) -> int:
-    """Trainable values of one edit: r d for the rows, r d for W where there is one, r for b."""
-    return r * width * (2 if METHODS[method].has_weight else 1) + r
+def parameter_count(method: str, width: int, r: int | None) -> int:
+    """Trainable values of one edit: those of its saved tensors, which are all it has."""
+    return sum(math.prod(shape) for shape in METHODS[method].shapes(width, r).values())

@@ -1,15 +1,13 @@
-"""The edits Φ of the ReFT family, as in the paper (Wu et al. 2024, arXiv:2404.03592, section 3 and table 17).
+"""`Edit`: what every method declares, and what follows from that for all of them.
 
-Each maps selected hidden states h (n, d) to the change Φ(h) - h (n, d), in the precision of its own parameters.
-
-Shapes: h (n, d) · rotation R or projection (r, d) · weight W (r, d) · bias b (r,).
+Shapes: hidden states h (n, d) and the change Φ(h) - h (n, d), in the precision of the edit's own parameters.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -43,17 +41,15 @@ class Term(NamedTuple):
 
 
 class Edit(nn.Module):
-    """One edit. Subclasses say whether their rows are orthonormal, whether they read W h, and give `delta`."""
+    """One edit. A method is a subclass that gives `shapes`, `start` and `delta`, and names the fields it `takes`."""
 
-    orthonormal: ClassVar[bool]
-    has_weight: ClassVar[bool] = True
-    subtracts: ClassVar[bool]
-    """Whether what the rows read of h is subtracted: Φ then replaces it instead of adding to it."""
+    takes: ClassVar[frozenset[str]] = frozenset({"r", "activation"})
+    """Which of the fields that only some methods have a use for."""
 
     def __init__(
         self,
         width: int,
-        r: int,
+        r: int | None = None,
         *,
         dropout: float = 0.0,
         activation: str | None = None,
@@ -63,56 +59,125 @@ class Edit(nn.Module):
         self.width, self.r = width, r
         self.activation = ACTIVATIONS[activation] if activation else None
         self.dropout = nn.Dropout(dropout)
-        bound = 1 / math.sqrt(width)  # nn.Linear's default, which pyreft takes for W and b
-        if self.orthonormal:
-            self.rotation = Rotation(r, width)
-        else:
-            self.projection = nn.Parameter(_uniform(bound, r, width))
-        bias, weight = _uniform(bound, r), _uniform(bound, r, width)
-        if init_weights is True:
-            bias.zero_()
-            weight = self.basis().detach().clone() if self.subtracts else weight.zero_()
-            if self.subtracts and (self.activation or not self.has_weight):
-                warnings.warn(
-                    f"{type(self).__name__}{' with an activation' if self.activation else ''} has no start that leaves "
-                    "the model unchanged: an untrained adapter already edits. init_weights='paper' starts as pyreft's.",
-                    stacklevel=2,
-                )
-        if self.has_weight:
-            self.weight = nn.Parameter(weight)
-        self.bias = nn.Parameter(bias)
+        shapes = self.shapes(width, r)
+        if "rotation" in shapes:
+            self.rotation = Rotation(*shapes["rotation"])
+        identity = init_weights is True
+        if identity and not self.starts_at_identity:
+            warnings.warn(
+                f"{type(self).__name__}{' with an activation' if self.activation else ''} has no start that leaves "
+                "the model unchanged: an untrained adapter already edits. init_weights='paper' starts as pyreft's.",
+                stacklevel=2,
+            )
+        start = self.start(identity)
+        for name, shape in shapes.items():
+            if name != "rotation":
+                self.register_parameter(name, nn.Parameter(start[name].detach().reshape(shape)))
 
-    def basis(self) -> Tensor:
-        """The rows (r, d) that span the edit: R, or the free projection."""
-        return self.rotation() if self.orthonormal else self.projection
+    @classmethod
+    def shapes(cls, width: int, r: int | None) -> dict[str, tuple[int, ...]]:
+        """The saved tensors by name. One called `rotation` has orthonormal rows, and is kept so."""
+        raise NotImplementedError
 
-    def read(self, h: Tensor) -> Tensor:
-        """W h + b, through the activation: (n, r)."""
-        source = F.linear(h, self.weight, self.bias)
-        return self.activation(source) if self.activation else source
+    def start(self, identity: bool) -> dict[str, Tensor]:
+        """The first values of all tensors but the rotation: for Φ(h) = h where there are such, or the paper's."""
+        raise NotImplementedError
 
-    def delta(self, h: Tensor, basis: Tensor) -> Tensor:
+    def delta(self, h: Tensor) -> Tensor:
         """Φ(h) - h: (n, d) -> (n, d)."""
         raise NotImplementedError
+
+    @property
+    def starts_at_identity(self) -> bool:
+        """Whether `start(identity=True)` leaves hidden states as they are."""
+        return True
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name not in self.shapes(self.width, self.r):
+            raise TypeError(f"{type(self).__name__}.{name}: a parameter that `shapes` does not declare.")
+        super().register_parameter(name, param)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
 
     def terms(self) -> tuple[Term, ...]:
         """Φ(h) - h as a sum of terms Bᵀ f(A h + b), for whoever runs the edits of many adapters as one.
 
-        A method whose `delta` is another must override this too (or raise NotImplementedError, and is then not served).
+        Raises:
+            NotImplementedError: the method is of another form.
         """
-        basis = self.basis()
-        read = Term(self.weight if self.has_weight else torch.zeros_like(basis), self.bias, basis, self.activation)
-        if not self.subtracts:
-            return (read,)
-        if self.activation is None:
-            return (read._replace(rows=read.rows - basis),)
-        return read, Term(-basis, torch.zeros_like(self.bias), basis)
+        raise NotImplementedError(f"{type(self).__name__} is no sum of terms of low rank.")
+
+    @torch.no_grad()
+    def affine(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Φ(h) - h as Bᵀ(A h + c): B and A (r, d) and c (r,) in float64; None where it is not of that form."""
+        try:
+            terms = self.terms()
+        except NotImplementedError:
+            return None
+        if any(term.activation is not None for term in terms):
+            return None
+        basis, rows, bias = (
+            torch.cat([getattr(t, part).double() for t in terms]) for part in ("basis", "rows", "bias")
+        )
+        return basis, rows, bias
 
     def forward(self, h: Tensor) -> Tensor:
         """Φ(h) - h for rows h (n, d), with dropout on the edit (never on the hidden state)."""
+        dtype = self.dtype
+        if dtype.itemsize < 4:
+            raise TypeError(
+                f"a {type(self).__name__} edit in {dtype}: edits must stay in float32, as R is orthonormal in no "
+                "less. Under a mixed precision policy call trimtab.shard_edits(model) before fully_shard."
+            )
         with torch.autocast(h.device.type, enabled=False):
-            change: Tensor = self.dropout(self.delta(h.to(self.bias.dtype), self.basis()))
+            change: Tensor = self.dropout(self.delta(h.to(dtype)))
         return change
+
+    @torch.no_grad()
+    def size(self) -> float:
+        """The Frobenius norm of [A c], where the edit without its activation is h + A h + c."""
+        eye = torch.eye(self.width).to(next(self.parameters()))
+        constant = self.delta(torch.zeros_like(eye[:1])).double()
+        squares = [(self.delta(rows) - constant).double().square().sum() for rows in eye.split(256)]
+        return math.sqrt(float(sum(squares) + constant.square().sum()))
+
+    @classmethod
+    def check(
+        cls, where: str, tensors: Mapping[str, Tensor], r: int | None, width: int | None = None
+    ) -> dict[str, Tensor]:
+        """Saved tensors as an edit of rank r uses them, whatever file they come from.
+
+        Args:
+            where: what stands before a tensor's name in a message: the file and the edited module.
+            width: of the model; None takes the file's own.
+        Raises:
+            ValueError: names or shapes that are not this method's, NaN, infinity, integers, or an R that is none.
+        """
+        if set(tensors) != set(cls.shapes(1, r)):
+            raise ValueError(
+                f"{where} holds {', '.join(sorted(tensors)) or 'nothing'}, but the config (method {cls.__name__}) asks "
+                f"for {', '.join(sorted(cls.shapes(1, r)))}: {_APART}"
+            )
+        width = cls.width_of(tensors, r) if width is None else width
+        for name, shape in cls.shapes(width, r).items():
+            check_tensor(f"{where}.{name}", tensors[name], shape, r)
+        return {
+            name: as_rotation(f"{where}.{name}", tensor) if name == "rotation" else tensor
+            for name, tensor in tensors.items()
+        }
+
+    @classmethod
+    def width_of(cls, tensors: Mapping[str, Tensor], r: int | None) -> int:
+        """What stands where `shapes` puts the width."""
+        sizes = [
+            tensors[name].shape[axis]
+            for name, shape in cls.shapes(-1, r).items()
+            for axis, size in enumerate(shape)
+            if size == -1 and axis < tensors[name].dim()
+        ]
+        return min(sizes, default=0)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Edit:
         """Move with the model, but never round down: R in bf16 is no longer orthonormal."""
@@ -129,25 +194,49 @@ class Edit(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        own = [name for name in ("rotation", "projection", "weight", "bias") if hasattr(self, name)]
-        for name in own:
+        """Takes tensors as files hold them, and as `state_dict` does."""
+        own = {name: state_dict.pop(prefix + name) for name in ("rotation",) if prefix + name in state_dict}
+        for name, tensor in own.items():
+            check_tensor(prefix + name, tensor, self.shapes(self.width, self.r)[name], self.r)
+            own[name] = as_rotation(prefix + name, tensor)
+        state_dict.update({prefix + name: tensor for name, tensor in as_parameters(own).items()})
+        for name, parameter in self.named_parameters():
             tensor = state_dict.get(prefix + name)
-            if tensor is None:
-                continue
-            expected = (self.r,) if name == "bias" else (self.r, self.width)
-            if tuple(tensor.shape) != expected:
-                raise ValueError(
-                    f"{prefix}{name}: the file holds shape {tuple(tensor.shape)}, this model and config need "
-                    f"{expected}: the adapter was trained on another base model or with another rank."
-                )
-            if not tensor.is_meta and not bool(tensor.isfinite().all()):
-                raise ValueError(f"{prefix}{name}: holds NaN or infinity: the adapter was saved from a diverged run.")
-            state_dict[prefix + name] = tensor.to(self.bias.dtype)
-        if prefix + "rotation" in state_dict:
-            full = as_rotation(prefix + "rotation", state_dict.pop(prefix + "rotation"))
-            state_dict[prefix + "rotation.halved"] = full / 2
+            if tensor is not None:
+                check_tensor(prefix + name, tensor, parameter.shape, self.r)
+                state_dict[prefix + name] = tensor.to(self.dtype)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _uniform(bound: float, *shape: int) -> Tensor:
+_APART = "the two files do not belong together. Copy both from one save."
+
+
+def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], r: int | None) -> None:
+    """Whether a saved tensor can be one of an edit's.
+
+    Raises:
+        ValueError: another shape, integers, NaN or infinity.
+    """
+    if tuple(tensor.shape) != tuple(shape):
+        owner = f"the config's r={r}" if r else "the config"
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}, but {owner} asks for "
+            f"{tuple(shape)}: {_APART} Or the adapter was trained on another base model."
+        )
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} holds {tensor.dtype}, not floating-point numbers. Save the adapter again.")
+    if not tensor.is_meta and not bool(tensor.float().isfinite().all()):
+        raise ValueError(
+            f"{name} holds NaN or infinity: the run it comes from diverged. Use an earlier checkpoint, or train again "
+            "with a lower learning rate."
+        )
+
+
+def as_parameters(saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """From what a file holds to what parameters hold, by their names: half of R, for the reason `Rotation` gives."""
+    return {f"{k}.halved" if k == "rotation" else k: t / 2 if k == "rotation" else t for k, t in saved.items()}
+
+
+def uniform(bound: float, *shape: int) -> Tensor:
+    """Uniform on ±bound, in float32 whatever the default."""
     return torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound)

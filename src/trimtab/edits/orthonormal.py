@@ -1,8 +1,9 @@
 """R with orthonormal rows: made, kept so under any optimizer, saved as it is used.
 
-`Rotation` keeps R / 2 in its parameter. An optimizer step of a given size then moves R twice as far, which is how far
-pyreft's Householder map moves it, whatever the optimizer and without a parameter group of its own. Halving and doubling
-are exact in floating point, so `state_dict` shows the very R that the forward pass uses.
+`Rotation` keeps R / 2 in its parameter, `halved`. An optimizer step of a given size then moves R twice as far, which is
+how far pyreft's Householder map moves it, whatever the optimizer and without a parameter group of its own. Halving and
+doubling are exact in floating point. A module's `state_dict` holds the parameter itself, so that whoever writes through
+it (averages, offloading, sharding) reaches it; files hold R, and the tuner converts between the two.
 
 The gradient is projected to the tangent space of {R : R Rᵀ = I}, and a step's departure from it is undone by the polar
 retraction (R Rᵀ)^(-1/2) R, the nearest matrix with orthonormal rows (Absil et al., Optimization Algorithms on Matrix
@@ -11,6 +12,7 @@ Manifolds, sections 3.6 and 4.1). It costs O(d r²) a step, against O(d² r) for
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable
@@ -59,56 +61,82 @@ def _in_double(matrix: Tensor) -> Tensor:
 
 
 class _TangentGradient(torch.autograd.Function):
-    """The identity, whose gradient G becomes G - sym(G Rᵀ) R: its part along the manifold."""
+    """The identity, whose gradient G becomes G - sym(G Rᵀ) R: its part along the manifold.
+
+    An optimizer that steps a copy of the weights (ZeRO's, say) never learns of the retraction, and tangent steps alone
+    would carry its copy further from the manifold each time. So the gradient also points back along `drift`, what the
+    last retraction took away, by at most its own length.
+    """
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(rotation: Tensor) -> Tensor:
+    def forward(rotation: Tensor, drift: Tensor | None) -> Tensor:
         return rotation.view_as(rotation)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(output)
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor | None], output: Tensor) -> None:
+        ctx.save_for_backward(output, *([] if inputs[1] is None else inputs[1:]))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (rotation,) = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        rotation, *drifts = ctx.saved_tensors
         normal = grad @ rotation.mT
         tangent: Tensor = grad - 0.5 * (normal + normal.mT) @ rotation
-        return tangent
+        for drift in drifts:
+            tangent = tangent + drift * (tangent.norm() / drift.norm().clamp(min=1))
+        return tangent, None
 
 
 class Rotation(nn.Module):
-    """R of shape (r, d) with orthonormal rows, as the module's output; saved under the key `rotation`."""
+    """R of shape (r, d) with orthonormal rows, as the module's output; saved in files under the key `rotation`."""
 
     def __init__(self, r: int, width: int) -> None:
         super().__init__()
         rows = retract(nn.init.orthogonal_(torch.empty(r, width, device="cpu", dtype=torch.float32)))
         self.halved = nn.Parameter(rows / 2)
         self._checked_version = -1
+        self._drift: Tensor | None = None
+        self.number = next(_NUMBERS)
         _LIVE.add(self)
 
     def forward(self) -> Tensor:
-        rotation: Tensor = _TangentGradient.apply(self.halved * 2)
+        rotation: Tensor = _TangentGradient.apply(self.halved * 2, self._drift)
         return rotation
 
     def changed(self) -> bool:
         """Whether the parameter was written to since it was last found orthonormal."""
+        return self.here() and self.halved._version != self._checked_version
+
+    def here(self) -> bool:
+        """Whether the parameter holds values that can be read and mended; ZeRO-3 empties it between forwards."""
         halved = self.halved
-        return not halved.is_meta and not halved.is_inference() and halved._version != self._checked_version
+        traced = torch._C._functorch.is_functorch_wrapped_tensor(halved)
+        return not (halved.is_meta or halved.is_inference() or halved.numel() == 0 or traced)
+
+    def set(self, rotation: Tensor) -> None:
+        """Write R (r, d), into each process's share where fully_shard distributed the parameter."""
+        half = rotation / 2
+        if hasattr(self.halved, "full_tensor"):
+            half = _distributed_like(half, self.halved)
+        self.halved.copy_(half)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        restore([self])
-        halved = self.halved if keep_vars else self.halved.detach()
-        destination[prefix.removesuffix(".")] = halved * 2
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        missing: list[str] = args[2]
-        missing[:] = [prefix.removesuffix(".") if key == prefix + "halved" else key for key in missing]
+        if not hasattr(self.halved, "full_tensor"):  # of which one process cannot see the whole
+            restore([self])
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         _LIVE.add(self)
+
+
+def _distributed_like(whole: Tensor, parameter: Any) -> Tensor:
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = parameter.device_mesh
+    everywhere = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return everywhere.redistribute(placements=parameter.placements)
 
 
 def as_rotation(name: str, tensor: Tensor) -> Tensor:
@@ -131,32 +159,44 @@ def as_rotation(name: str, tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def restore(rotations: Iterable[Rotation]) -> None:
+def restore(rotations: Iterable[Rotation], stepped: bool = False) -> None:
     """Retract, in place, every rotation that anyone moved off the manifold; the others keep their bits.
 
     Rotations of one shape and device share one batched computation and one look at the result from the host.
+
+    Args:
+        stepped: an optimizer has just stepped the parameters themselves, so that it goes on from what is written here.
     """
     groups = defaultdict(list)
     for module in rotations:
-        if not module.halved.is_meta and not module.halved.is_inference():
+        if module.here():
             groups[module.halved.shape, module.halved.device, module.halved.dtype].append(module)
     for modules in groups.values():
-        stack = torch.stack([module.halved for module in modules]) * 2
-        if not float(orthonormality_error(stack)) <= TOLERANCE:
-            for module, rotation, before in zip(modules, retract(stack), stack, strict=True):
-                if not float(orthonormality_error(before)) <= TOLERANCE:
-                    module.halved.copy_(rotation / 2)
-        for module in modules:
+        stack = torch.stack([_whole(module.halved) for module in modules]) * 2
+        moved = not float(orthonormality_error(stack)) <= TOLERANCE
+        for module, rotation, before in zip(modules, retract(stack) if moved else stack, stack, strict=True):
+            module._drift = None
+            if moved and not float(orthonormality_error(before)) <= TOLERANCE:
+                module.set(rotation)
+                module._drift = None if stepped else before - rotation
             module._checked_version = module.halved._version
 
 
+def _whole(tensor: Any) -> Tensor:
+    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return whole
+
+
 _LIVE: weakref.WeakSet[Rotation] = weakref.WeakSet()
+_NUMBERS = itertools.count()
+"""In the order of which processes that share parameters go through them together; a set has none of its own."""
 
 
 def _after_optimizer_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """What keeps R orthonormal where no forward pre-hook runs: inside a compiled model, or on a save after a step."""
     own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    restore([rotation for rotation in _LIVE if id(rotation.halved) in own and rotation.changed()])
+    live = sorted((rotation for rotation in _LIVE if id(rotation.halved) in own), key=lambda r: r.number)
+    restore([rotation for rotation in live if rotation.changed()], stepped=True)
 
 
 register_optimizer_step_post_hook(_after_optimizer_step)

@@ -83,11 +83,13 @@ class Recipe(Section):
     def experiments(self, only: Sequence[str] | None = None) -> dict[str, Experiment]:
         """The tasks asked for, each with its model and settings. Raises ValueError for one that is not there."""
         source = ModelSource(self.model, self.dtype, self.attention)
-        entries = {name: self.tasks[name] for name in self.chosen(only)}
-        return {
-            name: Experiment(name, source, entry, entry.adapter, entry.training, self.seed)
-            for name, entry in entries.items()
-        }
+        found = {}
+        for name in self.chosen(only):
+            entry = self.tasks[name]
+            said = entry.model_dump(exclude=set(Settings.model_fields))
+            spec = TASKS[entry.type].spec_class.model_validate(said)
+            found[name] = Experiment(name, source, spec, entry.adapter, entry.training, self.seed)
+        return found
 
     @field_validator("tasks")
     @classmethod

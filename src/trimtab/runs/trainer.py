@@ -25,6 +25,7 @@ from trimtab.errors import DivergedError
 from trimtab.runs.reuse import Reuse
 from trimtab.tasks.spec import Section
 from trimtab.tasks.tokens import IGNORED, Collator, Encoded
+from trimtab.where.prompts import prompt_lengths_of
 
 Batch = dict[str, Any]
 NEAR = 50
@@ -84,6 +85,24 @@ def supervised_only(collate: Callable[[Any], Batch]) -> Callable[[Any], Batch]:
         return with_supervised(collate(examples))
 
     return collate_supervised
+
+
+def with_prompts(collate: Callable[[Any], Batch]) -> Callable[[Any], Batch]:
+    """A collator for any Trainer, after which each batch says where its prompts end, labels or no labels.
+
+    Needed where a trainer takes the labels away before the model sees them: label smoothing, `compute_loss_func`, or
+    forwards for metrics. It adds `prompt_lengths` (B,), with packed rows one a sequence, or `decoder_prompt_lengths`
+    where the batch has `decoder_input_ids`; to a classifier's batch, whose labels are not tokens, nothing.
+
+    Example:
+        >>> Trainer(model, args, data_collator=with_prompts(collator), ...)
+    """
+
+    def collate_told(examples: Any) -> Batch:
+        batch = collate(examples)
+        return {**prompt_lengths_of(batch), **batch}
+
+    return collate_told
 
 
 def with_supervised(batch: Batch) -> Batch:

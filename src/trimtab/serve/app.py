@@ -24,7 +24,7 @@ from fastapi.responses import HTMLResponse, PlainTextResponse, Response, Streami
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from trimtab.adapter.folder import AdapterError
+from trimtab.errors import AdapterError
 from trimtab.serve import schemas
 from trimtab.serve.answers import Chat, Form, Text, Tokens, usage_of
 from trimtab.serve.engine import EngineError, Event, Unavailable

@@ -10,7 +10,7 @@ from typing import Any
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
-from trimtab.adapter.folder import AdapterError
+from trimtab.errors import AdapterError
 from trimtab.serve.engine import BadRequest, QueueFull, QueueTimeout, StepFailed, Unavailable
 from trimtab.serve.registry import NameTaken, UnknownAdapter
 

@@ -21,9 +21,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trimtab.adapter.config import ReftConfig
-from trimtab.adapter.folder import CONFIG, WEIGHTS, AdapterError, SavedAdapter, read_adapter
+from trimtab.adapter.config import WEIGHTS, ReftConfig
+from trimtab.adapter.folder import CONFIG, SavedAdapter, read_adapter
 from trimtab.edits import METHODS, Term
+from trimtab.errors import AdapterError
 from trimtab.serve.table import Layout
 from trimtab.where.plan import Part
 from trimtab.where.positions import Positions
@@ -219,8 +220,8 @@ def _vectors(layout: Layout, saved: SavedAdapter) -> dict[Part, Tensor]:
 
 @torch.no_grad()
 def _terms(config: ReftConfig, module: str, tensors: dict[str, Tensor]) -> tuple[Term, ...]:
-    width = next(tensor.shape[1] for tensor in tensors.values() if tensor.dim() == 2)
-    edit = METHODS[config.method](width, config.r, activation=config.activation, init_weights="paper")
+    method = METHODS[config.method]
+    edit = method(method.width_of(tensors, config.r), config.r, activation=config.activation, init_weights="paper")
     edit.load_state_dict(tensors)
     return edit.terms()
 

@@ -16,7 +16,9 @@ from tempfile import TemporaryDirectory
 from fastapi import Request
 from transformers import PreTrainedTokenizerBase
 
-from trimtab.adapter.folder import CONFIG, WEIGHTS, AdapterError
+from trimtab.adapter.config import WEIGHTS
+from trimtab.adapter.folder import CONFIG
+from trimtab.errors import AdapterError
 from trimtab.serve import schemas
 from trimtab.serve.answers import Form, Tokens, merged
 from trimtab.serve.engine import Applied, Engine, EngineError, Event

@@ -11,9 +11,12 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
+import regex
 from torch import nn
 
 _ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
+PATTERN_SECONDS = 1.0
+"""For one module name; a pattern that backtracks for ever must not hang who loads an adapter."""
 _MLP = re.compile(r"mlp|feed_?forward|ffn|moe|layerff|DenseReluDense", re.IGNORECASE)
 
 
@@ -45,7 +48,21 @@ def find_sites(model: nn.Module, site: str, layers: str | list[int]) -> list[Sit
                 f"site={site!r}: {name} only lists modules and never runs itself. Name what it holds with a regular "
                 f"expression, for example site=r'{re.escape(name)}\\.\\d+'."
             )
+        _check_batch_first(model, name, module)
     return [Site(name, module, _width(model, name, module)) for name, module in chosen]
+
+
+def _check_batch_first(model: nn.Module, name: str, module: nn.Module) -> None:
+    """torch's own transformer layers put time first unless told; rows and tokens would be mistaken for each other."""
+    path = name.split(".")
+    around = [model.get_submodule(".".join(path[:n])) for n in range(1, len(path))]
+    layers = [m for m in around if isinstance(m, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer)]
+    attentions = [m for layer in (module, *layers) for m in layer.modules() if isinstance(m, nn.MultiheadAttention)]
+    if any(not attention.batch_first for attention in attentions):
+        raise ValueError(
+            f"site: {name} ({type(module).__name__}) takes (time, batch, width), as torch's attention does by default, "
+            "but edits count tokens in (batch, time, width). Build it with batch_first=True."
+        )
 
 
 def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -125,14 +142,20 @@ def _part_of(name: str, block: nn.Module, site: str) -> tuple[str, nn.Module]:
 
 
 def _matching(model: nn.Module, pattern: str) -> list[tuple[str, nn.Module]]:
+    names = [(n, m) for n, m in model.named_modules() if n and not _ours(n)]
     try:
-        found = [(n, m) for n, m in model.named_modules() if n and not _ours(n) and re.fullmatch(pattern, n)]
-    except re.error as error:
+        compiled = regex.compile(pattern)
+        found = [(n, m) for n, m in names if compiled.fullmatch(n, timeout=PATTERN_SECONDS)]
+    except TimeoutError:
+        raise ValueError(
+            f"site={pattern!r}: takes too long to match one module name; write it without nested repetition."
+        ) from None
+    except regex.error as error:
         raise ValueError(
             f"site={pattern!r}: not a regular expression ({error}), nor block, attention or mlp."
         ) from None
     if not found:
-        some = ", ".join([n for n, _ in model.named_modules() if n and not _ours(n)][:12])
+        some = ", ".join([n for n, _ in names][:12])
         raise ValueError(f"site={pattern!r}: matches no module name as a whole. The model's modules begin: {some}, ...")
     return found
 

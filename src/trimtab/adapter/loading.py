@@ -1,0 +1,93 @@
+"""What a file may change: its own adapter's tensors, its `modules_to_save`, and embeddings that were resized.
+
+Files hold R under `rotation`; parameters are called `rotation.halved` and hold half of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from peft import set_peft_model_state_dict
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from trimtab.adapter.config import REFT
+from trimtab.adapter.folder import read_tensors
+
+_FILE, _PARAMETER = ".rotation", ".rotation.halved"
+
+
+def as_saved(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """From what parameters hold to what files hold, exactly."""
+    return {
+        key.removesuffix(".halved") if key.endswith(_PARAMETER) else key: t * 2 if key.endswith(_PARAMETER) else t
+        for key, t in parameters.items()
+    }
+
+
+def own_modules(model: nn.Module, adapter: str) -> set[str]:
+    """Keys of the modules that the adapter trains whole."""
+    return {
+        f"{name}.{key}"
+        for name, module in model.named_modules()
+        if isinstance(module, AuxiliaryTrainingWrapper)
+        for key in _load_map(module, adapter).values()
+    }
+
+
+def _load_map(wrapper: Any, adapter: str) -> dict[str, str]:
+    names: dict[str, str] = wrapper.adapter_state_dict_load_map(adapter)
+    return names
+
+
+def resized_embeddings(model: nn.Module) -> set[str]:
+    """Keys of the input and output embeddings, if their vocabulary is not the one that the model came with."""
+    whole: Any = model
+    base = whole.get_base_model() if hasattr(model, "get_base_model") else whole
+    config: Any = getattr(base, "config", None)
+    source = getattr(config, "_name_or_path", "")
+    if not source or not hasattr(config, "vocab_size"):
+        return set()
+    try:
+        original = type(config).from_pretrained(source, local_files_only=True)
+    except (OSError, ValueError):
+        return set()
+    if original.vocab_size == config.vocab_size:
+        return set()
+    embeddings: list[Any] = [base.get_input_embeddings(), base.get_output_embeddings()]
+    names = [name for name, module in model.named_modules() if any(module is each for each in embeddings)]
+    return {key for key in model.state_dict() if any(key.startswith(f"{name}.") for name in names)}
+
+
+def saved_twice(model: nn.Module, keys: Iterable[str]) -> set[str]:
+    """Second copies of `modules_to_save`, which PEFT writes, under a name it does not read, where an embedding was
+    resized."""
+    wrapped = [name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    return {key for key in keys if any(key == f"{name}.modules_to_save.weight" for name in wrapped)}
+
+
+def take_over_loading(model: Any) -> None:
+    """Have transformers' `load_adapter` and `from_pretrained` read a ReFT adapter as PEFT does, with the same checks.
+
+    They load by name whatever a file holds, the base model's own weights included.
+    """
+    if hasattr(model, "_load_pretrained_model") and "_load_pretrained_model" not in vars(model):
+        model._load_pretrained_model = partial(_load, model._load_pretrained_model)
+
+
+def _load(original: Callable[..., Any], model: Any, **kwargs: Any) -> Any:
+    from transformers.utils.loading_report import LoadStateDictInfo
+
+    adapter, config = next(reversed(model.peft_config.items()))  # which transformers has just added
+    if config.peft_type != REFT:
+        return original(model=model, **kwargs)
+    try:
+        tensors = kwargs.get("state_dict") or read_tensors(Path(kwargs["checkpoint_files"][0]))
+        set_peft_model_state_dict(model, tensors, adapter)
+    except BaseException:
+        model.delete_adapter(adapter)
+        raise
+    return LoadStateDictInfo(set(), set(), set(), [], {}, set()), None

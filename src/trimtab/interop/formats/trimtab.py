@@ -1,0 +1,95 @@
+"""trimtab's own adapters, as PEFT saves and loads them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from peft import PeftModel, TaskType
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import trimtab.adapter.tuner  # noqa: F401  (registers the method with PEFT)
+from trimtab.adapter.config import WEIGHTS
+from trimtab.adapter.folder import inspect_adapter
+from trimtab.errors import ConversionError
+from trimtab.interop.base import Runner, logits_of
+from trimtab.interop.convert import Adapter, Format, Given, make_edit
+from trimtab.where.sites import host
+
+_PREFIX = "base_model.model."
+_EDIT = re.compile(r"(.+)\.reft\.reft_(edit|prefix|suffix)\.(\w+)")
+
+
+class Trimtab(Format):
+    """A folder with `adapter_config.json` (peft_type REFT) and `adapter_model.safetensors`."""
+
+    name = "trimtab"
+
+    def recognises(self, path: Path) -> bool:
+        """A config of any of PEFT's methods, so that another than ReFT is refused by name."""
+        config = path / "adapter_config.json"
+        try:
+            return config.is_file() and "peft_type" in json.loads(config.read_text())
+        except ValueError:
+            return False
+
+    def read(self, path: Path, given: Given) -> Adapter:
+        """Checked as `trimtab show` does."""
+        config = inspect_adapter(path).config
+        given.need("positions", "", config.positions)
+        edits: dict[tuple[str, str], dict[str, Tensor]] = {}
+        modules = {}
+        for key, tensor in load_file(path / WEIGHTS).items():
+            match = _EDIT.fullmatch(key.removeprefix(_PREFIX))
+            if match:
+                edits.setdefault((match[1], match[2]), {})[match[3]] = tensor
+            else:
+                modules[key.removeprefix(_PREFIX)] = tensor
+        base = given.open(config.base_model_name_or_path, config.task_type, _labels(modules))
+        names = {_host_name(base.skeleton, site.module): site.name for site in base.sites(config.site, config.layers)}
+        unknown = sorted({name for name, _ in edits} ^ set(names))
+        unknown += sorted(set(modules) - set(base.skeleton.state_dict()))
+        if unknown:
+            raise ConversionError(
+                f"{path}: edits other modules than {base.name} has for its config ({unknown[0]} is on one side only): "
+                "give --base the model it was trained on."
+            )
+        return Adapter(
+            base, config, {(names[n], part): make_edit(config, own) for (n, part), own in edits.items()}, modules
+        )
+
+    def write(self, adapter: Adapter, path: Path, given: Given) -> list[str]:
+        """As `save_pretrained` would."""
+        tensors = dict(adapter.modules)
+        for (name, part), own in adapter.tensors.items():
+            place = _host_name(adapter.base.skeleton, adapter.base.skeleton.get_submodule(name))
+            tensors |= {f"{place}.reft.reft_{part}.{key}": tensor for key, tensor in own.items()}
+        adapter.config.save_pretrained(str(path))
+        save_file({_PREFIX + key: t.contiguous() for key, t in tensors.items()}, path / WEIGHTS, {"format": "pt"})
+        inspect_adapter(path)
+        return []
+
+    def run(self, path: Path, adapter: Adapter) -> Runner:
+        """Loaded by PEFT."""
+        model = PeftModel.from_pretrained(adapter.base.load(), str(path)).eval()
+
+        def run(ids: Tensor, prompt: int) -> Tensor:
+            extra = {"prompt_lengths": [prompt]} if adapter.base.task == TaskType.CAUSAL_LM else {}
+            return logits_of(model, ids, **extra)
+
+        return run
+
+
+def _host_name(model: nn.Module, module: nn.Module) -> str:
+    """Of the module that keeps the parameters of an edit at `module`."""
+    place = host(module)
+    names: dict[nn.Module, str] = {found: name for name, found in model.named_modules()}
+    return names[place]
+
+
+def _labels(modules: dict[str, Tensor]) -> int | None:
+    """The classes of a saved head: the outputs of its last layer."""
+    sizes = [tensor.shape[0] for name, tensor in modules.items() if tensor.dim() == 2]
+    return sizes[-1] if sizes else None

@@ -1,0 +1,147 @@
+"""Caches that people keep: cut into chunks, copied, cropped, continued by a turn. Right, or refused.
+
+What the prompt is, in a run without a cache: what the caller said (`prompt_lengths`), which holds for the cache until
+it is said anew; else all that was given before single tokens follow; `generate` takes all of its input.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from typing import Any
+
+import pytest
+import torch
+from helpers import PAD, VOCAB
+from peft import PeftModel
+from test_batches import adapted, search
+from torch import Tensor
+from transformers import DynamicCache, StaticCache
+
+POSITIONS = ["f2+l2", "l1", "f3", "prompt", "generated", "all", "random3"]
+
+
+class History:
+    """A batch of left-padded rows as they grow, the cache that holds them, and what their prompt is."""
+
+    def __init__(self, model: PeftModel, draw: random.Random) -> None:
+        self.model, self.draw = model, draw
+        rows = draw.choice([1, 1, 3])
+        self.ids = torch.zeros(rows, 0, dtype=torch.long)
+        self.mask = self.ids.clone()
+        self.lead = [0] + [draw.randrange(4) for _ in range(rows - 1)]
+        config = model.get_base_model().config
+        self.cache: Any = DynamicCache(config=config)
+        if draw.random() < 0.3:
+            self.cache = StaticCache(config=config, max_cache_len=64)
+        self.ends: list[int] | None = None
+        self.told = False
+
+    def grow(self, columns: int) -> None:
+        new = torch.tensor([[self.draw.randrange(3, VOCAB) for _ in range(columns)] for _ in self.ids])
+        width = self.ids.shape[1]
+        real = torch.tensor([[int(width + i >= lead) for i in range(columns)] for lead in self.lead])
+        self.ids = torch.cat([self.ids, new.masked_fill(real == 0, PAD)], 1)
+        self.mask = torch.cat([self.mask, real], 1)
+
+    @property
+    def held(self) -> int:
+        return int(self.cache.get_seq_length())
+
+    @property
+    def real(self) -> list[int]:
+        return self.mask.sum(1).tolist()
+
+    def forward(self, columns: int, tell: list[int] | None = None) -> float:
+        """How far the logits are from those of a run without a cache."""
+        before = self.ids.shape[1]
+        cut = self.ends is not None and any(n > now for n, now in zip(self.ends, self.real, strict=True))
+        self.grow(columns)
+        if tell is not None:
+            self.ends, self.told = tell, True
+        elif self.ends is None or (not self.told and (columns > 1 or cut)):
+            self.ends = self.real
+        positions = (self.mask.cumsum(1) - 1).clamp(min=0)
+        got = self.model(
+            input_ids=self.ids[:, before:],
+            attention_mask=self.mask,
+            position_ids=positions[:, before:],
+            past_key_values=self.cache,
+            **({} if tell is None else {"prompt_lengths": tell}),
+        ).logits
+        return self.off(got, before)
+
+    def generate(self, tell: list[int] | None) -> float:
+        before = self.ids.shape[1]
+        told = {} if tell is None else {"prompt_lengths": tell}
+        self.ends, self.told = (self.real, False) if tell is None else (tell, True)
+        out = self.model.generate(
+            self.ids, attention_mask=self.mask, past_key_values=self.cache, **told, **search(max_new_tokens=3)
+        )
+        self.ids = out.sequences[:, :-1]  # the cache has yet to see the last one
+        self.mask = torch.cat([self.mask, torch.ones(len(self.ids), self.ids.shape[1] - before).long()], 1)
+        return self.off(torch.stack(out.logits, 1), before - 1)
+
+    def off(self, got: Tensor, start: int) -> float:
+        assert self.ends is not None
+        positions = (self.mask.cumsum(1) - 1).clamp(min=0)
+        whole = self.model(
+            input_ids=self.ids, attention_mask=self.mask, position_ids=positions, prompt_lengths=self.ends
+        ).logits[:, start:]
+        return float((got - whole)[self.mask[:, start:].bool()].abs().max())
+
+    def crop(self, columns: int) -> None:
+        self.cache.crop(-columns)
+        self.ids, self.mask = self.ids[:, :-columns], self.mask[:, :-columns]
+
+
+@torch.no_grad()
+def play(model: PeftModel, seed: int) -> tuple[float, int, bool]:
+    """A history of up to six events: the largest difference, the forwards compared, and whether it was refused."""
+    draw = random.Random(seed)
+    history, worst, compared = History(model, draw), 0.0, 0
+    whole = draw.randrange(6, 14)
+    tell = [whole - lead for lead in history.lead] if draw.random() < 0.5 else None
+    chunks = draw.choice([[whole], [whole], [4, whole - 4]])
+    branches = []
+    try:
+        for columns in chunks:
+            worst, compared = max(worst, history.forward(columns, tell)), compared + 1
+        for _ in range(draw.randrange(1, 6)):
+            event = draw.choice(["token", "token", "turn", "generate", "crop", "copy", "back"])
+            again = history.ends if draw.random() < 0.5 else None
+            if event == "token":
+                worst = max(worst, history.forward(1))
+            elif event == "turn":
+                worst = max(worst, history.forward(draw.randrange(2, 5), again))
+            elif event == "generate":
+                history.grow(draw.randrange(1, 5))
+                worst = max(worst, history.generate(again))
+            elif event == "crop" and type(history.cache) is DynamicCache:
+                history.crop(draw.randrange(1, min(5, history.held - 4)))
+            elif event == "copy":
+                branches.append(copy.copy(history))
+                history.cache = copy.deepcopy(history.cache)
+            elif event == "back" and branches:
+                history = branches.pop()
+            compared += event in ("token", "turn", "generate")
+    except ValueError as refused:
+        assert "eave the cache out" in str(refused), refused
+        return worst, compared, True
+    return worst, compared, False
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_histories(positions: str) -> None:
+    model = adapted(a={"r": 2, "positions": positions})
+    played = [play(model, seed) for seed in range(8)]
+    assert max(worst for worst, _, _ in played) < 1e-4
+    assert sum(compared for _, compared, _ in played) > 8
+    assert positions != "all" or not any(refused for *_, refused in played)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_many_histories(positions: str) -> None:
+    model = adapted(a={"r": 2, "positions": positions})
+    assert max(play(model, seed)[0] for seed in range(100, 200)) < 1e-4
