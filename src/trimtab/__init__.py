@@ -13,6 +13,7 @@ from trimtab.registration import register
 if TYPE_CHECKING:
     from trimtab.adapter.config import ReftConfig
     from trimtab.adapter.forward import prompts
+    from trimtab.adapter.sharding import shard_edits
     from trimtab.adapter.tuner import ReftModel, set_scale
     from trimtab.edits import METHODS
     from trimtab.runs.trainer import supervised_only, with_prompts
@@ -28,6 +29,7 @@ __all__ = [
     "parse_positions",
     "prompts",
     "set_scale",
+    "shard_edits",
     "supervised_only",
     "with_prompts",
 ]
@@ -40,6 +42,7 @@ _HOMES = {
     "parse_positions": "where.positions",
     "prompts": "adapter.forward",
     "set_scale": "adapter.tuner",
+    "shard_edits": "adapter.sharding",
     "supervised_only": "runs.trainer",
     "with_prompts": "runs.trainer",
 }

@@ -33,3 +33,7 @@ class NotPossible(TrimtabError):
 
 class DivergedError(RunError):
     """A training run whose loss became NaN."""
+
+
+class ConversionError(TrimtabError):
+    """What cannot be read from, or written to, another format exactly; the message says what would be exact."""

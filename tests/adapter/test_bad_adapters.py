@@ -16,7 +16,8 @@ from torch import Tensor
 
 from trimtab import METHODS, ReftConfig
 from trimtab.adapter.config import WEIGHTS
-from trimtab.adapter.folder import AdapterError, inspect_adapter
+from trimtab.adapter.folder import inspect_adapter
+from trimtab.errors import AdapterError
 
 EDIT = "base_model.model.model.layers.1.reft.reft_edit"
 

@@ -236,7 +236,7 @@ def test_merging_says_why_not(merge: str) -> None:
     before = outputs_of(model, "llama")
     if merge == "unmerge_adapter":  # nothing is ever merged; PEFT's own answer is a warning or nothing
         return
-    with pytest.raises(NotImplementedError, match=r"cannot be merged: it edits hidden states at some tokens only"):
+    with pytest.raises(NotImplementedError, match=r"not merged in place: an edit of hidden states at some tokens only"):
         getattr(model, merge)()
     assert torch.equal(outputs_of(model, "llama"), before)
 

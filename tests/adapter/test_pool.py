@@ -73,3 +73,16 @@ def test_what_does_not_belong_in_the_pool_is_refused(folders: list[Path], tmp_pa
     with pytest.raises(ValueError, match="not a whole safetensors"):
         pool.add("b", folders[1])
     assert len(pool) == 1
+
+
+def test_a_slot_that_was_given_up_is_refused(folders: list[Path]) -> None:
+    pool = AdapterPool(model := get_peft_model(tiny("llama"), config()), config(), slots=2)
+    for i, folder in enumerate(folders):
+        pool.add(str(i), folder)
+    ids = torch.randint(3, 90, (3, 9))
+    with pytest.raises(ValueError, match="no adapter"):  # three adapters in one batch, two slots
+        model(input_ids=ids, adapter_names=[pool.slot(name) for name in "012"])
+    removed = pool.slot("2")
+    pool.remove("2")
+    with pytest.raises(ValueError, match="no adapter"):
+        model(input_ids=ids, adapter_names=[removed] * 3)

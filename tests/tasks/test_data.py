@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from trimtab.errors import DataError
 from trimtab.tasks.files import locate, read_rows
+from trimtab.tasks.templates import render
 from trimtab.tasks.tokens import Collator, Encoded, encode, encode_texts
 
 ROWS = [{"input": "cat", "output": "cats"}, {"input": "ox", "output": "oxen"}]
@@ -222,3 +223,31 @@ def test_classes_are_long_numbers_are_float_and_long_texts_are_cut(tokenizer: Pr
     scored = Collator(tokenizer)([Encoded([3], 1, 0.5, [0]), Encoded([3, 4], 2, 1.0, [0, 1])])
     assert scored["labels"].dtype == torch.float
     assert scored["token_type_ids"].tolist() == [[0, 0], [0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (b"cat", "holds a bytes, not text or a number"),
+        (["a", "b"], "holds a list"),
+        ({"a": 1}, "holds a dict"),
+        ("\ud800", "has half a character"),
+    ],
+)
+def test_what_is_no_text_does_not_become_a_prompt(value: object, said: str) -> None:
+    with pytest.raises(DataError, match=rf"row 1: the field 'input' {said}"):
+        render("{input}", {"input": value}, "row 1")
+
+
+@pytest.mark.parametrize(
+    ("name", "raw", "said"),
+    [
+        ("rows.csv", "a,b\n1,2\n".encode("utf-16"), "UTF-16 text; convert it: iconv -f UTF-16"),
+        ("rows.json", b"[" * 200_000 + b"]" * 200_000, "nested too deeply"),
+        ("rows.jsonl", b'{"a": ' + b"[" * 200_000 + b"]" * 200_000 + b"}\n", "line 1: nested too deeply"),
+    ],
+)
+def test_files_that_are_odd_are_named(tmp_path: Path, name: str, raw: bytes, said: str) -> None:
+    (tmp_path / name).write_bytes(raw)
+    with pytest.raises(DataError, match=said):
+        read_rows(tmp_path / name)

@@ -183,3 +183,9 @@ def test_who_needs_the_end_of_the_prompt(text: str, needs: bool) -> None:
 
 def test_parsed_once() -> None:
     assert parse_positions("f7+l7") is parse_positions("f7+l7") == Positions("f7+l7", first=7, last=7)
+
+
+@pytest.mark.parametrize("text", ["f300000000", "l100001", "random" + "9" * 5000])
+def test_more_tokens_than_there_can_be_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="at most 100,000 tokens"):
+        parse_positions(text)

@@ -241,6 +241,12 @@ def test_too_large_a_rank_names_the_site() -> None:
         edited("llama", r=33)
 
 
+def test_a_pattern_that_never_ends_is_refused() -> None:
+    model = nn.ModuleDict({"a" * 40: nn.Linear(2, 2)})
+    with pytest.raises(ValueError, match="takes too long to match"):
+        find_sites(model, r"(a|a|aa)+$b", "all")
+
+
 @pytest.mark.parametrize("site", ["block", "attention", r"layers\.\d+\.linear2"])
 def test_time_before_batch_is_refused(site: str) -> None:
     """As torch makes its own layers: the first time steps of row 0 would be taken for the first tokens of every row."""

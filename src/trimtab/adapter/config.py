@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, cast
 from peft import PeftConfig, PeftType
 
 from trimtab.edits import ACTIVATIONS, METHODS
+from trimtab.where.plan import Part
 from trimtab.where.positions import Positions, parse_positions
 
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
@@ -164,7 +165,7 @@ class ReftConfig(PeftConfig):
         """The method and its rank, if it has one, for people."""
         return self.method if self.r is None else f"{self.method}, rank {self.r}"
 
-    def edit_names(self) -> tuple[str, ...]:
+    def edit_names(self) -> tuple[Part, ...]:
         """The edits of one block: `edit` where prefix and suffix share one, else `prefix` and `suffix`."""
         return ("edit",) if self.tied else ("prefix", "suffix")
 

@@ -10,7 +10,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig
@@ -20,15 +20,14 @@ from torch import Tensor
 
 from trimtab.adapter.config import NO_PICKLES, PICKLE, WEIGHTS, ReftConfig
 from trimtab.edits import METHODS, Edit
+from trimtab.errors import AdapterError
+from trimtab.where.plan import Part
 
+CONFIG = "adapter_config.json"
 _EDIT = re.compile(r"(?:base_model\.model\.)?(.+)\.reft\.reft_(edit|prefix|suffix)\.(\w+)")
 
 
 _APART = "the two files do not belong together. Copy both from one save."
-
-
-class AdapterError(ValueError):
-    """A folder that is not a whole ReFT adapter. The message says which file, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,9 @@ class AdapterInfo:
     edit_norms: dict[str, float]
     """By edited module (and /prefix or /suffix): the Frobenius norm of [A c], where the edit is h + A h + c."""
 
+    extras: tuple[str, ...] = ()
+    """Keys of whatever else it carries: `modules_to_save`, resized embeddings."""
+
     @property
     def base_model(self) -> str | None:
         name: str | None = self.config.base_model_name_or_path
@@ -52,7 +54,25 @@ class AdapterInfo:
         return sum(torch.Size(shape).numel() for shape in self.shapes.values())
 
 
-def inspect_adapter(folder: str | Path) -> AdapterInfo:
+Edits = dict[tuple[str, Part], dict[str, Tensor]]
+"""By edited module and edit, prefix or suffix: the saved tensors of one edit."""
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """A folder's config and tensors, checked against each other."""
+
+    config: ReftConfig
+    edits: Edits
+    shapes: dict[str, tuple[int, ...]]
+    """Of every saved tensor, those of `modules_to_save` too."""
+    sizes: dict[str, float]
+    """Of each edit, as `AdapterInfo.edit_norms`."""
+    extras: tuple[str, ...]
+    """Keys of whatever else it carries: `modules_to_save`, resized embeddings."""
+
+
+def read_adapter(folder: str | Path) -> SavedAdapter:
     """Read an adapter's folder and check it against itself: its config, and every tensor that the config asks for.
 
     Raises:
@@ -74,16 +94,27 @@ def inspect_adapter(folder: str | Path) -> AdapterInfo:
             f"{folder / WEIGHTS}: holds no edit (no tensor named ...reft.reft_...). Save the adapter again."
         )
     _check_places(folder / WEIGHTS, config, list(edits))
-    norms = {}
+    sizes = {}
     for (module, part), own in edits.items():
         edit = _checked_edit(f"{folder / WEIGHTS}: {module}.reft.reft_{part}", config, own)
-        norms[module if part == "edit" else f"{module}/{part}"] = edit.size()
+        sizes[module if part == "edit" else f"{module}/{part}"] = edit.size()
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    return AdapterInfo(config, shapes, (folder / WEIGHTS).stat().st_size, norms)
+    return SavedAdapter(config, edits, shapes, sizes, tuple(others))
+
+
+def inspect_adapter(folder: str | Path) -> AdapterInfo:
+    """What an adapter is.
+
+    Raises:
+        AdapterError: as `read_adapter`.
+    """
+    saved = read_adapter(folder)
+    size = (Path(folder) / WEIGHTS).stat().st_size
+    return AdapterInfo(saved.config, saved.shapes, size, saved.sizes, saved.extras)
 
 
 def _read_config(folder: Path) -> ReftConfig:
-    path = folder / "adapter_config.json"
+    path = folder / CONFIG
     if not path.exists():
         raise AdapterError(
             f"{folder}: no adapter_config.json there; give the folder that save_pretrained or train wrote."
@@ -122,10 +153,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise AdapterError(f"{path}: {_what_it_is(path)} ({error}).") from None
 
 
-Edits = dict[tuple[str, str], dict[str, Tensor]]
-"""By edited module and edit, prefix or suffix: the saved tensors of one edit."""
-
-
 def sorted_edits(tensors: dict[str, Tensor]) -> tuple[Edits, dict[str, Tensor]]:
     """An adapter's tensors, edit by edit, and whatever else its file carries."""
     edits: Edits = {}
@@ -133,7 +160,7 @@ def sorted_edits(tensors: dict[str, Tensor]) -> tuple[Edits, dict[str, Tensor]]:
     for key, tensor in tensors.items():
         match = _EDIT.fullmatch(key)
         if match:
-            edits.setdefault((match[1], match[2]), {})[match[3]] = tensor
+            edits.setdefault((match[1], cast(Part, match[2])), {})[match[3]] = tensor
         else:
             others[key] = tensor
     return edits, others
@@ -152,7 +179,7 @@ def _what_it_is(path: Path) -> str:
     return "not a whole safetensors file; copy or save the adapter again"
 
 
-def _check_places(path: Path, config: ReftConfig, edits: list[tuple[str, str]]) -> None:
+def _check_places(path: Path, config: ReftConfig, edits: list[tuple[str, Part]]) -> None:
     """Whether every edited module has the edits that the config asks for, and there are as many modules as it lists."""
     modules = list(dict.fromkeys(module for module, _ in edits))
     for module in modules:

@@ -26,6 +26,7 @@ import torch
 from peft.utils import TaskType
 from torch import Tensor, nn
 
+from trimtab.adapter.sharding import keep_in_float32
 from trimtab.edits.orthonormal import restore
 from trimtab.where.plan import Part
 from trimtab.where.positions import Positions
@@ -540,6 +541,8 @@ class Forwards:
         """Retract what an optimizer, or anyone, moved off the manifold since the last forward, in use now or later."""
         rotations = [rotation for layer in self.layers for rotation in layer.rotations()]
         with _upkeep:
+            if any(hasattr(rotation.halved, "full_tensor") for rotation in rotations):
+                keep_in_float32(self.model)
             # Those in training by value: writes through `.data` leave no trace in the version.
             restore([r for r in rotations if r.changed() or r.halved.requires_grad])
 

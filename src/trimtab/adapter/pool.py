@@ -92,7 +92,7 @@ class AdapterPool:
         method, parameters = METHODS[self._config.method], {}
         for (module, part), own in edits.items():
             where = f"{path}: {module}.reft.reft_{part}"
-            parameters[module, part] = as_parameters(
+            parameters[module, str(part)] = as_parameters(
                 method.check(where, own, self._config.r, self._widths[module, part])
             )
         vector = torch.empty(self.size)

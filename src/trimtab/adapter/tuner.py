@@ -29,8 +29,9 @@ from trimtab.where.positions import Positions
 from trimtab.where.sites import Site, find_sites, host
 
 _NO_MERGE = (
-    "a ReFT adapter cannot be merged: it edits hidden states at some tokens only, which no change of the weights can "
-    "express. Keep the adapter beside the base model; it costs nothing while decoding when only the prompt is edited."
+    "a ReFT adapter is not merged in place: an edit of hidden states at some tokens only is no change of the weights. "
+    "Keep the adapter beside the base model; it costs nothing while decoding when only the prompt is edited. A saved "
+    "one that edits every token (positions='all') at mlp or attention can be: `trimtab merge ADAPTER OUTPUT`."
 )
 _NO_AVERAGE = (
     "ReFT adapters cannot be averaged into one: the mean of two rotations is none. Use several at once, with weights: "
@@ -304,26 +305,29 @@ class ReftModel(BaseTuner):
             ValueError: tensors are missing or left over; PEFT alone would load what fits and leave the rest random.
         """
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        expected, checked = set(), {}
-        for module_name, layer in model.named_modules():
-            for name, edit in layer.edits(adapter_name).items() if isinstance(layer, ReftLayer) else ():
-                prefix = f"{module_name}.reft_{name}.{adapter_name}."
-                keys = {tensor: prefix + tensor for tensor, _ in edit.named_parameters()}
-                expected |= set(keys.values())
-                if expected <= set(mapped):
-                    saved = {tensor.removesuffix(".halved"): mapped[key] for tensor, key in keys.items()}
-                    saved = edit.check(f"{module_name}.reft_{name}", saved, edit.r, edit.width)
-                    checked.update({prefix + tensor: value for tensor, value in as_parameters(saved).items()})
+        edits = [
+            (f"{module_name}.reft_{name}", edit)
+            for module_name, layer in model.named_modules()
+            if isinstance(layer, ReftLayer)
+            for name, edit in layer.edits(adapter_name).items()
+        ]
+        expected = {f"{at}.{adapter_name}.{tensor}" for at, edit in edits for tensor, _ in edit.named_parameters()}
         mapped = {key: tensor for key, tensor in mapped.items() if key not in saved_twice(model, mapped)}
         missing = sorted(expected - set(mapped))
-        left_over = sorted(set(mapped) - expected - own_modules(model, adapter_name) - resized_embeddings(model))
+        own = own_modules(model, adapter_name) | resized_embeddings(model)
+        left_over = sorted(set(mapped) - expected - own | set(state_dict) & expected)
         if missing or left_over:
             raise ValueError(
                 f"adapter {adapter_name!r}: the file does not fit this model and config. "
                 f"Missing: {_some(missing)}. Without a place here: {_some(left_over)}. "
                 "It was saved from another base model, under another config, or incompletely."
             )
-        return mapped | checked
+        for at, edit in edits:
+            keys = {tensor: f"{at}.{adapter_name}.{tensor}" for tensor, _ in edit.named_parameters()}
+            saved = {tensor.removesuffix(".halved"): mapped[key] for tensor, key in keys.items()}
+            values = as_parameters(edit.check(at, saved, edit.r, edit.width))
+            mapped |= {keys[tensor]: value for tensor, value in values.items()}
+        return mapped
 
 
 def _check_saved_modules(config: ReftConfig, site: str) -> None:

@@ -5,11 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
-from rich.console import Console
-from rich.markup import escape
-
-from trimtab.cli import convert, look, study, talk, train  # noqa: F401 (each registers its commands)
-from trimtab.cli.common import app, console
+from trimtab.cli import convert, look, serve, study, talk, train  # noqa: F401 (each registers its commands)
+from trimtab.cli.common import PlainConsole, app, console
 
 __all__ = ["app", "console", "main"]
 
@@ -25,5 +22,5 @@ def main() -> None:
         if debug:
             raise
         said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(said)}", soft_wrap=True, highlight=False)
+        PlainConsole(stderr=True, highlight=False).print(f"error: {said}", soft_wrap=True)
         sys.exit(2)

@@ -22,7 +22,18 @@ app = typer.Typer(
     help="Train, score and switch LoReFT adapters on one frozen model.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = Console()
+
+
+class PlainConsole(Console):
+    """Prints names as they are: no markup, no escape sequence in them is obeyed."""
+
+    def render_str(self, text: str, **how: Any) -> Any:
+        """The text, with what is not printable made visible."""
+        seen = "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
+        return super().render_str(seen, **{**how, "markup": False, "emoji": False})
+
+
+console = PlainConsole(highlight=False)
 
 
 class QuietCommand(TyperCommand):

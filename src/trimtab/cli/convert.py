@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from trimtab.cli.common import command, console
@@ -69,7 +68,7 @@ def _show(report: Report, output: Path) -> None:
     facts = Table(show_header=False, title=f"{report.source} to {report.target}")
     edits = f"{config.method}, rank {config.r}{'' if config.tied else ', prefix and suffix edited apart'}"
     for name, value in (
-        ("base model", str(config.base_model_name_or_path)),
+        ("base model", report.base),
         ("method", edits + (f", activation {config.activation}" if config.activation else "")),
         ("positions", config.positions),
         ("site, layers", f"{config.site}, {config.layers}"),
@@ -85,7 +84,7 @@ def _show(report: Report, output: Path) -> None:
             f"{check.difference:.2g}, at a scale of {check.scale:.3g}",
         ),
     ):
-        facts.add_row(name, escape(value))
+        facts.add_row(name, value)
 
     console.print(facts)
-    console.print(f"Wrote {escape(str(output))}.", soft_wrap=True, highlight=False)
+    console.print(f"Wrote {output!s}.", soft_wrap=True)

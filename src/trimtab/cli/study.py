@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from trimtab.cli.common import (
@@ -71,8 +70,8 @@ def compare(
         found = ", ".join(f"{100 * s:.1f}" for s in scores) or group.impossible
         size = f" {group.examples} examples" if group.examples else ""
         left.remove(group)
-        text = escape(f"{group.task}{size}, {group.way.name}: {found}")
-        console.print(f"{text} [dim]({len(left)} left)[/]", highlight=False)
+        text = f"{group.task}{size}, {group.way.name}: {found}"
+        console.print(f"{text} ({len(left)} left)")
 
     jobs = jobs or room_for(recipe.model)
     console.print(f"{len(study.groups)} comparisons, {jobs} trials at a time; what is done already is read.")
@@ -119,7 +118,7 @@ def tune(
         def watch(number: int, found: Found, name: str = name) -> None:
             tried = {**found.settings, "learning_rate": found.learning_rate}
             said = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in tried.items())
-            console.print(f"{name} {number}: validation {found.validation:.3f} with {said}", highlight=False)
+            console.print(f"{name} {number}: validation {found.validation:.3f} with {said}")
 
         best[name] = search(experiment, recipe.tune, folder, blocks, trials, watch)
     table = Table("task", "validation", "r", "positions", "layers", "learning rate")

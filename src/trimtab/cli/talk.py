@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from trimtab.cli.common import Folders, ModelName, command, console
@@ -25,9 +24,9 @@ def generate(
     adapters = find_adapters(adapter or [])
     answerer = Answerer(adapters, model)
     names = [*adapters, *([BASE] if base or not adapters else [])]
-    table = Table("adapter", "answer", title=escape(prompt))
+    table = Table("adapter", "answer", title=prompt)
     for name, text in zip(names, answerer.answer(prompt, names, max_new_tokens), strict=True):
-        table.add_row("(base model)" if name == BASE else name, escape(text))
+        table.add_row("(base model)" if name == BASE else name, text)
     console.print(table)
 
 
@@ -43,7 +42,7 @@ def chat(adapter: Folders = None, model: ModelName = None) -> None:
     console.print(f"Adapters: {', '.join([*adapters, 'base'])}. Commands: /use NAME, /new, /quit.")
     while True:
         try:
-            text = console.input(f"[bold]{'base' if current == BASE else escape(current)}>[/] ").strip()
+            text = console.input(f"{'base' if current == BASE else current}> ").strip()
         except (EOFError, KeyboardInterrupt):
             break
         command, _, argument = text.partition(" ")
@@ -61,4 +60,4 @@ def chat(adapter: Folders = None, model: ModelName = None) -> None:
         elif text:
             messages.append({"role": "user", "content": text})
             messages.append({"role": "assistant", "content": answerer.reply(messages, current)})
-            console.print(escape(messages[-1]["content"]))
+            console.print(messages[-1]["content"])

@@ -2,7 +2,7 @@
 
 import math
 
-from trimtab.edits.base import ACTIVATIONS, Edit, InitWeights, as_parameters
+from trimtab.edits.base import ACTIVATIONS, Edit, InitWeights, Term, as_parameters
 from trimtab.edits.lowrank import ConsReFT, DiReFT, DiReFTOrthonormal, LobiReFT, LoReFT, NoReFT
 from trimtab.edits.red import RED
 
@@ -18,6 +18,7 @@ __all__ = [
     "LoReFT",
     "LobiReFT",
     "NoReFT",
+    "Term",
     "as_parameters",
     "parameter_count",
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,19 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 """On W h + b. Each maps 0 to 0, so that an edit that starts at the identity can."""
 
 InitWeights = bool | Literal["paper"]
+
+
+class Term(NamedTuple):
+    """Bᵀ f(A h + b), of which an edit is a sum."""
+
+    rows: Tensor
+    """A (r, d)."""
+    bias: Tensor
+    """b (r,)."""
+    basis: Tensor
+    """B (r, d)."""
+    activation: Callable[[Tensor], Tensor] | None = None
+    """f, one of `ACTIVATIONS`, or None for none."""
 
 
 class Edit(nn.Module):
@@ -88,9 +101,27 @@ class Edit(nn.Module):
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 
+    def terms(self) -> tuple[Term, ...]:
+        """Φ(h) - h as a sum of terms Bᵀ f(A h + b), for whoever runs the edits of many adapters as one.
+
+        Raises:
+            NotImplementedError: the method is of another form.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is no sum of terms of low rank.")
+
+    @torch.no_grad()
     def affine(self) -> tuple[Tensor, Tensor, Tensor] | None:
         """Φ(h) - h as Bᵀ(A h + c): B and A (r, d) and c (r,) in float64; None where it is not of that form."""
-        return None
+        try:
+            terms = self.terms()
+        except NotImplementedError:
+            return None
+        if any(term.activation is not None for term in terms):
+            return None
+        basis, rows, bias = (
+            torch.cat([getattr(t, part).double() for t in terms]) for part in ("basis", "rows", "bias")
+        )
+        return basis, rows, bias
 
     def forward(self, h: Tensor) -> Tensor:
         """Φ(h) - h for rows h (n, d), with dropout on the edit (never on the hidden state)."""

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trimtab.edits.base import Edit, uniform
+from trimtab.edits.base import Edit, Term, uniform
 from trimtab.edits.orthonormal import Rotation
 
 
@@ -65,13 +65,14 @@ class LowRank(Edit):
         basis = self.basis()
         return self.inner(h, basis) @ basis
 
-    @torch.no_grad()
-    def affine(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        if self.activation is not None:
-            return None
-        basis, bias = self.basis().double(), self.bias.double()
-        reads = self.weight.double() if self.has_weight else torch.zeros_like(basis)
-        return basis, reads - basis if self.subtracts else reads, bias
+    def terms(self) -> tuple[Term, ...]:
+        basis = self.basis()
+        read = Term(self.weight if self.has_weight else torch.zeros_like(basis), self.bias, basis, self.activation)
+        if not self.subtracts:
+            return (read,)
+        if self.activation is None:
+            return (read._replace(rows=read.rows - basis),)
+        return read, Term(-basis, torch.zeros_like(self.bias), basis)
 
     @torch.no_grad()
     def size(self) -> float:

@@ -13,6 +13,7 @@ import transformers
 from peft import TaskType
 from torch import Tensor, nn
 
+from trimtab.errors import ConversionError
 from trimtab.runs.models import device, loading
 from trimtab.where.positions import Positions
 from trimtab.where.sites import Site, find_sites
@@ -39,10 +40,6 @@ Runner = Callable[[Tensor, int], Tensor]
 """What a model says: token ids (1, T) and how many of them are the prompt -> logits (1, T, V), or (1, C) of a class."""
 
 
-class ConversionError(ValueError):
-    """What cannot be read, or cannot be written exactly. The message says why, and what would be exact."""
-
-
 def task_of(model_class: str) -> str | None:
     """PEFT's task type of a transformers class, by how its name ends."""
     return next((task for end, task in _CLASSES.items() if model_class.endswith(end)), None)
@@ -56,20 +53,20 @@ class Base:
     task: str | None = None
     """PEFT's task type as a plain string; None: as the model's own config says."""
     labels: int | None = None
-    """Classes of a classifier; None: as the model's own config says."""
+    """Classes, where the task is to classify; None: as the model's own config says."""
     config: Any = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         with loading(self.name):
             config = transformers.AutoConfig.from_pretrained(self.name)
-        if self.labels is not None:
-            config.num_labels = self.labels
         object.__setattr__(self, "config", config)
         if self.task is not None and self.task not in TASKS:
             raise ConversionError(f"--task {self.task}: must be one of {', '.join(TASKS)}.")
         if self.task is None:
             own = (config.architectures or ["Model"])[0]
             object.__setattr__(self, "task", task_of(own) or TaskType.FEATURE_EXTRACTION.value)
+        if self.labels not in (None, config.num_labels) and self.task in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
+            config.num_labels = self.labels
 
     @property
     def _auto(self) -> Any:

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from trimtab.adapter.config import ReftConfig
+from trimtab.adapter.loading import as_saved
 from trimtab.edits import METHODS, Edit
 from trimtab.edits.orthonormal import TOLERANCE as TOLERANCE_OF_R
 from trimtab.edits.orthonormal import orthonormality_error
-from trimtab.errors import ModelError
+from trimtab.errors import ConversionError, ModelError
 from trimtab.interop import formats
-from trimtab.interop.base import Base, ConversionError, Runner, samples
+from trimtab.interop.base import Base, Runner, samples
 
 TOLERANCE = 1e-3
 """Of the largest logit: what float32 sums in another order may differ by, over all of a large model's blocks."""
@@ -85,6 +86,12 @@ class Adapter:
     """What the source does not say, and what was taken instead."""
 
     @property
+    def tensors(self) -> dict[tuple[str, str], dict[str, Tensor]]:
+        """Of each edit, as trimtab's files hold them."""
+        own = {key: as_saved(edit.state_dict(prefix=".")) for key, edit in self.edits.items()}
+        return {key: {name[1:]: tensor for name, tensor in saved.items()} for key, saved in own.items()}
+
+    @property
     def indices(self) -> dict[str, int]:
         """The block of each edited module, counted from 0.
 
@@ -108,7 +115,7 @@ class Adapter:
         if any(form is None for form in found.values()):
             raise ConversionError(
                 f"method={self.config.method!r}, activation={self.config.activation!r}: not of the form "
-                "h + Bᵀ(A h + c), which is all that this format holds. Exact: an adapter without activation."
+                "h + Bᵀ(A h + c), which is all that this format holds. Exact: LoReFT or a relative without activation."
             )
         return {key: form for key, form in found.items() if form is not None}
 
@@ -172,7 +179,7 @@ def make_adapter(
 
 def make_edit(config: ReftConfig, tensors: Tensors) -> Edit:
     """An edit of a config's method with these tensors."""
-    width = next(tensor.shape[1] for tensor in tensors.values() if tensor.dim() == 2)
+    width = max(tensor.shape[-1] for tensor in tensors.values())
     edit = METHODS[config.method](width, config.r, activation=config.activation, init_weights="paper")
     edit.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
     return edit.eval()
@@ -276,6 +283,7 @@ class Report:
 
     source: str
     target: str
+    base: str
     config: ReftConfig
     modules: tuple[str, ...]
     """Edited."""
@@ -316,7 +324,9 @@ def report(source: str, target: str, adapter: Adapter, notes: list[str], check: 
     """What is said of a conversion that was done."""
     modules = tuple(dict.fromkeys(module for module, _ in adapter.edits))
     heads = tuple(adapter.config.modules_to_save or ())
-    return Report(source, target, adapter.config, modules, heads, adapter.unsaid, tuple(notes), check)
+    return Report(
+        source, target, adapter.base.name, adapter.config, modules, heads, adapter.unsaid, tuple(notes), check
+    )
 
 
 def compare(

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers.utils.hub import cached_file
 
-from trimtab.interop.base import Base, ConversionError, logits_of
+from trimtab.errors import ConversionError
+from trimtab.interop.base import Base, logits_of
 from trimtab.interop.convert import (
     TOLERANCE,
     Check,

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from trimtab.interop.base import ConversionError, logits_of, samples
+from trimtab.errors import ConversionError
+from trimtab.interop.base import logits_of, samples
 from trimtab.interop.convert import Adapter
 
 
@@ -51,6 +52,8 @@ def changes_of(adapter: Adapter) -> list[Change]:
     changes = []
     for (module, _), (basis, reads, constant) in forms.items():
         layer = model.get_submodule(layers[module])
+        if not layer.weight.is_floating_point():
+            raise ConversionError(f"{layers[module]} is quantized: give --base the model in floating point.")
         weight = layer.weight.detach().cpu().double()
         transposed = isinstance(layer, Conv1D)
         weight = weight.T if transposed else weight

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from trimtab.errors import RunError
 from trimtab.tasks import TASKS, Task, build_task
 
+ADAPTER, LOCK = "adapter_model.safetensors", ".lock"
 SETTINGS = ("adapter", "training")
 """What `run.json` says of a task beside its spec."""
 
@@ -47,16 +54,24 @@ class RunFolder:
 
     @property
     def is_done(self) -> bool:
-        return (self.path / "metrics.json").exists()
+        """Whether there are metrics, and the adapter that they are of is whole."""
+        metrics, adapter = self._read("metrics.json"), self.path / ADAPTER
+        if not isinstance(metrics, dict) or not adapter.is_file():
+            return False
+        if "digest" in metrics:
+            return bool(digest_of(adapter) == metrics["digest"])
+        return bool(adapter.stat().st_size == metrics.get("bytes"))
 
     @property
     def is_started(self) -> bool:
         """Whether there is work to lose."""
-        return self.is_done or self.checkpoints.exists()
+        return (self.path / "metrics.json").exists() or self.checkpoints.exists()
 
     @property
     def is_empty(self) -> bool:
-        return not self.path.exists() or all(file.name.endswith(".saving") for file in self.path.iterdir())
+        return not self.path.exists() or all(
+            file.name == LOCK or file.name.endswith(".saving") for file in self.path.iterdir()
+        )
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -99,7 +114,34 @@ class RunFolder:
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def remove(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
+        """All but the lock, which is held."""
+        for file in self.path.iterdir() if self.path.exists() else ():
+            if file.is_dir() and not file.is_symlink():
+                shutil.rmtree(file, ignore_errors=True)
+            elif file.name != LOCK:
+                file.unlink()
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """The folder for this process alone.
+
+        Raises:
+            RunError: another process trains there.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / LOCK).open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise RunError(
+                    f"{self.path}: another process trains there; wait for it, or give another output:."
+                ) from None
+            try:
+                yield
+            finally:
+                (self.path / LOCK).unlink(missing_ok=True)
+                if not any(self.path.iterdir()):
+                    self.path.rmdir()
 
     def last_checkpoint(self) -> str | None:
         """The newest checkpoint that was written to its end; an interrupted write is passed over."""
@@ -120,7 +162,17 @@ def _complete(checkpoint: Path) -> bool:
         json.loads((checkpoint / "trainer_state.json").read_text())  # the file that Trainer writes last
     except (OSError, ValueError):
         return False
-    return (checkpoint / "adapter_model.safetensors").exists() and (checkpoint / "optimizer.pt").exists()
+    try:
+        with safe_open(checkpoint / ADAPTER, framework="pt"):  # which reads how long the file must be
+            return zipfile.is_zipfile(checkpoint / "optimizer.pt")
+    except (OSError, SafetensorError):
+        return False
+
+
+def digest_of(file: Path) -> str:
+    """SHA-256 of what a file holds."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -131,9 +183,17 @@ def write_json(path: Path, value: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all, and on disk before it takes its name."""
     staging = path.with_name(f".{path.name}.saving")
-    with staging.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
+    try:
+        with staging.open("w", encoding="utf-8") as file:
+            file.write(text)
+        put(staging, path)
+    except OSError as error:  # of a full disk, which names no file
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def put(staging: Path, path: Path) -> None:
+    """Give a file its name, once what it holds is on disk."""
+    with staging.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(staging, path)
 

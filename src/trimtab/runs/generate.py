@@ -8,9 +8,9 @@ from typing import Any
 
 from peft import PeftModel
 
-from trimtab.adapter.folder import AdapterError, inspect_adapter
+from trimtab.adapter.folder import inspect_adapter
 from trimtab.adapter.forward import BASE
-from trimtab.errors import RunError
+from trimtab.errors import AdapterError, RunError
 from trimtab.runs.folder import RunFolder
 from trimtab.runs.models import ModelSource, load_model, load_tokenizer
 from trimtab.runs.predict import predict

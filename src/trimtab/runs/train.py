@@ -7,19 +7,20 @@ uninterrupted run gives.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import set_seed
 
 from trimtab.adapter.folder import inspect_adapter
 from trimtab.errors import RunError
-from trimtab.runs.folder import RunFolder, differing
+from trimtab.runs.folder import ADAPTER, RunFolder, differing, digest_of, put
 from trimtab.runs.models import Base
 from trimtab.runs.predict import Evaluation
 from trimtab.runs.trainer import Progress, Watch
@@ -52,14 +53,17 @@ def train(
         DataError: a task's data cannot be read.
     """
     runs = [Run(experiment, Path(output) / name) for name, experiment in experiments.items()]
-    base = Base(runs[0].experiment.source)
-    for run in runs:  # every error in data or folders before the first step, and before anything is removed
-        run.check_folder(resume)
-        run.encode(base, resume)
-    for run in runs:
-        if not resume:
-            run.folder.remove()
-    return {run.experiment.name: run.finish(base, watch) for run in runs}
+    with ExitStack() as locks:
+        for run in runs:
+            run.check_folder(resume)
+            locks.enter_context(run.folder.locked())
+        base = Base(runs[0].experiment.source)
+        for run in runs:  # every error in data or folders before the first step, and before anything is removed
+            run.encode(base, resume)
+        for run in runs:
+            if not resume:
+                run.folder.remove()
+        return {run.experiment.name: run.finish(base, watch) for run in runs}
 
 
 def evaluate_runs(
@@ -218,7 +222,8 @@ class Run:
             "tuned": tuned.scores,
             "sets": by_set(self.task, test, untuned, tuned),
             "parameters": parameters,
-            "bytes": (self.folder.path / "adapter_model.safetensors").stat().st_size,
+            "bytes": (self.folder.path / ADAPTER).stat().st_size,
+            "digest": digest_of(self.folder.path / ADAPTER),
             "seconds": round(progress.seconds, 2),
             "steps": fit.steps,
             "train_loss": sum(losses) / len(losses),
@@ -256,10 +261,13 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     """Save the adapter into `folder`, each file whole or not at all."""
     staging = folder / ".saving"
     shutil.rmtree(staging, ignore_errors=True)
-    model.save_pretrained(str(staging))
+    try:
+        model.save_pretrained(str(staging))
+    except SafetensorError as error:
+        raise RunError(f"{folder}: the adapter cannot be written ({error}); is the disk full?") from None
     (staging / "README.md").write_text(_card(model), encoding="utf-8")
     for file in staging.iterdir():
-        os.replace(file, folder / file.name)
+        put(file, folder / file.name)
     staging.rmdir()
 
 

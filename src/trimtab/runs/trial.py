@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
 
@@ -38,6 +40,8 @@ from trimtab.tasks import Example, Task, TaskSpec, build_task
 from trimtab.tasks.spec import SPLITS
 from trimtab.tasks.tokens import Encoded, is_templated
 
+ROOM = 2**20
+"""Bytes free on a disk that is not full."""
 SMALL_STEPS = 100
 """Steps of a few-shot trial, whatever the number of examples."""
 _base_losses: dict[tuple[ModelSource, str], float] = {}
@@ -300,8 +304,21 @@ class Fit:
         self.memory = training_memory(self.trainer, model, encoded, spec.batch_size) if measured else 0
 
     def run(self, resume_from: str | None = None) -> None:
-        """Raises DivergedError when the loss becomes NaN."""
-        self.trainer.train(resume_from_checkpoint=resume_from)
+        """Train, or go on.
+
+        Raises:
+            DivergedError: the loss became NaN.
+            RunError: a checkpoint could not be written.
+        """
+        try:
+            self.trainer.train(resume_from_checkpoint=resume_from)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            folder = Path(str(self.trainer.args.output_dir))
+            if folder.parent.exists() and shutil.disk_usage(folder.parent).free > ROOM:
+                raise
+            raise RunError(
+                f"{folder}: a checkpoint cannot be written: no space left, or the folder is gone."
+            ) from error
 
     @property
     def steps(self) -> int:

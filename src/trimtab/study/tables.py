@@ -119,8 +119,10 @@ def as_markdown(report: Report, plots: dict[str, Path]) -> str:
         lines += ["", f"## {name}", "", sizes(task), ""]
         rows = [_bold(cells(line)) if line.name == task.reference else cells(line) for line in task.finished]
         lines += _markdown_table(heads(task), rows)
-        lines += [f"\nLeft out: {line.name}: {line.impossible}." for line in task.methods if line.impossible]
-        lines += ["", *(f"- {line.sentence}" for line in task.finished if line.sentence)]
+        lines += [
+            f"\nLeft out: {_cell(line.name)}: {_cell(line.impossible)}." for line in task.methods if line.impossible
+        ]
+        lines += ["", *(f"- {_cell(line.sentence)}" for line in task.finished if line.sentence)]
         if name in plots:
             lines += ["", f"![{name}]({plots[name].name})"]
     return "\n".join(lines) + "\n"

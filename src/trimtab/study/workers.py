@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from trimtab.errors import RunError
 from trimtab.runs.models import quiet
 
 
@@ -28,14 +32,31 @@ def workers(jobs: int) -> Iterator[Executor]:
     pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=(devices, threads))
     try:
         yield pool
+    except BrokenProcessPool:
+        raise RunError(
+            "a process was killed in a trial, most likely since memory ran out: try fewer --jobs. What was done is "
+            "kept; the same command goes on from there."
+        ) from None
+    except BaseException:  # Ctrl-C too: now, not after the trials that run
+        for process in list(pool._processes.values()):
+            process.terminate()
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _start_worker(devices: Any, threads: int) -> None:
+    threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
     os.environ["CUDA_VISIBLE_DEVICES"] = devices.get()  # seeing several, transformers' Trainer would use them all
     torch.set_num_threads(threads)
     quiet()
+
+
+def _leave_with(parent: int) -> None:
+    """End this process when the one that started it is gone."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def room_for(model: str) -> int:

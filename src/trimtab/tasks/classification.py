@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trimtab.errors import DataError
 from trimtab.tasks.base import Example, Head, Task
-from trimtab.tasks.files import Row, field, is_missing, needed
+from trimtab.tasks.files import Row, as_text, field, is_missing, needed
 from trimtab.tasks.scores import CLASS_SCORES, Score, Truth
 from trimtab.tasks.spec import FieldNames, Names, TaskSpec, one_of
 from trimtab.tasks.tokens import Encoded, encode_texts
@@ -36,7 +36,7 @@ class TextTask(Task[TextSpecT]):
         values = [field(row, name, where) for name in self.spec.text]
         if all(map(is_missing, values)):
             needed(row, self.spec.text[0], where)  # of a pair, one may be empty
-        texts = tuple("" if is_missing(value) else str(value) for value in values)
+        texts = tuple(as_text(value, name, where) for value, name in zip(values, self.spec.text, strict=True))
         value = needed(row, self.label_field, where)
         return Example(texts, str(value), self.label(value, where), row)
 

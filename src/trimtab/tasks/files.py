@@ -80,6 +80,8 @@ def _read_hub(name: str, config: str | None, split: str) -> list[Row]:
 
 def _text(path: Path) -> str:
     raw = path.read_bytes()
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise DataError(f"{path}: UTF-16 text; convert it: iconv -f UTF-16 -t UTF-8 {path.name} > utf8-{path.name}")
     if not raw.strip():
         raise DataError(f"{path}: the file is empty")
     for magic, kind in BINARY.items():
@@ -105,6 +107,8 @@ def _read_json(path: Path, *_: Any) -> list[Row]:
     text = _text(path)
     try:
         data = json.loads(text)
+    except RecursionError:
+        raise DataError(f"{path}: nested too deeply to be rows; expected a list of objects with named fields") from None
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":  # one object a line, as in .jsonl
             return _json_lines(path, text)
@@ -129,6 +133,8 @@ def _json_lines(path: Path, text: str) -> list[Row]:
             continue
         try:
             row = json.loads(line)
+        except RecursionError:
+            raise DataError(f"{path}, line {number}: nested too deeply to be a row") from None
         except json.JSONDecodeError as error:
             raise DataError(
                 f"{path}, line {number}: not a whole JSON object ({error.msg}); is the file cut short? "
@@ -215,3 +221,19 @@ def needed(row: Row, name: str, where: str) -> Any:
     if is_missing(value):
         raise DataError(f"{where}: the field {name!r} is {value!r}; fill it or remove the row")
     return value
+
+
+def as_text(value: Any, name: str, where: str) -> str:
+    """A field's value as a model reads it; nothing for null and NaN.
+
+    Raises DataError for what is no text or number, and for text with half a character.
+    """
+    if is_missing(value):
+        return ""
+    if not isinstance(value, str | int | float):
+        kind = type(value).__name__
+        raise DataError(f"{where}: the field {name!r} holds a {kind}, not text or a number: {str(value)[:60]}")
+    text = str(value)
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise DataError(f"{where}: the field {name!r} has half a character (a lone surrogate); write the row again")
+    return text

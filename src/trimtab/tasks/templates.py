@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Discriminator, Field, Tag
 
-from trimtab.tasks.files import Row, field, is_missing, needed
+from trimtab.tasks.files import Row, as_text, field, is_missing, needed
 
 
 def parse_template(template: str) -> list[tuple[str, str | None]]:
@@ -43,8 +43,8 @@ def render(template: str, row: Row, where: str, *, full: bool = False) -> str:
     Raises DataError for a field that is not there and, with `full`, for an empty one.
     """
     get = needed if full else field
-    parts = [(text, get(row, name, where) if name is not None else "") for text, name in parse_template(template)]
-    return "".join(text + ("" if is_missing(value) else str(value)) for text, value in parts)
+    parts = parse_template(template)
+    return "".join(text + (as_text(get(row, name, where), name, where) if name else "") for text, name in parts)
 
 
 def chosen_template(templates: str | list[str], row: Row) -> str:

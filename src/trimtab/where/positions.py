@@ -25,6 +25,8 @@ from torch import Tensor
 Scope = Literal["prompt", "generated", "all"]
 GRAMMAR = "fN (first N prompt tokens), lN (last N), fN+lM, randomN (a control), 'prompt', 'generated' or 'all'"
 _PART = re.compile(r"([fl])([0-9]+)")
+MOST = 100_000
+"""Tokens that one part of a position may name: more than any context holds, few enough for a tensor of them."""
 
 
 class Rows(NamedTuple):
@@ -130,12 +132,14 @@ def _parse(text: str) -> Positions:
     if text in get_args(Scope):
         return Positions(text, scope=text)  # type: ignore[arg-type]
     if match := re.fullmatch(r"random([1-9][0-9]*)", text):
+        _check_count(text, match[1])
         return Positions(text, random=int(match[1]))
     counts: dict[str, int] = {}
     for part in text.split("+"):
         match = _PART.fullmatch(part)
         if match is None:
             raise ValueError(f"positions={text!r}: {part!r} is not a position. Allowed: {GRAMMAR}.")
+        _check_count(text, match[2])
         side, count = match[1], int(match[2])
         if side in counts:
             raise ValueError(f"positions={text!r}: {side!r} is given twice. Allowed: {GRAMMAR}.")
@@ -145,3 +149,8 @@ def _parse(text: str) -> Positions:
             raise ValueError(f"positions={text!r}: {part!r} edits nothing; leave it out or give at least 1.")
         counts[side] = count
     return Positions(text, first=counts.get("f", 0), last=counts.get("l", 0))
+
+
+def _check_count(text: str, digits: str) -> None:
+    if len(digits) > len(str(MOST)) or int(digits) > MOST:
+        raise ValueError(f"positions={text[:60]!r}: at most {MOST:,} tokens can be named; for all of them write 'all'.")

@@ -11,9 +11,12 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
+import regex
 from torch import nn
 
 _ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
+PATTERN_SECONDS = 1.0
+"""For one module name; a pattern that backtracks for ever must not hang who loads an adapter."""
 _MLP = re.compile(r"mlp|feed_?forward|ffn|moe|layerff|DenseReluDense", re.IGNORECASE)
 
 
@@ -139,14 +142,20 @@ def _part_of(name: str, block: nn.Module, site: str) -> tuple[str, nn.Module]:
 
 
 def _matching(model: nn.Module, pattern: str) -> list[tuple[str, nn.Module]]:
+    names = [(n, m) for n, m in model.named_modules() if n and not _ours(n)]
     try:
-        found = [(n, m) for n, m in model.named_modules() if n and not _ours(n) and re.fullmatch(pattern, n)]
-    except re.error as error:
+        compiled = regex.compile(pattern)
+        found = [(n, m) for n, m in names if compiled.fullmatch(n, timeout=PATTERN_SECONDS)]
+    except TimeoutError:
+        raise ValueError(
+            f"site={pattern!r}: takes too long to match one module name; write it without nested repetition."
+        ) from None
+    except regex.error as error:
         raise ValueError(
             f"site={pattern!r}: not a regular expression ({error}), nor block, attention or mlp."
         ) from None
     if not found:
-        some = ", ".join([n for n, _ in model.named_modules() if n and not _ours(n)][:12])
+        some = ", ".join([n for n, _ in names][:12])
         raise ValueError(f"site={pattern!r}: matches no module name as a whole. The model's modules begin: {some}, ...")
     return found
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from trimtab.edits import ACTIVATIONS
-from trimtab.errors import ModelError
-from trimtab.interop.base import Base, ConversionError, Runner, by_hand, task_of
+from trimtab.errors import ConversionError, ModelError
+from trimtab.interop.base import Base, Runner, by_hand, task_of
 from trimtab.interop.convert import Adapter, Format, Given, make_adapter
 
 _KEY = re.compile(r"(.+)\.reft_layer\.refts\.([^.]+)\.units\.(\d)\.(.+)")

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trimtab.interop.base import ConversionError, Runner, by_hand
+from trimtab.errors import ConversionError
+from trimtab.interop.base import Runner, by_hand
 from trimtab.interop.convert import Adapter, Format, Given, as_constant, as_loreft, make_adapter
 from trimtab.where.positions import Positions
 

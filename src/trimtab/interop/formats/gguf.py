@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.interop.base import ConversionError, Runner
+from trimtab.errors import ConversionError
+from trimtab.interop.base import Runner
 from trimtab.interop.convert import Adapter, Format, Given
 from trimtab.interop.formats.vectors import add_by_hand, constant_adapter
 

@@ -8,7 +8,8 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
 
-from trimtab.interop.base import ConversionError, Runner, logits_of
+from trimtab.errors import ConversionError
+from trimtab.interop.base import Runner, logits_of
 from trimtab.interop.convert import Adapter, Format, Given
 from trimtab.interop.projections import Change, changes_of
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from trimtab.edits import ACTIVATIONS
-from trimtab.interop.base import Base, ConversionError, Runner, by_hand
+from trimtab.errors import ConversionError
+from trimtab.interop.base import Base, Runner, by_hand
 from trimtab.interop.convert import Adapter, Format, Given, as_loreft, make_adapter
 
 METHODS = {
@@ -327,10 +328,9 @@ def _check_expressible(adapter: Adapter) -> None:
 def _interventions(adapter: Adapter) -> tuple[str, dict[tuple[str, str], dict[str, Tensor]], list[str]]:
     """The kind, tensors as pyreft's `state_dict` has them, and what to say of it."""
     kinds = {ours: theirs for theirs, ours in METHODS.items()}
-    own = {key: edit.state_dict() for key, edit in adapter.edits.items()}
     write = _WRITE.get(adapter.config.method)
     if write is not None:
-        return kinds[adapter.config.method], {key: write(tensors) for key, tensors in own.items()}, []
+        return kinds[adapter.config.method], {key: write(tensors) for key, tensors in adapter.tensors.items()}, []
     note = (
         f"{adapter.config.method} is written as the LoreftIntervention that computes the same: pyreft 0.1.0 saves its "
         "own kind and cannot load it"

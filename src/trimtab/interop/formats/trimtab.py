@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 import trimtab.adapter.tuner  # noqa: F401  (registers the method with PEFT)
 from trimtab.adapter.config import WEIGHTS
-from trimtab.adapter.folder import AdapterError, inspect_adapter
-from trimtab.interop.base import ConversionError, Runner, logits_of
+from trimtab.adapter.folder import inspect_adapter
+from trimtab.errors import ConversionError
+from trimtab.interop.base import Runner, logits_of
 from trimtab.interop.convert import Adapter, Format, Given, make_edit
 from trimtab.where.sites import host
 
@@ -36,10 +37,7 @@ class Trimtab(Format):
 
     def read(self, path: Path, given: Given) -> Adapter:
         """Checked as `trimtab show` does."""
-        try:
-            config = inspect_adapter(path).config
-        except AdapterError as error:
-            raise ConversionError(str(error)) from None
+        config = inspect_adapter(path).config
         given.need("positions", "", config.positions)
         edits: dict[tuple[str, str], dict[str, Tensor]] = {}
         modules = {}
@@ -52,6 +50,7 @@ class Trimtab(Format):
         base = given.open(config.base_model_name_or_path, config.task_type, _labels(modules))
         names = {_host_name(base.skeleton, site.module): site.name for site in base.sites(config.site, config.layers)}
         unknown = sorted({name for name, _ in edits} ^ set(names))
+        unknown += sorted(set(modules) - set(base.skeleton.state_dict()))
         if unknown:
             raise ConversionError(
                 f"{path}: edits other modules than {base.name} has for its config ({unknown[0]} is on one side only): "
@@ -64,9 +63,9 @@ class Trimtab(Format):
     def write(self, adapter: Adapter, path: Path, given: Given) -> list[str]:
         """As `save_pretrained` would."""
         tensors = dict(adapter.modules)
-        for (name, part), edit in adapter.edits.items():
+        for (name, part), own in adapter.tensors.items():
             place = _host_name(adapter.base.skeleton, adapter.base.skeleton.get_submodule(name))
-            tensors |= {f"{place}.reft.reft_{part}.{key}": tensor for key, tensor in edit.state_dict().items()}
+            tensors |= {f"{place}.reft.reft_{part}.{key}": tensor for key, tensor in own.items()}
         adapter.config.save_pretrained(str(path))
         save_file({_PREFIX + key: t.contiguous() for key, t in tensors.items()}, path / WEIGHTS, {"format": "pt"})
         inspect_adapter(path)

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from trimtab.interop.base import Base, ConversionError, Runner, by_hand
+from trimtab.errors import ConversionError
+from trimtab.interop.base import Base, Runner, by_hand
 from trimtab.interop.convert import Adapter, Format, Given, as_constant, make_adapter
 
 _PACKED = (".safetensors", ".npz")

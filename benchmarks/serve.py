@@ -1,0 +1,314 @@
+"""What the slots engine serves: tokens a second, waiting times, what sharing a prefix saves, what memory does.
+
+    python benchmarks/serve.py --out benchmarks/results/serve.json
+
+- throughput: requests that are all there at once, so many running at a time, by the engine for the base model and for
+  1 to 1,000 adapters mixed; beside `generate` on batches sorted by length and padded, and beside LoRA adapters mixed by
+  `adapter_names` in such batches. Interleaved; ratios are of the same round;
+- latency: so many clients, each of which asks again when it has its answer;
+- prefix: suffix-only adapters on one long prompt, with the prefix store and without;
+- memory: of the process, while 1,000 adapters go through a table of 64.
+
+With another model and device: --model, --device. `--random WIDTH,BLOCKS` builds one of random weights instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from common import as_table, described_machine, spread, write_json
+from inference import llama, resident_bytes
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from trimtab.edits import LoReFT
+from trimtab.serve.engine import Applied, Event, Request, Sampling
+from trimtab.serve.registry import Adapter
+from trimtab.serve.slots import Limits, SlotsEngine
+from trimtab.serve.table import AdapterTable, Layout
+from trimtab.where.positions import parse_positions
+from trimtab.where.sites import find_sites
+
+Prompts = list[list[int]]
+RANK = 4
+
+
+class Load(NamedTuple):
+    """Requests at once, their prompts' lengths, how many run at a time, tokens of each answer."""
+
+    requests: int
+    shortest: int
+    longest: int
+    running: int
+    new: int = 48
+
+
+LOADS = [Load(32, 30, 60, 8), Load(64, 30, 60, 32), Load(96, 100, 200, 32), Load(96, 20, 300, 64)]
+
+
+def load_model(args: argparse.Namespace) -> Any:
+    """In float32 on a CPU, else in bfloat16; with positions for prompts longer than it was trained on."""
+    dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
+    if args.random:
+        width, blocks = map(int, args.random.split(","))
+        return llama(width, blocks).to(args.device, dtype)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
+    model.config.max_position_embeddings = max(2048, model.config.max_position_embeddings)
+    return model.to(args.device).eval()
+
+
+def adapters(layout: Layout, count: int, positions: str = "f7+l7") -> list[Adapter]:
+    """LoReFT of random values on every block."""
+    made = []
+    for i in range(count):
+        edits = {site.name: LoReFT(site.width, RANK, init_weights="paper").terms() for site in layout.sites}
+        made.append(Adapter(str(i), i.to_bytes(32, "big"), parse_positions(positions), {"edit": layout.vector(edits)}))
+    return made
+
+
+def prompts_of(load: Load, vocabulary: int) -> Prompts:
+    """Random tokens."""
+    rng = random.Random(0)
+    lengths = [rng.randint(load.shortest, load.longest) for _ in range(load.requests)]
+    return [[rng.randrange(5, vocabulary) for _ in range(length)] for length in lengths]
+
+
+@contextmanager
+def serving(model: Any, sites: Any, **limits: Any) -> Iterator[SlotsEngine]:
+    """An engine that is stepped by hand, with a table of 64 entries."""
+    table = AdapterTable(Layout(sites, RANK), 64, model.device)
+    engine = SlotsEngine(model, table, None, Limits(**{"max_len": 2048, "queue_seconds": 1e9, **limits}))
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+class Clients:
+    """Requests to an engine, and when each of their tokens came."""
+
+    def __init__(self, engine: SlotsEngine, new: int) -> None:
+        self.engine, self.new = engine, new
+        self.started: dict[str, float] = {}
+        self.times: dict[str, list[float]] = {}
+        self.cached = self.running = 0
+
+    def ask(self, prompt: list[int], adapter: Adapter | None) -> str:
+        id = str(len(self.started))
+        sampling = Sampling(max_tokens=self.new, temperature=0, ignore_eos=True)
+        self.started[id], self.times[id] = time.perf_counter(), []
+        applied = (Applied(adapter),) if adapter else ()
+        self.engine.submit(Request(id, prompt, sampling, applied), lambda event: self._heard(id, event))
+        self.running += 1
+        return id
+
+    def _heard(self, id: str, event: Event) -> None:
+        if event.error:
+            raise event.error
+        self.times[id] += [time.perf_counter()] * len(event.tokens)
+        if event.finish_reason:
+            self.running -= 1
+            self.cached += event.cached_tokens
+
+    def wait(self, below: int = 1) -> None:
+        """Run steps until fewer requests are under way."""
+        while self.running >= below:
+            self.engine.step()
+
+    def first(self, id: str) -> float:
+        return self.times[id][0] - self.started[id]
+
+
+def by_slots(model: Any, sites: Any, load: Load, prompts: Prompts, chosen: Sequence[Adapter]) -> float:
+    """Seconds for all requests; the i-th has the i-th adapter, in turn."""
+    with serving(model, sites, slots=load.running) as engine:
+        clients = Clients(engine, load.new)
+        start = time.perf_counter()
+        for i, prompt in enumerate(prompts):
+            clients.ask(prompt, chosen[i % len(chosen)] if chosen else None)
+        clients.wait()
+        return time.perf_counter() - start
+
+
+@torch.inference_mode()
+def by_generate(model: Any, load: Load, prompts: Prompts, names: Sequence[str] = ()) -> float:
+    """Seconds for all requests in batches sorted by length, padded on the left."""
+    start = time.perf_counter()
+    ordered = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for first in range(0, len(ordered), load.running):
+        batch = ordered[first : first + load.running]
+        width = max(len(prompts[i]) for i in batch)
+        ids = torch.tensor([[0] * (width - len(prompts[i])) + prompts[i] for i in batch], device=model.device)
+        mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch]).to(ids.device)
+        per_row = {"adapter_names": [names[i % len(names)] for i in batch]} if names else {}
+        model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=load.new,
+            min_new_tokens=load.new,
+            do_sample=False,
+            pad_token_id=0,
+            **per_row,
+        )
+    return time.perf_counter() - start
+
+
+def lora_model(args: argparse.Namespace, count: int) -> tuple[Any, list[str]]:
+    """As many LoRA adapters on every linear layer, none merged."""
+    config = LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear", init_lora_weights=False)
+    names = [f"lora{i}" for i in range(count)]
+    model = get_peft_model(load_model(args), config, adapter_name=names[0])
+    for name in names[1:]:
+        model.add_adapter(name, config)
+    return model.eval(), names
+
+
+def measure_throughput(args: argparse.Namespace, loads: Sequence[Load], counts: Sequence[int]) -> list[dict[str, Any]]:
+    """One row for each load and contender; the ratio is of tokens a second to that of `ratio_to` in the same round."""
+    model = load_model(args)
+    sites = find_sites(model, "block", "all")
+    every = adapters(Layout(sites, RANK), max(counts))
+    lora, names = lora_model(args, args.loras)
+    rows = []
+    for load in loads:
+        prompts = prompts_of(load, model.config.vocab_size)
+        slots = partial(by_slots, model, sites, load, prompts)
+        one = f"slots, {counts[0]} adapters"
+        contenders: dict[str, tuple[str, Callable[[], float]]] = {
+            "generate": ("generate", partial(by_generate, model, load, prompts)),
+            "slots, base": ("generate", partial(slots, ())),
+            one: ("slots, base", partial(slots, every[: counts[0]])),
+            **{f"slots, {count} adapters": (one, partial(slots, every[:count])) for count in counts[1:]},
+            f"generate, {args.loras} LoRA": ("generate", partial(by_generate, lora, load, prompts, names)),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in contenders}
+        for round_ in range(args.rounds + 1):
+            for name, (_, run) in contenders.items():
+                took = run()
+                if round_:  # the first warms up
+                    seconds[name].append(took)
+        for name, (against, _) in contenders.items():
+            ratios = [b / a for a, b in zip(seconds[name], seconds[against], strict=True)]
+            speeds = [load.requests * load.new / took for took in seconds[name]]
+            rows.append({**load._asdict(), "name": name, "tokens_per_second": spread(speeds)})
+            rows[-1] |= {"ratio_to": against, "ratio": spread(ratios)}
+            print(load, name, f"{rows[-1]['tokens_per_second']['median']:.0f}", against, spread(ratios), flush=True)
+    return rows
+
+
+def measure_latency(args: argparse.Namespace, counts: Sequence[int], in_flight: Sequence[int]) -> list[dict[str, Any]]:
+    """Time to the first token and between tokens, in ms, of clients that each ask again when answered."""
+    model = load_model(args)
+    sites = find_sites(model, "block", "all")
+    every, rows = adapters(Layout(sites, RANK), max(counts)), []
+    for count in (0, *counts):
+        for running in in_flight:
+            prompts = prompts_of(Load(max(3 * running, 16), 30, 200, running), model.config.vocab_size)
+            with serving(model, sites, slots=running) as engine:
+                clients = Clients(engine, 32)
+                start = time.perf_counter()
+                for i, prompt in enumerate(prompts):
+                    clients.wait(running)
+                    clients.ask(prompt, every[i % count] if count else None)
+                clients.wait()
+                took = time.perf_counter() - start
+            first = [clients.first(id) for id in clients.times]
+            gaps = [b - a for own in clients.times.values() for a, b in pairwise(own)]
+            row = {"adapters": count, "in_flight": running, "tokens_per_second": len(prompts) * 32 / took}
+            rows.append({**row, "first_token_ms": percentiles(first), "between_tokens_ms": percentiles(gaps)})
+            print(rows[-1], flush=True)
+    return rows
+
+
+def percentiles(seconds: Sequence[float]) -> dict[str, float]:
+    """In milliseconds."""
+    found = torch.tensor(seconds).double().quantile(torch.tensor([0.5, 0.99], dtype=torch.float64)) * 1000
+    return {"p50": round(float(found[0]), 2), "p99": round(float(found[1]), 2)}
+
+
+def measure_prefix(args: argparse.Namespace, count: int, length: int) -> dict[str, Any]:
+    """Suffix-only adapters on one prompt, one after another."""
+    model = load_model(args)
+    sites = find_sites(model, "block", "all")
+    every = adapters(Layout(sites, RANK), count + 1, "l7")
+    prompt = prompts_of(Load(1, length, length, 1), model.config.vocab_size)[0]
+    found: dict[str, Any] = {"adapters": count, "prompt": length}
+    times: dict[bool, list[float]] = {}
+    for share in (False, True):
+        with serving(model, sites, slots=4, prefix_bytes=share << 30) as engine:
+            clients = Clients(engine, 4)
+            for adapter in every:
+                clients.ask(prompt, adapter)
+                clients.wait()
+            times[share] = [clients.first(id) for id in clients.times][1:]  # after the one that fills the store
+            if share:
+                found["cached_share"] = clients.cached / (len(prompt) * count)
+    found |= {"first_token_ms_without": percentiles(times[False]), "first_token_ms_with": percentiles(times[True])}
+    found["times_sooner"] = spread([a / b for a, b in zip(times[False], times[True], strict=True)])
+    return found
+
+
+def measure_memory(args: argparse.Namespace, count: int) -> dict[str, Any]:
+    """Of the process after each pass of all adapters through a table of 64, in MiB."""
+    model = load_model(args)
+    sites = find_sites(model, "block", "all")
+    every = adapters(Layout(sites, RANK), count)
+    load = Load(count, 30, 60, 32, 4)
+    prompts, used = prompts_of(load, model.config.vocab_size), []
+    with serving(model, sites, slots=32, prefix_bytes=16 << 20) as engine:
+        for _ in range(4):
+            clients = Clients(engine, load.new)
+            for first in range(0, count, 500):
+                for i in range(first, min(first + 500, count)):
+                    clients.ask(prompts[i], every[i])
+                clients.wait()
+            used.append(round(resident_bytes() / 2**20, 1))
+        stats = engine.stats()
+    size = every[0].nbytes
+    left = {"pinned": stats.pinned_adapters, "running": stats.running, "evictions": stats.table_evictions}
+    return {"adapters": count, "bytes_per_adapter": size, "mib_after_each_pass": used, **left}
+
+
+def main() -> None:
+    """Measure what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="models/tiny-llama")
+    parser.add_argument("--random", help="WIDTH,BLOCKS of a model of random weights")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--loras", type=int, default=8)
+    parser.add_argument("--adapters", type=int, nargs="+", default=[1, 10, 64, 1000])
+    parser.add_argument("--in-flight", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--parts", nargs="+", default=["throughput", "latency", "prefix", "memory"])
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    parts: dict[str, Callable[[], Any]] = {
+        "throughput": lambda: measure_throughput(args, LOADS, args.adapters),
+        "latency": lambda: measure_latency(args, args.adapters, args.in_flight),
+        "prefix": lambda: measure_prefix(args, 50, 1000),
+        "memory": lambda: measure_memory(args, max(args.adapters)),
+    }
+    result = {**described_machine(), **{part: parts[part]() for part in args.parts}}
+    for row in result.get("throughput", []):
+        row["speed"] = f"{row['tokens_per_second']['median']:.0f}"
+    head = ["requests", "longest", "running", "name", "speed", "ratio_to"]
+    rows = [[*(str(row[key]) for key in head), f"{row['ratio']['median']:.3f}"] for row in result.get("throughput", [])]
+    print(as_table([*head, "ratio"], rows))
+    print(*(f"{part}: {result[part]}" for part in args.parts if part in ("prefix", "memory")), sep="\n")
+    if args.out:
+        write_json(args.out, result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""FSDP2: edits are sharded with their block and stay in float32, whatever the precision of the rest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from trimtab.edits import Edit
+
+
+def shard_edits(model: nn.Module, **options: Any) -> None:
+    """`fully_shard` each edit by itself, in float32, with the mesh and other options of `fully_shard`.
+
+    To be called before `fully_shard` on blocks and model, where these have a `MixedPrecisionPolicy` and an edit is in
+    the group of the whole model. Edits in a block that is sharded by itself stay in float32 without it.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    policy = MixedPrecisionPolicy(param_dtype=torch.float32, cast_forward_inputs=False)
+    for edit in [module for module in model.modules() if isinstance(module, Edit)]:
+        fully_shard(edit, mp_policy=policy, **options)
+
+
+def keep_in_float32(model: nn.Module) -> None:
+    """Take edits out of the mixed precision policy of the groups that they are sharded with.
+
+    A policy is for a whole group, and the casts are set, parameter by parameter, when the first forward begins.
+    """
+    module: Any
+    for module in model.modules():
+        state = module._get_fsdp_state() if hasattr(module, "_get_fsdp_state") else None
+        group = getattr(state, "_fsdp_param_group", None)
+        own = {id(m) for edit in module.modules() if isinstance(edit, Edit) for m in edit.modules()} if group else ()
+        for parameter in group.fsdp_params if group else ():
+            if id(parameter._module_info.module) in own:
+                parameter.param_dtype = parameter.reduce_dtype = None

@@ -1,0 +1,101 @@
+"""The command that serves: a model with many adapters behind OpenAI's API."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from trimtab.cli.common import command, console, extra
+
+
+@command()
+def serve(
+    model: Annotated[str, typer.Argument(help="The base model: a local folder or a Hub name.")],
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option("--adapter", "-a", help="NAME=FOLDER, or a folder that goes by its own name; may be repeated."),
+    ] = None,
+    adapters: Annotated[
+        Path | None, typer.Option(help="A folder of adapters, found and loaded as they are asked for.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="The address to listen on; other machines need --api-key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = 8000,
+    engine: Annotated[
+        Literal["transformers", "vllm"], typer.Option(help="transformers: in this process. (vllm is not there yet.)")
+    ] = "transformers",
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="auto: as the weights are stored.")
+    ] = "auto",
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(envvar="TRIMTAB_API_KEY", help="A key that requests must carry; may be repeated."),
+    ] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="A file of such keys, one a line.")] = None,
+    admin_key: Annotated[
+        str | None, typer.Option(envvar="TRIMTAB_ADMIN_KEY", help="The key that may load and unload adapters.")
+    ] = None,
+    served_model_name: Annotated[str | None, typer.Option(help="What clients call the base model.")] = None,
+    max_len: Annotated[int, typer.Option(min=2, help="Most tokens of a prompt and its answer together.")] = 4096,
+    slots: Annotated[int, typer.Option(min=1, help="Requests that run at a time.")] = 32,
+    max_queue: Annotated[int, typer.Option(min=1, help="Requests that may wait; more get 429.")] = 1024,
+    queue_seconds: Annotated[float, typer.Option(min=0, help="That one may wait before it gets 503.")] = 60,
+    chunk: Annotated[int, typer.Option(min=1, help="Prompt tokens of one forward.")] = 512,
+    prefix_mb: Annotated[
+        int, typer.Option(min=0, help="Megabytes for prefixes that prompts share; 0 for none.")
+    ] = 1024,
+    max_rank: Annotated[int, typer.Option(min=1, help="Largest rank of an adapter.")] = 16,
+    resident: Annotated[int, typer.Option(min=1, help="Adapters in use at a time; an untied one counts twice.")] = 64,
+    site: Annotated[list[str] | None, typer.Option(help="What adapters may edit (block); may be repeated.")] = None,
+    request_adapters: Annotated[bool, typer.Option(help="Let a request bring an adapter of its own.")] = False,
+    max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request at most.")] = 4 << 20,
+    grace: Annotated[float, typer.Option(min=0, help="Seconds for running requests to end at SIGTERM.")] = 30,
+) -> None:
+    """Serve a model and its adapters by OpenAI's API, with a page to try them (docs/serving.md)."""
+    with extra("serve"):
+        from trimtab.serve.app import create_app
+        from trimtab.serve.guard import Access
+        from trimtab.serve.server import Settings, check_exposure, open_service, run
+    from trimtab.serve.rows import Limits
+
+    if engine != "transformers":
+        raise ValueError("--engine vllm: is not there yet; transformers is the only engine of this version.")
+    access = Access(_keys(api_key or [], api_key_file), admin_key or None)
+    check_exposure(host, access)
+    limits = Limits(
+        slots, max_len, chunk, prefix_bytes=prefix_mb << 20, max_queue=max_queue, queue_seconds=queue_seconds
+    )
+    named, sites = _named(adapter or []), tuple(site or ["block"])
+    service = open_service(
+        Settings(model, named, adapters, served_model_name, dtype, sites, max_rank, resident, request_adapters, limits)
+    )
+    count = len(service.registry.names())
+    console.print(f"{service.base} with {count} adapters at http://{host}:{port}", soft_wrap=True, highlight=False)
+    run(create_app(service, access, max_body), service.engine, host, port, grace)
+
+
+def _keys(given: list[str], file: Path | None) -> tuple[str, ...]:
+    lines = file.read_text(encoding="utf-8").split() if file is not None else []
+    if file is not None and not lines:
+        raise ValueError(f"--api-key-file {file}: holds no key; write one a line.")
+    return tuple(key for key in (*given, *lines) if key)
+
+
+def _named(given: list[str]) -> dict[str, str | Path]:
+    """The folders of -a by name.
+
+    Raises:
+        ValueError: two have one name. AdapterError: there is no adapter.
+    """
+    from trimtab.runs.generate import find_adapters
+
+    found: dict[str, str | Path] = {}
+    for text in given:
+        name, equals, folder = text.partition("=")
+        new: dict[str, str | Path] = {name: folder} if equals else dict(find_adapters([text]))
+        taken = found.keys() & new.keys()
+        if taken:
+            raise ValueError(f"-a {text}: there are two adapters called {min(taken)!r}; give one as NAME=FOLDER.")
+        found |= new
+    return found

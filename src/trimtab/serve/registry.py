@@ -1,0 +1,236 @@
+"""Names of adapters, and the adapters they stand for.
+
+An `Adapter` never changes. A request resolves its name once and holds the object; what is loaded, replaced, unloaded or
+evicted meanwhile changes what the name stands for and nothing else.
+
+    registry = Registry(layout, Path("adapters"))       # every folder below it, found when first asked for
+    registry.get("emoji"); registry.load("haiku", "haiku-v2", replace=True); registry.unload("emoji")
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from trimtab.adapter.config import WEIGHTS, ReftConfig
+from trimtab.adapter.folder import CONFIG, SavedAdapter, read_adapter
+from trimtab.edits import METHODS, Term
+from trimtab.errors import AdapterError
+from trimtab.serve.table import Layout
+from trimtab.where.plan import Part
+from trimtab.where.positions import Positions
+
+_NAME = re.compile(r"[^/\\\0.][^/\\\0]{0,255}")  # a plain name of a folder, none that is hidden or leads up
+
+
+class UnknownAdapter(LookupError):
+    """No adapter of this name."""
+
+
+class NameTaken(AdapterError):
+    """The name stands for an adapter already, and nobody asked to replace it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """An adapter in host memory, ready for the table."""
+
+    name: str
+    digest: bytes
+    """SHA-256 of the tensors and of all else that changes the edit; never of the name."""
+    positions: Positions
+    parts: Mapping[Part, Tensor]
+    """Vectors (size,) of the table's layout: `edit`, or `prefix` and `suffix`."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(vector.nbytes for vector in self.parts.values())
+
+
+class _Known(NamedTuple):
+    digest: bytes
+    folder: Path
+
+
+class Registry:
+    """Adapters by name. Every method may be called from any thread; those that read files take milliseconds.
+
+    Args:
+        layout: of the table that the adapters go to.
+        folder: adapters may be loaded only from below it. Each folder in it that holds an adapter is known by its name.
+            None: nothing can be loaded by path.
+        reserved: names that no adapter may have, such as the base model's.
+        memory: bytes of adapters in host memory at most; beyond it the least recently used are read again when needed.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        folder: str | Path | None = None,
+        reserved: Collection[str] = (),
+        memory: int = 4 << 30,
+    ) -> None:
+        self.layout = layout
+        self.folder = Path(folder).resolve(strict=True) if folder is not None else None
+        self.reserved, self.memory = frozenset(reserved), memory
+        self._lock = threading.Lock()
+        self._known: dict[str, _Known] = {}
+        self._gone: set[str] = set()  # unloaded, though their folders are there
+        self._held: OrderedDict[str, Adapter] = OrderedDict()  # the least recently used first
+
+    def names(self) -> list[str]:
+        """Of all adapters loaded or to be found, sorted."""
+        with self._lock:
+            known, gone = set(self._known), set(self._gone)
+        found = {path.parent.name for path in self.folder.glob(f"*/{CONFIG}")} if self.folder else set()
+        return sorted(known | {name for name in found - gone if self._may_be_named(name)})
+
+    def get(self, name: str) -> Adapter:
+        """The adapter that `name` stands for now, read from its folder where it is not in memory.
+
+        Raises:
+            UnknownAdapter: there is none. AdapterError: its folder is damaged, or holds another adapter than it did.
+        """
+        with self._lock:
+            if name in self._held:
+                self._held.move_to_end(name)
+                return self._held[name]
+            known = self._known.get(name)
+        if known is not None:
+            return self._again(name, known)
+        if not self._is_found(name):
+            raise UnknownAdapter(name)
+        try:
+            return self.load(name, name)
+        except NameTaken:  # by another thread, which asked for it too
+            return self.get(name)
+
+    def load(self, name: str, path: str | Path, replace: bool = False) -> Adapter:
+        """Read a folder below the allowed one and give it a name; requests that have what the name stood for keep it.
+
+        Raises:
+            NameTaken: the name is in use and `replace` is not set, or is reserved.
+            AdapterError: the path is not below the allowed folder, or no adapter for this model and table is there.
+        """
+        return self.add(name, self._below(path), replace)
+
+    def add(self, name: str, folder: str | Path, replace: bool = False) -> Adapter:
+        """`load` from anywhere, at the operator's own word."""
+        if not self._may_be_named(name):
+            raise NameTaken(f"adapter name {name!r}: is reserved, or no plain name; choose another.")
+        with self._lock:
+            self._check_free(name, replace)
+        adapter = self.read(folder, name)
+        with self._lock:
+            self._check_free(name, replace)
+            self._known[name] = _Known(adapter.digest, Path(folder))
+            self._gone.discard(name)
+            self._hold(name, adapter)
+        return adapter
+
+    def unload(self, name: str) -> None:
+        """Forget a name, until it is loaded again.
+
+        Raises:
+            UnknownAdapter: there is none.
+        """
+        found = self._is_found(name)
+        with self._lock:
+            if self._known.pop(name, None) is None and not found:
+                raise UnknownAdapter(name)
+            self._held.pop(name, None)
+            self._gone.add(name)
+
+    def read(self, folder: str | Path, name: str = "") -> Adapter:
+        """An adapter of no name in the registry.
+
+        Raises:
+            AdapterError: as `load`.
+        """
+        saved = read_adapter(folder)
+        if saved.config.modules_to_save or len(saved.shapes) > sum(map(len, saved.edits.values())):
+            raise AdapterError(
+                f"{folder}: saves modules beside its edits (modules_to_save), which would change the model for every "
+                "request; serve it on a model of its own."
+            )
+        try:
+            return Adapter(name, _digest(saved), saved.config.parsed_positions, _vectors(self.layout, saved))
+        except (ValueError, NotImplementedError) as error:
+            raise AdapterError(f"{folder}: {error}") from None
+
+    def _again(self, name: str, known: _Known) -> Adapter:
+        """What was dropped from memory."""
+        adapter = self.read(known.folder, name)
+        if adapter.digest != known.digest:
+            raise AdapterError(
+                f"{known.folder}: is another adapter than when {name!r} was loaded; load it again to replace it."
+            )
+        with self._lock:
+            if self._known.get(name) == known:
+                self._hold(name, adapter)
+        return adapter
+
+    def _hold(self, name: str, adapter: Adapter) -> None:
+        self._held[name] = adapter
+        self._held.move_to_end(name)
+        while sum(held.nbytes for held in self._held.values()) > self.memory and len(self._held) > 1:
+            self._held.popitem(last=False)
+
+    def _check_free(self, name: str, replace: bool) -> None:
+        if name in self._known and not replace:
+            raise NameTaken(f"adapter {name!r} is loaded already; unload it first, or ask for it to be replaced.")
+
+    def _may_be_named(self, name: str) -> bool:
+        return bool(_NAME.fullmatch(name)) and name not in self.reserved
+
+    def _is_found(self, name: str) -> bool:
+        if self.folder is None or not self._may_be_named(name) or name in self._gone:
+            return False
+        return (self.folder / name / CONFIG).is_file()
+
+    def _below(self, path: str | Path) -> Path:
+        """The folder, and both its files, without a way out by `..` or a link."""
+        if self.folder is None:
+            raise AdapterError(f"{path}: the server was started without a folder to load adapters from.")
+        try:
+            folder = (self.folder / path).resolve(strict=True)
+            places = [folder, *(file.resolve() for file in (folder / CONFIG, folder / WEIGHTS))]
+        except (OSError, ValueError, RuntimeError):
+            raise AdapterError(f"{path}: no such folder below the server's folder of adapters.") from None
+        if not all(place.is_relative_to(self.folder) for place in places):
+            raise AdapterError(f"{path}: no such folder below the server's folder of adapters.")
+        return folder
+
+
+def _vectors(layout: Layout, saved: SavedAdapter) -> dict[Part, Tensor]:
+    edits: dict[Part, dict[str, tuple[Term, ...]]] = {part: {} for part in saved.config.edit_names()}
+    for (module, part), tensors in saved.edits.items():
+        edits[part][module] = _terms(saved.config, module, tensors)
+    return {part: layout.vector(own) for part, own in edits.items()}
+
+
+@torch.no_grad()
+def _terms(config: ReftConfig, module: str, tensors: dict[str, Tensor]) -> tuple[Term, ...]:
+    method = METHODS[config.method]
+    edit = method(method.width_of(tensors, config.r), config.r, activation=config.activation, init_weights="paper")
+    edit.load_state_dict(tensors)
+    return edit.terms()
+
+
+def _digest(saved: SavedAdapter) -> bytes:
+    config = saved.config
+    whole = hashlib.sha256(repr((config.method, config.r, config.activation, config.positions, config.tied)).encode())
+    for (module, part), tensors in sorted(saved.edits.items()):
+        for name, tensor in sorted(tensors.items()):
+            whole.update(repr((module, part, name, tensor.dtype, tuple(tensor.shape))).encode())
+            whole.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    return whole.digest()

@@ -1,0 +1,353 @@
+"""What requests may hold and what answers look like, as OpenAI's API has them.
+
+A field that would change the answer and is not done is refused by name; one that would not is dropped; an unknown one
+is refused, since it may be either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from trimtab.serve.engine import FinishReason
+
+_DROPPED = {
+    "metadata",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "safety_identifier",
+    "service_tier",
+    "store",
+    "user",
+}
+_NOT_DONE: dict[str, tuple[Any, ...]] = {  # with the values that ask for nothing
+    "audio": (),
+    "best_of": (1,),
+    "chat_template_kwargs": ({},),
+    "function_call": ("none",),
+    "functions": ([],),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "modalities": (["text"],),
+    "moderation": (),
+    "parallel_tool_calls": (True, False),
+    "prediction": (),
+    "reasoning_effort": (),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": (),
+    "suffix": ("",),
+    "tool_calls": ([],),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "verbosity": (),
+    "web_search_options": (),
+}
+
+
+def _unicode(text: str) -> str:
+    """JSON may hold half a surrogate pair, which is no text."""
+    text.encode()
+    return text
+
+
+String = Annotated[str, AfterValidator(_unicode)]
+
+
+def _nullable(schema: dict[str, Any]) -> None:
+    """JSON's null stands for what is left out; see `_Body`."""
+    for name, field in schema["properties"].items():
+        if name not in schema.get("required", ()):
+            schema["properties"][name] = {"anyOf": [field, {"type": "null"}]}
+
+
+class _Body(BaseModel):
+    """A JSON object of a request. Null is as good as leaving a field out; no value is read as another type."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=_nullable)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sift(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        given = {name: value for name, value in data.items() if value is not None and name not in _DROPPED}
+        for name in given.keys() & _NOT_DONE.keys() - cls.model_fields.keys():
+            if given.pop(name) not in _NOT_DONE[name]:
+                raise PydanticCustomError("unsupported_parameter", "not supported by this server", {"param": name})
+        return given
+
+
+class StreamOptions(_Body):
+    """What a stream says beside the answer."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = Field(False, description="Ignored.")
+
+
+class Prompt(_Body):
+    """What names a model and an edit of it."""
+
+    model: String = Field(max_length=512, description="The base model, an adapter, or `base:adapter`.")
+    reft_scale: float = Field(1.0, ge=-100, le=100, description="Strength of the adapter's edit.")
+
+
+Word = Annotated[String, Field(min_length=1, max_length=256)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class BroughtAdapter(_Body):
+    """An adapter that comes with its request, and goes with it."""
+
+    config: dict[str, Any] = Field(description="What adapter_config.json holds.")
+    weights: String = Field(description="What adapter_model.safetensors holds, in base64.")
+
+
+class Generation(Prompt):
+    """What chat and plain completions have in common."""
+
+    reft_adapter: BroughtAdapter | None = Field(None, description="Instead of one by name, where the server allows it.")
+    n: int = Field(1, ge=1, le=128)
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=-1, description="0 or -1: all tokens.")
+    min_p: float = Field(0.0, ge=0, le=1)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    repetition_penalty: float = Field(1.0, gt=0, le=10)
+    logit_bias: dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] = {}
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: Word | Annotated[list[Word], Field(max_length=16)] = []
+    stop_token_ids: list[TokenId] = []
+    ignore_eos: bool = False
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+
+
+class TextPart(_Body):
+    """A piece of a message."""
+
+    type: Literal["text"]
+    text: String
+
+
+class Message(_Body):
+    """A turn of a conversation. One of the assistant's at its end is continued."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: String | Annotated[list[TextPart], Field(min_length=1)]
+    name: String | None = None
+
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+Messages = Annotated[list[Message], Field(min_length=1)]
+
+
+class ChatRequest(Generation):
+    """A conversation to answer."""
+
+    messages: Messages
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=20)
+
+
+Ids = Annotated[list[TokenId], Field(min_length=1)]
+
+
+class CompletionRequest(Generation):
+    """Texts, or token ids, to continue."""
+
+    prompt: String | Ids | Annotated[list[String], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
+    max_tokens: int = Field(16, ge=0, description="0 with echo and logprobs scores the prompt.")
+    logprobs: int | None = Field(None, ge=0, le=20)
+    echo: bool = False
+
+
+class TokenizeRequest(_Body):
+    """A text, or a conversation that goes through the chat template."""
+
+    model: String | None = None
+    prompt: String | None = None
+    messages: Messages | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise PydanticCustomError("invalid_value", "give this or messages, one of the two", {"param": "prompt"})
+        return self
+
+
+class LoadAdapter(_Body):
+    """By vLLM's names, whatever the kind of adapter."""
+
+    lora_name: String
+    lora_path: String = Field(description="Below the server's folder of adapters.")
+    load_inplace: bool = Field(False, description="Replace the adapter of this name, if there is one.")
+
+
+class UnloadAdapter(_Body):
+    """By vLLM's name."""
+
+    lora_name: String
+
+
+# Answers.
+
+
+class TopLogprob(BaseModel):
+    """A token with its log-probability."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(TopLogprob):
+    """A token of an answer, and the likeliest in its place."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    """One for each token."""
+
+    content: list[TokenLogprob]
+
+
+class TextLogprobs(BaseModel):
+    """One for each token, in lists."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class Cached(BaseModel):
+    """Of the prompt's tokens."""
+
+    cached_tokens: int = 0
+
+
+class Usage(BaseModel):
+    """Tokens of a request. A prompt counts once, however many answers it gets."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    total_tokens: int = 0
+    prompt_tokens_details: Cached = Cached()
+
+
+class Said(BaseModel):
+    """What the assistant says."""
+
+    role: Literal["assistant"] | None = None
+    content: str = ""
+
+
+class ChatChoice(BaseModel):
+    """With `message` in a whole answer, with `delta` in a part of one."""
+
+    index: int
+    message: Said | None = None
+    delta: Said | None = None
+    logprobs: ChatLogprobs | None = None
+    finish_reason: FinishReason | None = None
+
+
+class TextChoice(BaseModel):
+    """An answer, or a part of one."""
+
+    index: int
+    text: str
+    logprobs: TextLogprobs | None = None
+    finish_reason: FinishReason | None = None
+
+
+class ChatCompletion(BaseModel):
+    """An answer to a conversation, or a part of a stream."""
+
+    id: str
+    object: Literal["chat.completion", "chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage | None = None
+
+
+class Completion(BaseModel):
+    """Continued texts, or a part of a stream."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: Usage | None = None
+
+
+class ModelCard(BaseModel):
+    """The base model, or an adapter on it."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "trimtab"
+    root: str
+    parent: str | None = None
+    max_model_len: int
+    chat: bool
+    """Whether the tokenizer has a chat template."""
+
+
+class ModelList(BaseModel):
+    """All there are."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class Tokenized(BaseModel):
+    """A text as the model reads it."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+
+
+class Health(BaseModel):
+    """starting, ready or draining."""
+
+    status: str
+
+
+class Deleted(BaseModel):
+    """An adapter that is no more."""
+
+    id: str
+    object: Literal["model"] = "model"
+    deleted: Literal[True] = True
+
+
+class ErrorDetail(BaseModel):
+    """What is wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """An answer that is an error."""
+
+    error: ErrorDetail

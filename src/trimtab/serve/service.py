@@ -1,0 +1,185 @@
+"""What stands between the routes and the engine: names to edits, prompts to requests, events as they come."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import cast
+
+from fastapi import Request
+from transformers import PreTrainedTokenizerBase
+
+from trimtab.adapter.config import WEIGHTS
+from trimtab.adapter.folder import CONFIG
+from trimtab.errors import AdapterError
+from trimtab.serve import schemas
+from trimtab.serve.answers import Form, Tokens
+from trimtab.serve.engine import Applied, Engine, EngineError, Event
+from trimtab.serve.engine import Request as EngineRequest
+from trimtab.serve.errors import ApiError, of_engine
+from trimtab.serve.metrics import Metrics
+from trimtab.serve.registry import Registry, UnknownAdapter
+
+Events = AsyncGenerator[tuple[int, Event], None]
+
+
+class ClientGone(Exception):
+    """The client has left; nobody waits for the answer."""
+
+
+class Service:
+    """What the routes share.
+
+    Args:
+        base: the name of the base model.
+        takes_adapters: whether a request may bring an adapter.
+        choices: answers of one request at most, over its prompts.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        registry: Registry,
+        tokenizer: PreTrainedTokenizerBase,
+        base: str,
+        takes_adapters: bool = False,
+        choices: int = 128,
+    ) -> None:
+        self.engine, self.registry, self.base = engine, registry, base
+        self.tokens, self.takes_adapters, self.choices = Tokens(tokenizer), takes_adapters, choices
+        self.metrics, self.created = Metrics(engine), int(time.time())
+
+    def applied(self, model: str, scale: float) -> tuple[Applied, ...]:
+        """The edit that a request's `model` and `reft_scale` ask for; reads files.
+
+        Raises:
+            ApiError: there is no such model, or nothing that the scale could be of.
+        """
+        if model == self.base:
+            if scale != 1:
+                raise ApiError(
+                    400, "reft_scale: the base model has no edit to scale; name an adapter.", param="reft_scale"
+                )
+            return ()
+        for name in (model, model.removeprefix(f"{self.base}:")):
+            with suppress(UnknownAdapter):
+                return (Applied(self.registry.get(name), scale),)
+        raise ApiError(404, f"there is no model {model!r}; see /v1/models.", "model_not_found", "model")
+
+    def _brought(self, brought: schemas.BroughtAdapter, body: schemas.Prompt) -> tuple[Applied, ...]:
+        """The edit that a request brings. Raises ApiError."""
+        field = "reft_adapter"
+        if not self.takes_adapters:
+            raise ApiError(403, f"{field}: this server takes no adapters from requests.", "not_allowed", field)
+        if body.model != self.base:
+            raise ApiError(400, f"{field}: edits the base model; give model as {self.base!r}.", param="model")
+        try:
+            weights = base64.b64decode(brought.weights, validate=True)
+        except ValueError:
+            raise ApiError(400, f"{field}.weights: is not base64.", param=f"{field}.weights") from None
+        with TemporaryDirectory() as folder:
+            (Path(folder) / CONFIG).write_text(json.dumps(brought.config))
+            (Path(folder) / WEIGHTS).write_bytes(weights)
+            try:
+                return (Applied(self.registry.read(folder, "(brought)"), body.reft_scale),)
+            except AdapterError as error:
+                raise ApiError(400, str(error).replace(folder, field), "invalid_adapter", field) from None
+
+    def requests(self, form: Form, tenant: bytes) -> list[EngineRequest]:
+        """One for each choice. Raises ApiError."""
+        body = form.body
+        brought, made = body.reft_adapter, []
+        applied = self._brought(brought, body) if brought else self.applied(body.model, body.reft_scale)
+        if len(form.prompts) * body.n > self.choices:
+            raise ApiError(
+                400, f"n: {len(form.prompts) * body.n} answers in one request; at most {self.choices}.", param="n"
+            )
+        for prompt in form.prompts:
+            room = self.engine.max_len - len(prompt)
+            sampling = form.sampling(max(1, room))
+            if sampling.max_tokens > room:
+                asked = f"{len(prompt)} tokens of prompt and {sampling.max_tokens} of answer"
+                message = f"{asked} are more than the {self.engine.max_len} that fit; shorten the prompt or max_tokens."
+                raise ApiError(400, message, "context_length_exceeded", form.field)
+            for i in range(body.n):
+                own = sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + i)
+                made.append(EngineRequest(uuid.uuid4().hex, prompt, own, applied, tenant))
+        return made
+
+    def card(self, name: str) -> schemas.ModelCard:
+        return schemas.ModelCard(
+            id=name,
+            created=self.created,
+            root=self.base,
+            parent=None if name == self.base else self.base,
+            max_model_len=self.engine.max_len,
+            chat=self.tokens.chat,
+        )
+
+    async def events(self, requests: Sequence[EngineRequest], http: Request) -> Events:
+        """Run requests; each event with the place of its request. Leaving early cancels what is left.
+
+        Raises:
+            ApiError: a request was not taken or failed. ClientGone: nobody listens.
+        """
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event] | None]()
+        watch = asyncio.create_task(_until_gone(http))
+        watch.add_done_callback(lambda _: queue.put_nowait(None))
+        left: dict[int, EngineRequest] = {}
+        clocks = [_Clock(self.metrics) for _ in requests]
+
+        def emit_for(index: int) -> Callable[[Event], None]:
+            return lambda event: cast(None, loop.call_soon_threadsafe(queue.put_nowait, (index, event)))
+
+        try:
+            for index, request in enumerate(requests):
+                self.engine.submit(request, emit_for(index))
+                left[index] = request
+            while left:
+                item = await queue.get()
+                if item is None:
+                    raise ClientGone
+                index, event = item
+                clocks[index].count(event)
+                if event.finish_reason is not None:
+                    self.metrics.ended(_adapter(left.pop(index)), event)
+                if event.error is not None:
+                    raise event.error
+                yield index, event
+        except EngineError as error:
+            raise of_engine(error) from None
+        finally:
+            watch.cancel()
+            for request in left.values():
+                self.engine.cancel(request.id)
+                self.metrics.ended(_adapter(request), Event(finish_reason="abort"))
+
+
+class _Clock:
+    """Times the tokens of one answer."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.metrics, self.last, self.first = metrics, time.monotonic(), True
+
+    def count(self, event: Event) -> None:
+        if event.tokens:
+            now = time.monotonic()
+            self.metrics.waited(now - self.last, len(event.tokens), self.first)
+            self.last, self.first = now, False
+
+
+def _adapter(request: EngineRequest) -> str:
+    return request.adapters[0].adapter.name if request.adapters else ""
+
+
+async def _until_gone(http: Request) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,248 @@
+"""`AdapterTable`: the edits of many adapters as a few tensors, run on any mix of rows at once.
+
+Every edit is a sum of terms Bᵀ f(A h + b) (`Edit.terms`), so an adapter is rows of A and B, and a b and an f for each
+row, at each edited module. A smaller rank is padded with zero rows, a module that is not edited with zeros: both are
+exact. An adapter with a prefix and a suffix edit is two entries.
+
+Shapes: entries E · rank r, rows of the table at each site · width d · lines G of K rows (`where.plan.Group`).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.edits import ACTIVATIONS, Term
+from trimtab.where.plan import Group, Span, plan
+from trimtab.where.sites import Site
+
+_FUNCTIONS = tuple(ACTIVATIONS.values())
+
+
+class _Views(NamedTuple):
+    """Of entries at one site."""
+
+    rows: Tensor
+    """A (E, r, d)."""
+    bias: Tensor
+    """b (E, r)."""
+    basis: Tensor
+    """B (E, r, d)."""
+    code: Tensor
+    """f (E, r): 0 for none, else one more than its place in `ACTIVATIONS`."""
+
+
+class _Place(NamedTuple):
+    """Where a site's tensors stand in an entry's vector."""
+
+    start: int
+    rank: int
+    width: int
+
+    @property
+    def size(self) -> int:
+        return self.rank * (2 * self.width + 2)
+
+    def of(self, vectors: Tensor) -> _Views:
+        """Views of vectors (E, size)."""
+        r, d = self.rank, self.width
+        own = vectors[:, self.start : self.start + self.size]
+        rows, basis, bias, code = own.split([r * d, r * d, r, r], 1)
+        return _Views(rows.unflatten(1, (r, d)), bias, basis.unflatten(1, (r, d)), code)
+
+
+class Layout:
+    """How an entry is laid out: for each site, A, B, b and f of `rank` rows.
+
+    Args:
+        sites: the modules that adapters may edit.
+        rank: rows of the table at each. An edit takes its r, or 2 r where it subtracts and has an activation.
+    """
+
+    def __init__(self, sites: Sequence[Site], rank: int) -> None:
+        self.sites, self.rank, self.size = tuple(sites), rank, 0
+        self.places: dict[str, _Place] = {}
+        for site in sites:
+            self.places[site.name] = place = _Place(self.size, rank, site.width)
+            self.size += place.size
+
+    @torch.no_grad()
+    def vector(self, edits: Mapping[str, Sequence[Term]]) -> Tensor:
+        """One entry (size,), float32 on the CPU.
+
+        Raises:
+            ValueError: a module is no site, or an edit has another width or more rows than fit.
+        """
+        vector = torch.zeros(self.size)
+        for name, terms in edits.items():
+            if name not in self.places:
+                raise ValueError(
+                    f"edits {name}, which is not served; the sites fixed at start are {_some(list(self.places))}."
+                )
+            self._fill(name, self.places[name].of(vector.unsqueeze(0)), terms)
+        return vector
+
+    def _fill(self, name: str, views: _Views, terms: Sequence[Term]) -> None:
+        needed, width = sum(len(term.rows) for term in terms), self.places[name].width
+        if terms[0].rows.shape[1] != width:
+            raise ValueError(
+                f"{name}: the edit is for hidden states of width {terms[0].rows.shape[1]}, this model's have {width}: "
+                "the adapter was trained on another base model."
+            )
+        if needed > self.rank:
+            raise ValueError(
+                f"{name}: the edit takes {needed} rows of a table of {self.rank}; start with a larger max_rank."
+            )
+        rows, bias, basis, code = (view[0] for view in views)
+        start = 0
+        for term in terms:
+            own = slice(start, start := start + len(term.rows))
+            rows[own], bias[own], basis[own] = term.rows, term.bias, term.basis
+            code[own] = 0 if term.activation is None else 1 + _FUNCTIONS.index(term.activation)
+
+
+Key = tuple[bytes, str]
+"""An adapter's digest and the part of it."""
+
+
+class _Lines(NamedTuple):
+    """A `Group` ready for the hooks."""
+
+    row: Tensor
+    """(G K,) of the flat batch."""
+    valid: Tensor
+    """(G, K, 1) bool."""
+    entry: Tensor
+    """(G,)."""
+    scale: Tensor
+    """(G, 1, 1)."""
+    codes: frozenset[int]
+    """Of the activations among these entries; 0 is none."""
+    sites: frozenset[str]
+    """That any of these entries edits."""
+
+
+class AdapterTable:
+    """Entries on the device, and a hook on each site that edits the rows of the running forward.
+
+    Args:
+        layout: of an entry.
+        entries: how many are on the device at a time.
+        device: the model's.
+    """
+
+    def __init__(self, layout: Layout, entries: int, device: torch.device | str = "cpu") -> None:
+        self.layout = layout
+        self.vectors = torch.zeros(entries, layout.size, device=device)
+        self.hits = self.misses = self.evictions = self.edited_rows = 0
+        self._views = {name: place.of(self.vectors) for name, place in layout.places.items()}
+        self._free = list(range(entries))
+        self._resident: OrderedDict[Key, int] = OrderedDict()  # the least recently used first
+        self._pins: dict[Key, int] = {}
+        self._codes: list[frozenset[int]] = [frozenset()] * entries
+        self._sites: list[frozenset[str]] = [frozenset()] * entries
+        self._lines: list[_Lines] = []
+        self._handles = [site.module.register_forward_hook(self._hook(site.name)) for site in layout.sites]
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    @property
+    def resident(self) -> int:
+        return len(self._resident)
+
+    @property
+    def pinned(self) -> int:
+        return len(self._pins)
+
+    def acquire(self, wanted: Mapping[Key, Tensor]) -> dict[Key, int] | None:
+        """Pin vectors (size,) in the table: their entries, or None while too many others are pinned."""
+        missing = [key for key in wanted if key not in self._resident]
+        spare = [key for key in self._resident if key not in self._pins and key not in wanted]
+        if len(missing) > len(self._free) + len(spare):
+            return None
+        self.hits += len(wanted) - len(missing)
+        self.misses += len(missing)
+        for key in missing:
+            if not self._free:
+                self._free.append(self._resident.pop(spare.pop(0)))
+                self.evictions += 1
+            self._load(self._free[-1], wanted[key])
+            self._resident[key] = self._free.pop()
+        for key in wanted:
+            self._resident.move_to_end(key)
+            self._pins[key] = self._pins.get(key, 0) + 1
+        return {key: self._resident[key] for key in wanted}
+
+    def release(self, keys: Iterable[Key]) -> None:
+        """Unpin. The entries stay until others need the room."""
+        for key in keys:
+            self._pins[key] -= 1
+            if not self._pins[key]:
+                del self._pins[key]
+
+    def _load(self, entry: int, vector: Tensor) -> None:
+        self.vectors[entry].copy_(vector)
+        parts = {name: place.of(vector.unsqueeze(0)) for name, place in self.layout.places.items()}
+        self._sites[entry] = frozenset(name for name, part in parts.items() if bool(part.basis.any()))
+        self._codes[entry] = frozenset(int(i) for part in parts.values() for i in part.code.unique())
+
+    @contextmanager
+    def editing(self, stages: Sequence[Sequence[Span]]) -> Iterator[None]:
+        """Edit the rows of the forward that runs inside the `with`; a later stage reads what an earlier one wrote."""
+        self._lines = [self._ready(group) for spans in stages for group in plan(spans)]
+        try:
+            yield
+        finally:
+            self._lines = []
+
+    def _ready(self, group: Group) -> _Lines:
+        entries, device = group.entry.tolist(), self.vectors.device
+        self.edited_rows += int(group.valid.sum())
+        return _Lines(
+            group.rows.reshape(-1).to(device),
+            group.valid.unsqueeze(-1).to(device),
+            group.entry.to(device),
+            group.scale.view(-1, 1, 1).to(device),
+            frozenset().union(*(self._codes[i] for i in entries)) - {0},
+            frozenset().union(*(self._sites[i] for i in entries)),
+        )
+
+    def _hook(self, name: str) -> Callable[..., Any]:
+        def edit(module: nn.Module, args: Any, output: Any) -> Any:
+            running = [lines for lines in self._lines if name in lines.sites]
+            if not running:
+                return None
+            hidden = output if isinstance(output, Tensor) else output[0]
+            flat = hidden.reshape(-1, hidden.shape[-1])
+            for lines in running:
+                flat = self._edited(name, flat, lines)
+            edited = flat.view_as(hidden)
+            return edited if isinstance(output, Tensor) else type(output)((edited, *output[1:]))
+
+        return edit
+
+    def _edited(self, name: str, flat: Tensor, lines: _Lines) -> Tensor:
+        """States (n, d) with Bᵀ f(A h + b) added to the rows of `lines`; A, b, B gathered a line, not a row."""
+        rows, bias, basis, code = (view[lines.entry] for view in self._views[name])
+        states = flat[lines.row].view(*lines.valid.shape[:2], -1).float()
+        source = torch.baddbmm(bias.unsqueeze(1), states, rows.mT)
+        for i in sorted(lines.codes):
+            source = torch.where(code.unsqueeze(1) == i, _FUNCTIONS[i - 1](source), source)
+        change = torch.where(lines.valid, torch.bmm(source, basis) * lines.scale, 0)
+        return flat.index_add(0, lines.row, change.flatten(0, 1).to(flat.dtype))
+
+    def close(self) -> None:
+        """Take every hook off the model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
