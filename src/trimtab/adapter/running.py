@@ -23,7 +23,7 @@ import torch
 from peft.utils import TaskType
 from torch import Tensor, nn
 
-from trimtab.adapter.forward import WATCHED, Pass
+from trimtab.adapter.forward import PAGED, WATCHED, Pass
 from trimtab.adapter.sharding import keep_in_float32
 from trimtab.edits.orthonormal import restore
 from trimtab.where.prompts import (
