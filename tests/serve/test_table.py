@@ -13,7 +13,8 @@ from trimtab.where.plan import Span
 from trimtab.where.positions import parse_positions
 from trimtab.where.sites import Site
 
-EVERY = [(m, a) for m, own in METHODS.items() for a in (None, *ACTIVATIONS) if a is None or own.has_weight]
+SERVED = {name: own for name, own in METHODS.items() if own.terms is not Edit.terms}
+EVERY = [(m, a) for m, own in SERVED.items() for a in (None, *ACTIVATIONS) if a is None or "activation" in own.takes]
 
 
 def edit_of(method: str, activation: str | None = None, r: int = 3) -> Edit:

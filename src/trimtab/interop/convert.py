@@ -128,7 +128,7 @@ class Adapter:
         if any(bool((a != 0).any()) for _, a, _ in self.affine().values()):
             raise ConversionError(
                 f"method={self.config.method!r}: the edit depends on the hidden state, and this format only adds a "
-                "vector. Exact: method lobireft."
+                "vector. Exact: method lobireft or vector."
             )
         return {module: c @ b for (module, _), (b, _, c) in self.affine().items()}
 
