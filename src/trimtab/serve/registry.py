@@ -175,7 +175,8 @@ class Registry:
         if edited != meant:
             raise ValueError(
                 f"{min(edited ^ meant)} is edited by one of its two files and not by the other (the config says site "
-                f"{saved.config.site}, layers {saved.config.layers}): copy both from one save."
+                f"{saved.config.site}, layers {saved.config.layers}): they do not belong together. Copy both from one "
+                "save."
             )
 
     def _again(self, name: str, known: _Known) -> Adapter:
