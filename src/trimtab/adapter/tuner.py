@@ -193,12 +193,8 @@ class ReftModel(BaseTuner):
             raise ValueError(f"adapter {adapter_name!r}: expected a ReftConfig, got {type(config).__name__}.")
         if "." in adapter_name or adapter_name == BASE:
             raise ValueError(f"adapter name {adapter_name!r}: must not contain a dot nor be {BASE!r}.")
-        sites = find_sites(model, config.site, config.layers)
+        sites = find_sites(model, config.site, config.layers, config.r)
         for site in sites:
-            if config.r is not None and config.r > site.width:
-                raise ValueError(
-                    f"r={config.r}: larger than the width {site.width} of {site.name}; use a rank well below it."
-                )
             there = getattr(host(site.module), "reft", None)
             _check_saved_modules(config, site.name)
             if there is not None and not (isinstance(there, ReftLayer) and there.site.module is site.module):

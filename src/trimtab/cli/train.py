@@ -64,15 +64,22 @@ def train(
     resume: Annotated[
         bool, typer.Option(help="Skip what is done and go on where a run stopped; --no-resume starts over.")
     ] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be trained on what.")] = False,
 ) -> None:
     """Train an adapter for every task of a recipe."""
     from rich.live import Live
 
+    from trimtab.runs.models import load_tokenizer
+    from trimtab.runs.summary import checked_summary, result_remarks
     from trimtab.runs.train import train as train_all
     from trimtab.runs.trainer import Progress
 
     recipe = read_recipe(file, model, data, output, settings, task)
     experiments = recipe.experiments(task)
+    if dry_run:
+        for experiment in experiments.values():
+            console.print(checked_summary(experiment, load_tokenizer(recipe.model)))
+        return
     rows = {name: Progress(name) for name in experiments}
     live = Live(console=console, refresh_per_second=4)
 
@@ -82,7 +89,7 @@ def train(
         live.update(progress_table(rows))
 
     try:
-        metrics = train_all(experiments, recipe.output, resume=resume, watch=watch)
+        metrics = train_all(experiments, recipe.output, resume=resume, watch=watch, say=console.print)
     finally:
         if live.is_started:
             live.stop()
@@ -90,12 +97,13 @@ def train(
                 console.print()  # Live ends without a line break there
     console.print(results_table(metrics))
     for name, m in metrics.items():
+        for said in result_remarks(m):
+            console.print(f"{name}: {said}")
         if m["reuse"]["reused"]:
             share = m["reuse"]["tokens_saved"] / max(1, m["reuse"]["tokens"])
             console.print(f"{name}: kept {m['reuse']['reused']}, {share:.0%} of all tokens' work.")
-    talks = next((name for name in metrics if experiments[name].task.generates), None)
-    hint = f" Try: trimtab generate PROMPT --adapter {recipe.output}/{talks}" if talks else ""
-    console.print(f"Adapters in {recipe.output}/<task>.{hint}")
+    hint = f"Use one on a file: trimtab predict FILE -a {recipe.output}/{next(iter(metrics))}"
+    console.print(f"Adapters in {recipe.output}/<task>. {hint}")
 
 
 @command(name="eval")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from trimtab.runs.card import card
 from trimtab.runs.folder import ADAPTER, RunFolder, differing, digest_of, put
 from trimtab.runs.models import Base
 from trimtab.runs.predict import Evaluation
+from trimtab.runs.summary import checked_summary
 from trimtab.runs.trainer import Progress, Watch
 from trimtab.runs.trial import Experiment, Fit, Trial, fingerprints, trained_parameters
 from trimtab.runs.ways import ReftWay
@@ -40,6 +41,7 @@ def train(
     *,
     resume: bool = True,
     watch: Watch = lambda progress: None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, dict[str, Any]]:
     """Train every task that is not done yet; returns each task's metrics.
 
@@ -48,10 +50,11 @@ def train(
         output: each task leaves a folder there.
         resume: False starts over, which removes what an earlier run of these tasks left.
         watch: called whenever a task's progress changed.
+        say: told what each task that is not done will be trained on, before the first step of any.
 
     Raises:
-        RunError: a task's folder holds another run.
-        DataError: a task's data cannot be read.
+        RunError: a task's folder holds another run, or its adapter has no place on the model.
+        DataError: a task's data cannot be read, or is longer than the model reads.
     """
     runs = [Run(experiment, Path(output) / name) for name, experiment in experiments.items()]
     with ExitStack() as locks:
@@ -60,7 +63,7 @@ def train(
             locks.enter_context(run.folder.locked())
         base = Base(runs[0].experiment.source)
         for run in runs:  # every error in data or folders before the first step, and before anything is removed
-            run.encode(base, resume)
+            run.encode(base, resume, say)
         for run in runs:
             if not resume:
                 run.folder.remove()
@@ -147,15 +150,17 @@ class Run:
             files = ", ".join(differing(folder.content, self.content))
             raise RunError(f"{folder.path} holds a run on other files: what they say has changed ({files}). {remedy}")
 
-    def encode(self, base: Base, resume: bool) -> None:
-        """Read the data and, unless the task is done, tokenise it.
+    def encode(self, base: Base, resume: bool, say: Callable[[str], None]) -> None:
+        """Read the data and, unless the task is done, tokenise it, check what can be known and say what it is.
 
         Raises:
-            DataError: it cannot be read, or no example fits.
+            DataError: it cannot be read, or does not fit.
+            RunError: the adapter has no place on the model.
         """
         examples, _ = self.task.examples("train"), self.task.examples("test")
         if not resume or not self.folder.is_done:
             self.encoded, self.too_long = self.experiment.encode(base.tokenizer, examples, training=True)
+            say(checked_summary(self.experiment, base.tokenizer, (self.encoded, self.too_long)))
 
     def finish(self, base: Base, watch: Watch) -> dict[str, Any]:
         """Train what is left to train, score, and write the folder; returns the metrics."""
@@ -213,6 +218,7 @@ class Run:
         self, progress: Progress, fit: Fit, untuned: Evaluation, tuned: Evaluation, parameters: int
     ) -> dict[str, Any]:
         test, losses = self.task.examples("test"), fit.losses
+        tenth = max(1, len(losses) // 10)
         return {
             "task": self.experiment.name,
             "score": self.task.score.name,
@@ -227,6 +233,8 @@ class Run:
             "seconds": round(progress.seconds, 2),
             "steps": fit.steps,
             "train_loss": sum(losses) / len(losses),
+            "loss_at_start": sum(losses[:tenth]) / tenth,
+            "loss_at_end": sum(losses[-tenth:]) / tenth,
             "train_examples": len(self.encoded),
             "left_out_as_too_long": self.too_long,
             "left_out_as_bad": self.task.skipped,

@@ -148,6 +148,10 @@ class Task(ABC, Generic[SpecT]):
     read_by: ClassVar[str] = ""
     """For a task that does not generate: the expression that a model card prints of `logits` and `base`."""
 
+    def census(self, examples: Sequence[Example]) -> tuple[str, list[str]]:
+        """What answers the examples have, in short, and what is odd about them."""
+        return "", []
+
     def decoding(self) -> dict[str, Any]:
         """Arguments of `generate` for a task that generates."""
         return {}
@@ -252,7 +256,7 @@ class Task(ABC, Generic[SpecT]):
 
     def _validating(self, rows: list[Row]) -> list[int]:
         if len(rows) < 2:
-            raise DataError(f"{self._source('train')}: one row cannot be split; give data: validation:, or more rows")
+            raise DataError(f"{self.source('train')}: one row cannot be split; give data: validation:, or more rows")
         count = max(1, min(CUT_MOST, int(len(rows) * CUT)))
         return share([self.stratum(row) for row in rows], count, self.seed)
 
@@ -269,12 +273,13 @@ class Task(ABC, Generic[SpecT]):
             )
         return self._rows[name]
 
-    def _source(self, split: str) -> str:
+    def source(self, split: str) -> str:
+        """The file, or the Hub dataset's split."""
         data = self.spec.data
         return f"{data.name}[{getattr(data, split)}]" if data.name else str(getattr(data, split))
 
     def _where(self, split: str, number: int) -> str:
-        source = self._source("train" if split == "validation" and self.validation_is_cut else split)
+        source = self.source("train" if split == "validation" and self.validation_is_cut else split)
         return f"{source}, row {number}"
 
 
