@@ -113,6 +113,11 @@ def test_what_does_not_fit_is_said_before_anything_is_trained(
         said(make(MOOD, train, **sections))
 
 
+def test_prompts_that_leave_no_room_for_an_answer_are_refused(make: Make) -> None:
+    with pytest.raises(DataError, match=r"a row to be scored: .* up to 510 new ones, but the model reads 512"):
+        said(make({**PLURAL, "max_new_tokens": 510}, rows(*"ab" * 4)))
+
+
 def test_a_dry_run_does_nothing_else(make: Make, trimtab: Command, tmp_path: Path) -> None:
     make(MOOD, rows(*["x", "y"] * 8))
     code, text = trimtab("train", tmp_path / "recipe.yaml", "--dry-run")

@@ -51,7 +51,21 @@ def checked_summary(
         raise RunError(f"{name}: adapter: {error}") from None
     remedy = f"set training: max_length: {context_of(model)} (it is {experiment.training.max_length})"
     check_context(model, trained[0], 0, lambda i: f"{name}: a training example", remedy)
+    _check_prompts(experiment, tokenizer, model)
     return summary(experiment, tokenizer, model, trained)
+
+
+def _check_prompts(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> None:
+    task, new = experiment.task, experiment.task.decoding().get("max_new_tokens", 0)
+    if not new:
+        return
+    scored = [
+        split for split in ("validation", "test") if experiment.spec.data.validation is not False or split == "test"
+    ]
+    examples = [example for split in scored for example in task.examples(split)]
+    prompts, _ = experiment.encode(tokenizer, examples, training=False)
+    where, remedy = f"{experiment.name}: a row to be scored", "shorten its prompt, or lower max_new_tokens:"
+    check_context(model, prompts, new, lambda i: where, remedy)
 
 
 def summary(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, model: nn.Module, trained: Trained) -> str:
