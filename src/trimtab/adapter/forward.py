@@ -90,9 +90,11 @@ class Pass:
     _rows: dict[Any, EditedRows | None] = field(default_factory=dict)
 
     def rows(
-        self, adapter: str, positions: Positions, hidden: Tensor, parts: tuple[Part, ...] = ("edit",)
+        self, adapter: str | None, positions: Positions, hidden: Tensor, parts: tuple[Part, ...] = ("edit",)
     ) -> EditedRows | None:
         """The rows that `adapter` edits in hidden states (B, T, d), worked out once a pass; None for none at all.
+
+        An edit that is no adapter's (None) is made in every row of the batch, whatever adapter the row has.
 
         Raises:
             ValueError: in training, the end of the prompt matters and nobody said where it is; or the pass continues a
@@ -111,7 +113,7 @@ class Pass:
         return self._rows[key]
 
     def _find_rows(
-        self, adapter: str, positions: Positions, batch: int, length: int, device: torch.device
+        self, adapter: str | None, positions: Positions, batch: int, length: int, device: torch.device
     ) -> EditedRows | None:
         if self.after_prompt and positions.scope not in ("generated", "all"):
             return None  # a decode step, which costs no kernel
@@ -145,9 +147,9 @@ class Pass:
             self._check_training(positions, sequences, device)
         return prompt.lengths_of(sequences, device), self.start, self._real(sequences, self.start + length, device)
 
-    def _rows_of(self, adapter: str, batch: int) -> list[int] | None:
+    def _rows_of(self, adapter: str | None, batch: int) -> list[int] | None:
         """Which rows of the batch use the adapter; None for all. Beams and returned sequences repeat a row in place."""
-        if self.adapter_names is None:
+        if self.adapter_names is None or adapter is None:
             return None
         times, rest = divmod(batch, len(self.adapter_names))
         if rest:
@@ -391,6 +393,8 @@ class Forwards:
         self.layers: list[Any] = []
         self.notes: set[str] = set()
         self.looks = 0
+        self.guests = 0
+        """Edits of a `with` that is open somewhere."""
         self._checkpointing = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
         self._handles = [
             handle
@@ -410,6 +414,11 @@ class Forwards:
             original = getattr(model, name)
             setattr(model, name, update_wrapper(partial(wrap, original), original))  # transformers reads the signature
         model._reft_forwards = self  # type: ignore[assignment]
+
+    def release(self) -> None:
+        """Leave the model as it was, if nobody is left who edits it."""
+        if not self.layers and not self.guests:
+            self.remove()
 
     def remove(self) -> None:
         """Leave the model as it was."""
@@ -728,7 +737,7 @@ class Forwards:
 
     def _refuse_paged(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Continuous batching, before it starts: its worker would only log the error of a forward."""
-        if any(layer.active_adapters and not layer.disable_adapters for layer in self.layers):
+        if self.guests or any(layer.active_adapters and not layer.disable_adapters for layer in self.layers):
             raise ValueError(_PAGED)
         return original(*args, **kwargs)
 
