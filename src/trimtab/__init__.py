@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from trimtab.adapter.config import ReftConfig
     from trimtab.adapter.edit import edit
     from trimtab.adapter.folder import adapter_from
-    from trimtab.adapter.forward import prompts
+    from trimtab.adapter.running import prompts
     from trimtab.adapter.sharding import shard_edits
     from trimtab.adapter.tuner import ReftModel, set_scale
     from trimtab.edits import METHODS
@@ -46,7 +46,7 @@ _HOMES = {
     "adapter_from": "adapter.folder",
     "edit": "adapter.edit",
     "parse_positions": "where.positions",
-    "prompts": "adapter.forward",
+    "prompts": "adapter.running",
     "set_scale": "adapter.tuner",
     "shard_edits": "adapter.sharding",
     "supervised_only": "runs.trainer",

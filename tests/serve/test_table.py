@@ -57,6 +57,12 @@ def test_the_terms_of_every_method_are_its_edit(method: str, activation: str | N
     torch.testing.assert_close(total, edit(h))
 
 
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - SERVED.keys()))
+def test_a_method_that_is_no_such_sum_says_so(method: str) -> None:
+    with pytest.raises(NotImplementedError, match="low rank"):
+        METHODS[method](WIDTH).terms()
+
+
 def test_every_method_in_one_batch() -> None:
     """A line each of three sequences of seven tokens, of which positions of other lengths are edited."""
     tabled, texts = Tabled([edit_of(m, a) for m, a in EVERY]), ["f1", "l3", "all"]

@@ -19,7 +19,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from trimtab.adapter.forward import Forwards
+from trimtab.adapter.running import Forwards
 from trimtab.adapter.tuner import OUTSIDE, ReftLayer, check_scale, check_states
 from trimtab.where.positions import Positions, parse_positions
 from trimtab.where.sites import Site, find_sites

@@ -20,8 +20,9 @@ from peft.utils.peft_types import register_peft_method
 from torch import Tensor, nn
 
 from trimtab.adapter.config import ReftConfig
-from trimtab.adapter.forward import BASE, Forwards, Pass
+from trimtab.adapter.forward import BASE, Pass
 from trimtab.adapter.loading import as_saved, own_modules, resized_embeddings, saved_twice, take_over_loading
+from trimtab.adapter.running import Forwards
 from trimtab.edits import METHODS, Edit, as_parameters
 from trimtab.edits.orthonormal import Rotation
 from trimtab.where.plan import Part

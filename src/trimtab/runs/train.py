@@ -20,6 +20,7 @@ from transformers import set_seed
 
 from trimtab.adapter.folder import inspect_adapter
 from trimtab.errors import RunError
+from trimtab.runs.card import card
 from trimtab.runs.folder import ADAPTER, RunFolder, differing, digest_of, put
 from trimtab.runs.models import Base
 from trimtab.runs.predict import Evaluation
@@ -169,7 +170,7 @@ class Run:
         return progress.metrics
 
     def _train(self, base: Base, progress: Progress, watch: Watch) -> None:
-        self.folder.begin(self.description, self.content)
+        self.folder.begin(self.description, self.content, self.task.settled.model_dump(mode="json"))
         progress.state = "untuned score"
         watch(progress)
         experiment, tokenizer = self.experiment, base.tokenizer
@@ -200,7 +201,7 @@ class Run:
                 progress.state = "tuned score"
                 watch(progress)
                 tuned = experiment.evaluate(adapted, tokenizer, "test")
-                save_adapter(adapted, self.folder.path)
+                save_adapter(adapted, self.folder.path, card(self.experiment, self.folder.path, tokenizer, model))
                 parameters = trained_parameters(adapted)
             finally:
                 fit.close()
@@ -257,35 +258,15 @@ def unload(model: PeftModel) -> None:
     tuner.unload()
 
 
-def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Save the adapter into `folder`, each file whole or not at all."""
+def save_adapter(model: PeftModel, folder: Path, card: str) -> None:
+    """Save the adapter and its card into `folder`, each file whole or not at all."""
     staging = folder / ".saving"
     shutil.rmtree(staging, ignore_errors=True)
     try:
         model.save_pretrained(str(staging))
     except SafetensorError as error:
         raise RunError(f"{folder}: the adapter cannot be written ({error}); is the disk full?") from None
-    (staging / "README.md").write_text(_card(model), encoding="utf-8")
+    (staging / "README.md").write_text(card, encoding="utf-8")
     for file in staging.iterdir():
         put(file, folder / file.name)
     staging.rmdir()
-
-
-def _card(model: PeftModel) -> str:
-    """The model card: unlike PEFT's own, it says that the adapter needs trimtab."""
-    config = model.active_peft_config
-    return f"""\
----
-base_model: {config.base_model_name_or_path}
-library_name: peft
-tags: [trimtab, reft, loreft]
----
-A ReFT adapter ({config.method_text}, positions {config.positions}) for `{config.base_model_name_or_path}`.
-
-```python
-import trimtab  # registers the method with PEFT
-from peft import PeftModel
-
-model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
-```
-"""
