@@ -14,10 +14,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import set_seed
 
+from trimtab.adapter.card import CARD, HOW_TO_OPEN, new_card
 from trimtab.adapter.folder import inspect_adapter
 from trimtab.errors import RunError
 from trimtab.runs.folder import ADAPTER, RunFolder, differing, digest_of, put
@@ -265,27 +267,15 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
         model.save_pretrained(str(staging))
     except SafetensorError as error:
         raise RunError(f"{folder}: the adapter cannot be written ({error}); is the disk full?") from None
-    (staging / "README.md").write_text(_card(model), encoding="utf-8")
+    _card(model).save(staging / CARD)
     for file in staging.iterdir():
         put(file, folder / file.name)
     staging.rmdir()
 
 
-def _card(model: PeftModel) -> str:
-    """The model card: unlike PEFT's own, it says that the adapter needs trimtab."""
+def _card(model: PeftModel) -> ModelCard:
+    """The model card, without PEFT's blanks to fill in."""
     config = model.active_peft_config
-    return f"""\
----
-base_model: {config.base_model_name_or_path}
-library_name: peft
-tags: [trimtab, reft, loreft]
----
-A ReFT adapter ({config.method_text}, positions {config.positions}) for `{config.base_model_name_or_path}`.
-
-```python
-import trimtab  # registers the method with PEFT
-from peft import PeftModel
-
-model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
-```
-"""
+    base = config.base_model_name_or_path
+    what = f"A ReFT adapter ({config.method_text}, positions {config.positions}) for `{base}`."
+    return new_card(base, f"{what}\n\n{HOW_TO_OPEN}")
