@@ -90,11 +90,17 @@ def test_the_command_line_does_not_load_what_help_does_not_need() -> None:
 VARIANTS = {
     "method": """
         import torch
-        from torch import Tensor, nn
         from trimtab.edits import METHODS
         from trimtab.edits.base import Edit
-
-        {method}
+        class Mine(Edit):
+            takes = frozenset()
+            @classmethod
+            def shapes(cls, width, r):
+                return {"shift": (width,)}
+            def start(self, identity):
+                return {"shift": torch.zeros(self.width)}
+            def delta(self, h):
+                return self.shift.expand_as(h)
         METHODS["mine"] = Mine
     """,
     "score": """
@@ -122,31 +128,22 @@ if __name__ == "__main__":
         except SystemExit as stop:
             assert not stop.code, arguments
 """
-METHOD = """
-class Mine(Edit):
-    @classmethod
-    def shapes(cls, width: int, r: int) -> dict[str, tuple[int, ...]]:
-        return {"shift": (width,)}
-    def start(self, identity: bool) -> dict[str, Tensor]:
-        return {"shift": torch.zeros(self.width)}
-    def delta(self, h: Tensor) -> Tensor:
-        return self.shift.expand_as(h)
-"""
 
 
-@pytest.mark.parametrize("kind", ["score", "task"])
+@pytest.mark.parametrize("kind", VARIANTS)
 def test_a_new_variant_is_written_in_one_place(kind: str, tmp_path: Path) -> None:
     """Registered in a process of its own, then trained, shown and compared by the ordinary commands."""
     rows = [{"input": a, "output": b} for a, b in (("cat", "cats"), ("dog", "dogs"), ("box", "boxes"))]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = {"type": "generation", "prompt": "{input}", "answer": "{output}", "max_new_tokens": 2}
-    task |= {"score": {"score": "mine"}, "task": {"type": "mine"}}[kind]
+    task |= {"score": {"score": "mine"}, "task": {"type": "mine"}}.get(kind, {})
+    method = "mine" if kind == "method" else "loreft"
     recipe = {
         "model": str(SOURCE.parents[1] / "models/tiny-llama"),
         "output": str(tmp_path / "runs"),
         "training": {"max_steps": 1, "batch_size": 3},
-        "adapter": {"positions": "f1+l1", "layers": [0]},
-        "compare": {"methods": ["loreft", "untuned"], "learning_rates": [1e-3], "seeds": 1},
+        "adapter": {"method": method, "positions": "f1+l1", "layers": [0]},
+        "compare": {"methods": [method, "untuned"], "learning_rates": [1e-3], "seeds": 1},
         "tasks": {"words": {**task, "data": dict.fromkeys(("train", "validation", "test"), "rows.jsonl")}},
     }
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
@@ -155,4 +152,6 @@ def test_a_new_variant_is_written_in_one_place(kind: str, tmp_path: Path) -> Non
     assert found.returncode == 0, found.stdout + found.stderr
     report = json.loads((tmp_path / "runs/compare/report.json").read_text())["tasks"]["words"]
     assert all(line["mean"] is not None for line in report["methods"])
-    assert report["score"] == {"score": "mine", "task": "exact_match"}[kind]
+    assert report["score"] == ("mine" if kind == "score" else "exact_match")
+    lines = {line["name"]: line for line in report["methods"]}
+    assert kind != "method" or lines["mine"]["parameters"] == 192  # the width, which no rank multiplies

@@ -12,7 +12,7 @@ from trimtab.registration import register
 
 if TYPE_CHECKING:
     from trimtab.adapter.config import ReftConfig
-    from trimtab.adapter.forward import prompts
+    from trimtab.adapter.running import prompts
     from trimtab.adapter.sharding import shard_edits
     from trimtab.adapter.tuner import ReftModel, set_scale
     from trimtab.edits import METHODS
@@ -40,7 +40,7 @@ _HOMES = {
     "ReftConfig": "adapter.config",
     "ReftModel": "adapter.tuner",
     "parse_positions": "where.positions",
-    "prompts": "adapter.forward",
+    "prompts": "adapter.running",
     "set_scale": "adapter.tuner",
     "shard_edits": "adapter.sharding",
     "supervised_only": "runs.trainer",

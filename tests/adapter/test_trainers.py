@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from trimtab import ReftConfig, prompts, with_prompts
-from trimtab.adapter.forward import Forwards
+from trimtab.adapter.running import Forwards
 from trimtab.adapter.tuner import ReftLayer
 from trimtab.edits.orthonormal import orthonormality_error
 

@@ -33,7 +33,10 @@ class Swap(Edit):
         return (h @ rotation.mT * self.mixture) @ rotation + self.shift
 
 
-@pytest.mark.parametrize("method", ["swap", "red"])
+SIZES = {"swap": 98, "red": 64, "vector": 33, "postblock": 128, "gated": 64}
+
+
+@pytest.mark.parametrize("method", SIZES)
 def test_a_method_is_one_class_and_one_row(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(METHODS, "swap", Swap)
     config = ReftConfig(task_type="CAUSAL_LM", method=method, r=2, positions="f2+l2")
@@ -41,7 +44,7 @@ def test_a_method_is_one_class_and_one_row(method: str, tmp_path: Path, monkeypa
     model = get_peft_model(tiny("llama"), config)
     assert torch.equal(outputs_of(model, "llama"), untouched)
     trainable, _ = model.get_nb_trainable_parameters()
-    assert trainable == 3 * parameter_count(method, 32, config.r) == 3 * (98 if method == "swap" else 64)
+    assert trainable == 3 * parameter_count(method, 32, config.r) == 3 * SIZES[method]
 
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
     ids = torch.arange(3, 19).reshape(2, 8)

@@ -105,7 +105,8 @@ ROUND_TRIPS = [
     *(("easysteer", {"method": "loreft", "positions": p}) for p in ("f3", "l1", "prompt", "generated", "all")),
     ("easysteer", {"method": "lobireft", "positions": "f2+l1", "tied": False, "layers": [1]}),
     ("gguf", {"method": "lobireft", "positions": "all", "layers": [1, 2]}),
-    ("trimtab", {"method": "red", "positions": "l2"}),
+    ("gguf", {"method": "vector", "positions": "all", "layers": [1, 2]}),
+    *(("trimtab", {"method": m, "positions": "l2"}) for m in ("red", "vector", "postblock", "gated")),
     ("trimtab", {"method": "loreft", "positions": "f1+l1", "activation": "relu", "dropout": 0.1}),
 ]
 

@@ -67,7 +67,7 @@ def test_several_prompts_and_token_ids(served: Served, prompt: str) -> None:
     assert answer.usage is not None and answer.usage.prompt_tokens == sum(map(len, wanted))
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [BASE, "ends"])
 def test_a_stream_is_the_whole_answer_in_parts(served: Served, model: str) -> None:
     parts = list(
         served.openai.chat.completions.create(

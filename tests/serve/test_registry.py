@@ -137,6 +137,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "no rotation": (lambda f: corrupt(f, lambda t: t.fill_(1.0)), "not orthonormal"),
     "another model": (lambda f: rename(f, "layers.0", "layers.7"), "layers.7.*not served"),
     "too high a rank": (lambda f: save(f, r=9), "9 rows of a table of 8"),
+    "no low rank": (lambda f: save(f, method="red", r=None), "low rank"),
 }
 
 

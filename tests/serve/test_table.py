@@ -13,7 +13,8 @@ from trimtab.where.plan import Span
 from trimtab.where.positions import parse_positions
 from trimtab.where.sites import Site
 
-EVERY = [(m, a) for m, own in METHODS.items() for a in (None, *ACTIVATIONS) if a is None or own.has_weight]
+SERVED = {name: own for name, own in METHODS.items() if own.terms is not Edit.terms}
+EVERY = [(m, a) for m, own in SERVED.items() for a in (None, *ACTIVATIONS) if a is None or "activation" in own.takes]
 
 
 def edit_of(method: str, activation: str | None = None, r: int = 3) -> Edit:
@@ -54,6 +55,12 @@ def test_the_terms_of_every_method_are_its_edit(method: str, activation: str | N
         source = nn.functional.linear(h, term.rows, term.bias)
         total = total + (term.activation(source) if term.activation else source) @ term.basis
     torch.testing.assert_close(total, edit(h))
+
+
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - SERVED.keys()))
+def test_a_method_that_is_no_such_sum_says_so(method: str) -> None:
+    with pytest.raises(NotImplementedError, match="low rank"):
+        METHODS[method](WIDTH).terms()
 
 
 def test_every_method_in_one_batch() -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard
 
-CARD = "README.md"
-TAGS = ("reft", "trimtab")
+TAGS = {"reft", "trimtab"}
 HOW_TO_OPEN = """\
 ## How to open this adapter
 
@@ -22,15 +22,9 @@ model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
 
 def complete_card(folder: Path) -> None:
     """Add the tags and how the adapter is opened to the folder's card; make one where there is none."""
-    path = folder / CARD
-    card = ModelCard.load(path) if path.exists() else new_card(None, "")
+    path = folder / "README.md"
+    card: Any = ModelCard.load(path) if path.exists() else ModelCard("---\nlibrary_name: peft\n---\n")
     card.data.tags = sorted({*(card.data.tags or []), *TAGS})
     if "import trimtab" not in card.text:
         card.text = f"{card.text.rstrip()}\n\n{HOW_TO_OPEN}".lstrip()
     card.save(path)
-
-
-def new_card(base_model: str | None, description: str) -> ModelCard:
-    """A card with nothing in it that is left to fill in."""
-    data = ModelCardData(base_model=base_model, library_name="peft", tags=sorted(TAGS))
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n{description}")

@@ -7,7 +7,11 @@ all a pickle, is refused.
 from __future__ import annotations
 
 import json
+import os
 import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +20,7 @@ import torch
 from peft import PeftConfig
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from trimtab.adapter.config import NO_PICKLES, PICKLE, WEIGHTS, ReftConfig
@@ -100,6 +105,29 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
         sizes[module if part == "edit" else f"{module}/{part}"] = edit.size()
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     return SavedAdapter(config, edits, shapes, sizes, tuple(others))
+
+
+def write_adapter(
+    folder: str | Path, config: ReftConfig, edits: Edits, others: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write a folder as `save_pretrained` would; it appears whole, and only if it can be read again.
+
+    Args:
+        edits: by the name of the module that keeps the edit's parameters, and part.
+        others: parameters of modules trained whole, by their names in the base.
+    Raises:
+        AdapterError: the config and the tensors do not belong together.
+        FileExistsError: there is something at `folder` already.
+    """
+    tensors = {
+        f"{module}.reft.reft_{part}.{name}": t for (module, part), own in edits.items() for name, t in own.items()
+    }
+    tensors |= others or {}
+    with fresh(Path(folder)) as staging:
+        config.save_pretrained(str(staging))
+        whole = {f"base_model.model.{key}": tensor.contiguous() for key, tensor in tensors.items()}
+        save_file(whole, staging / WEIGHTS, {"format": "pt"})
+        read_adapter(staging)
 
 
 def inspect_adapter(folder: str | Path) -> AdapterInfo:
@@ -196,13 +224,40 @@ def _check_places(path: Path, config: ReftConfig, edits: list[tuple[str, Part]])
         )
 
 
+def as_edit(config: ReftConfig, tensors: dict[str, Tensor]) -> Edit:
+    """The edit that a config and an adapter's tensors make."""
+    return _edit(config, tensors, config.activation)
+
+
+def _edit(config: ReftConfig, tensors: dict[str, Tensor], activation: str | None) -> Edit:
+    method = METHODS[config.method]
+    with torch.random.fork_rng(devices=[]):  # whose start is thrown away at once
+        edit = method(method.width_of(tensors, config.r), config.r, activation=activation, init_weights="paper")
+    edit.load_state_dict(tensors)
+    return edit.eval()
+
+
 def _checked_edit(where: str, config: ReftConfig, tensors: dict[str, Tensor]) -> Edit:
     method = METHODS[config.method]
     try:
         used = method.check(where, tensors, config.r)
     except ValueError as error:
         raise AdapterError(str(error)) from None
-    with torch.random.fork_rng(devices=[]):  # whose start is thrown away at once
-        edit = method(method.width_of(used, config.r), config.r, init_weights="paper")
-    edit.load_state_dict(used)
-    return edit
+    return _edit(config, used, None)
+
+
+@contextmanager
+def fresh(path: Path) -> Iterator[Path]:
+    """A place to write to, which becomes `path` once the block ends well; nothing is left of it otherwise.
+
+    Raises:
+        FileExistsError: there is something at `path` already.
+    """
+    if path.exists():
+        raise FileExistsError(f"{path} is there already; name another output, or remove it.")
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    with tempfile.TemporaryDirectory(dir=there, prefix=".trimtab-") as folder:
+        staging = Path(folder) / path.name
+        yield staging
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(staging, path)

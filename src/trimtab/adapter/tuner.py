@@ -20,9 +20,10 @@ from peft.utils.peft_types import register_peft_method
 from torch import Tensor, nn
 
 from trimtab.adapter.config import ReftConfig
-from trimtab.adapter.forward import BASE, Forwards, Pass
+from trimtab.adapter.forward import BASE, Pass
 from trimtab.adapter.loading import as_saved, own_modules, resized_embeddings, saved_twice, take_over_loading
 from trimtab.adapter.offloading import bring_back, execution_device
+from trimtab.adapter.running import Forwards
 from trimtab.edits import METHODS, Edit, as_parameters
 from trimtab.edits.orthonormal import Rotation
 from trimtab.where.plan import Part
@@ -135,13 +136,13 @@ class ReftLayer(nn.Module, BaseTunerLayer):
                 f"{self.site.width}) was expected. Choose another site."
             )
         positions = self.positions[adapter]
-        edits = self.edits(adapter)
-        rows = running.rows(adapter, positions, hidden, tuple(edits))
+        apart: tuple[Part, ...] = ("prefix", "suffix") if adapter in self.reft_prefix else ("edit",)
+        rows = running.rows(adapter, positions, hidden, apart)
         if rows is None:
             return hidden
         parts = {"edit": slice(None), "prefix": slice(positions.first), "suffix": slice(positions.first, None)}
         states = hidden.reshape(-1, hidden.shape[-1])
-        for name, edit in edits.items():
+        for name, edit in self.edits(adapter).items():
             index = rows.flat[:, parts[name]].reshape(-1)
             change = edit(states.index_select(0, index)) * self.scaling[adapter]
             change = torch.where(rows.valid[:, parts[name]].reshape(-1, 1), change, 0).to(states.dtype)

@@ -107,3 +107,11 @@ def size_of(count: float) -> str:
             return f"{count:.3g} {unit}" if unit != "B" else f"{count:.0f} B"
         count /= 1000
     return f"{count:.3g} GB"
+
+
+def numbers(option: str, text: str) -> list[float]:
+    """Raises ValueError for what is no list of numbers."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option} {text!r}: give numbers, as in 0.7,-0.3") from None

@@ -1,13 +1,14 @@
-"""Commands that ask adapters: generate, chat."""
+"""Commands that ask adapters: generate, chat, predict."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
-from trimtab.cli.common import Folders, ModelName, command, console
+from trimtab.cli.common import Folders, ModelName, command, console, must_be_new
 
 
 @command()
@@ -61,3 +62,37 @@ def chat(adapter: Folders = None, model: ModelName = None) -> None:
             messages.append({"role": "user", "content": text})
             messages.append({"role": "assistant", "content": answerer.reply(messages, current)})
             console.print(messages[-1]["content"])
+
+
+@command()
+def predict(
+    file: Annotated[
+        Path, typer.Argument(help="The rows: a file of any kind that recipes read; answers need not be in it.")
+    ],
+    adapter: Annotated[str, typer.Option("--adapter", "-a", help="The folder of one trained task.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A .csv or .jsonl file to write, instead of printing CSV.")
+    ] = None,
+    model: ModelName = None,
+) -> None:
+    """Answer, classify or rate every row of a file; called again after an interruption, it goes on."""
+    from rich.progress import Progress
+
+    from trimtab.runs.apply import Applied, as_csv
+
+    if output is not None:
+        must_be_new(output)
+    applied = Applied(adapter, model)
+    if output is None:
+        for number, lines in enumerate(applied.lines(applied.examples(file))):
+            typer.echo(as_csv(iter(lines), header=not number), nl=False)
+        return
+    with Progress(console=console, transient=True) as bar:
+        rows = bar.add_task("rows", total=None)
+        before = applied.write(file, output, lambda done, of: bar.update(rows, completed=done, total=of))
+    if before:
+        console.print(f"{before} rows were done already.")
+    if applied.cut:
+        length = applied.experiment.training.max_length
+        console.print(f"{applied.cut} texts are longer than {length} tokens and were cut to that, as in training.")
+    console.print(f"Wrote {output}.")

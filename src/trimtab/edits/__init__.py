@@ -4,7 +4,9 @@ import math
 
 from trimtab.edits.base import ACTIVATIONS, Edit, InitWeights, Term, as_parameters
 from trimtab.edits.lowrank import ConsReFT, DiReFT, DiReFTOrthonormal, LobiReFT, LoReFT, NoReFT
+from trimtab.edits.postblock import PostBlock
 from trimtab.edits.red import RED
+from trimtab.edits.vectors import Gated, Vector
 
 __all__ = [
     "ACTIVATIONS",
@@ -14,11 +16,14 @@ __all__ = [
     "DiReFT",
     "DiReFTOrthonormal",
     "Edit",
+    "Gated",
     "InitWeights",
     "LoReFT",
     "LobiReFT",
     "NoReFT",
+    "PostBlock",
     "Term",
+    "Vector",
     "as_parameters",
     "parameter_count",
 ]
@@ -31,6 +36,9 @@ METHODS: dict[str, type[Edit]] = {
     "lobireft": LobiReFT,
     "direft_orthonormal": DiReFTOrthonormal,
     "red": RED,
+    "vector": Vector,
+    "postblock": PostBlock,
+    "gated": Gated,
 }
 
 

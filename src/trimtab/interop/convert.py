@@ -5,11 +5,8 @@ A format is one file in `formats/` with a subclass of `Format`; nothing else lis
 
 from __future__ import annotations
 
-import os
 import pkgutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -19,6 +16,7 @@ import torch
 from torch import Tensor
 
 from trimtab.adapter.config import ReftConfig
+from trimtab.adapter.folder import fresh
 from trimtab.adapter.loading import as_saved
 from trimtab.edits import METHODS, Edit
 from trimtab.edits.orthonormal import TOLERANCE as TOLERANCE_OF_R
@@ -128,7 +126,7 @@ class Adapter:
         if any(bool((a != 0).any()) for _, a, _ in self.affine().values()):
             raise ConversionError(
                 f"method={self.config.method!r}: the edit depends on the hidden state, and this format only adds a "
-                "vector. Exact: method lobireft."
+                "vector. Exact: method lobireft or vector."
             )
         return {module: c @ b for (module, _), (b, _, c) in self.affine().items()}
 
@@ -356,20 +354,3 @@ def compare(
             "was written. Is --base the model that the source was trained on?"
         )
     return check
-
-
-@contextmanager
-def fresh(path: Path) -> Iterator[Path]:
-    """A place to write to, which becomes `path` once the block ends well; nothing is left of it otherwise.
-
-    Raises:
-        FileExistsError: there is something at `path` already.
-    """
-    if path.exists():
-        raise FileExistsError(f"{path} is there already; name another output, or remove it.")
-    there = next(folder for folder in path.absolute().parents if folder.exists())
-    with tempfile.TemporaryDirectory(dir=there, prefix=".trimtab-") as folder:
-        staging = Path(folder) / path.name
-        yield staging
-        path.parent.mkdir(parents=True, exist_ok=True)
-        os.rename(staging, path)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers.utils.hub import cached_file
 
+from trimtab.adapter.folder import fresh
 from trimtab.errors import ConversionError
 from trimtab.interop.base import Base, logits_of
 from trimtab.interop.convert import (
@@ -17,7 +18,6 @@ from trimtab.interop.convert import (
     Given,
     Report,
     compare,
-    fresh,
     recognise,
     report,
 )

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from trimtab.edits import parameter_count
+from trimtab.edits import METHODS, parameter_count
 from trimtab.errors import DataError
 from trimtab.runs.models import loading
 from trimtab.tasks.files import read_rows
@@ -100,7 +100,7 @@ dtype: auto             # as the weights are stored; or float32, bfloat16, float
 
 # The edit. {weight:,} parameters, {100 * weight / facts.parameters:.3g}% of the model's {facts.parameters:,}.
 adapter:
-  method: loreft        # loreft, direft, noreft, consreft, lobireft, direft_orthonormal
+  method: loreft        # {", ".join(METHODS)}
   r: {s.r}                  # rank; raise it if training loss stays high, lower it if data is scarce
   positions: {s.positions}      # edited prompt tokens: fN first, lN last; or prompt, generated, all
   layers: all           # or a list such as [0, 4, -1]: fewer layers, fewer parameters

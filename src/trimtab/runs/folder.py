@@ -82,13 +82,14 @@ class RunFolder:
 
     @property
     def task(self) -> Task[Any]:
-        """The task that was trained, as the recipe gave it.
+        """The task that was trained, its classes as they were then.
 
         Raises:
             RunError: trimtab left no run there.
         """
         run = self.run
-        spec = {key: value for key, value in run["task"].items() if key not in SETTINGS}
+        settled = self._read("run.json").get("settled") or run["task"]  # in runs of earlier versions as the recipe was
+        spec = {key: value for key, value in settled.items() if key not in SETTINGS}
         return build_task(run["name"], TASKS[spec["type"]].spec_class.model_validate(spec))
 
     def predictions(self, which: str) -> list[Any]:
@@ -103,9 +104,10 @@ class RunFolder:
         answers: list[Any] = found[which]
         return answers
 
-    def begin(self, run: Mapping[str, Any], content: Mapping[str, str]) -> None:
+    def begin(self, run: Mapping[str, Any], content: Mapping[str, str], settled: Mapping[str, Any]) -> None:
+        """Write what is run; `settled` is the task with what its data decided, the names of classes."""
         self.path.mkdir(parents=True, exist_ok=True)
-        write_json(self.path / "run.json", {"run": run, "content": content, "versions": versions()})
+        write_json(self.path / "run.json", {"run": run, "settled": settled, "content": content, "versions": versions()})
 
     def finish(self, metrics: Mapping[str, Any], predictions: Mapping[str, Any]) -> None:
         """Write what came out; the metrics last, since a run is done when they are there."""

@@ -13,9 +13,9 @@ from trimtab.adapter.forward import BASE
 from trimtab.errors import AdapterError, RunError
 from trimtab.runs.folder import RunFolder
 from trimtab.runs.models import ModelSource, load_model, load_tokenizer
-from trimtab.runs.predict import predict
+from trimtab.runs.predict import check_context, predict
 from trimtab.tasks.templates import parse_template
-from trimtab.tasks.tokens import Encoded, encode, encode_messages
+from trimtab.tasks.tokens import Encoded, encode, encode_messages, is_templated
 
 Message = dict[str, str]
 
@@ -79,32 +79,55 @@ class Answerer:
 
     def answer(self, prompt: str, names: Sequence[str], max_new_tokens: int | None = None) -> list[str]:
         """The greedy answers to one prompt under each adapter named, worked out in a single batch."""
-        encoded = [self._encode(prompt, name) for name in names]
+        encoded = [self._encode(prompt, name, self._prompting(name)) for name in names]
         most = max_new_tokens or max(
             (self.prompts[n]["max_new_tokens"] for n in names if n in self.prompts), default=64
         )
         return self._run(encoded, names, most)
 
     def reply(self, messages: list[Message], name: str, max_new_tokens: int = 256) -> str:
-        """The next turn of a conversation."""
-        return self._run([encode_messages(self.tokenizer, messages)], [name], max_new_tokens)[0]
+        """The next turn of a conversation, each of whose user turns is put as the adapter's training put prompts.
+
+        Where that was without a chat template, only the last turn is asked.
+
+        Raises:
+            DataError: the conversation is longer than the model reads.
+        """
+        how = self.prompts.get(name, _PLAIN)
+        if not is_templated(self.tokenizer, how["chat"]):
+            encoded = self._encode(messages[-1]["content"], name, how)
+        else:
+            put = [
+                {**m, "content": _filled(how["prompt"], m["content"], name)} if m["role"] == "user" else m
+                for m in messages
+            ]
+            encoded = encode_messages(self.tokenizer, put, how["system"])
+        return self._run([encoded], [name], max_new_tokens)[0]
 
     def _run(self, encoded: Sequence[Encoded], names: Sequence[str], max_new_tokens: int) -> list[str]:
+        check_context(self.model, encoded, max_new_tokens, names.__getitem__)
         adapter_names = names if isinstance(self.model, PeftModel) else None
         texts = predict(self.model, self.tokenizer, encoded, max_new_tokens=max_new_tokens, adapter_names=adapter_names)
         return [text.strip() for text in texts]
 
-    def _encode(self, prompt: str, name: str) -> Encoded:
-        """The prompt as the adapter's training wrote it; for the base model as the first adapter's did."""
-        how = self.prompts.get(name) or next(iter(self.prompts.values()), _PLAIN)
-        parts = parse_template(how["prompt"])
-        fields = {field for _, field in parts if field is not None}
-        if len(fields) > 1:
-            raise AdapterError(
-                f"{name}: was trained on prompts of several fields, {how['prompt']!r}; use trimtab eval."
-            )
-        text = "".join(text + (prompt if field is not None else "") for text, field in parts) if fields else prompt
+    def _prompting(self, name: str) -> dict[str, Any]:
+        """How the adapter's training wrote prompts; for the base model how the first adapter's did."""
+        return self.prompts.get(name) or next(iter(self.prompts.values()), _PLAIN)
+
+    def _encode(self, prompt: str, name: str, how: dict[str, Any]) -> Encoded:
+        text = _filled(how["prompt"], prompt, name)
         return encode(self.tokenizer, text, chat=how["chat"], system=how["system"])
+
+
+def _filled(template: str, text: str, name: str) -> str:
+    """The template with the text in its field; the text alone where it has none."""
+    parts = parse_template(template)
+    fields = {field for _, field in parts if field is not None}
+    if len(fields) > 1:
+        raise AdapterError(
+            f"{name}: was trained on prompts of several fields, {template!r}; put them in a file: trimtab predict FILE."
+        )
+    return "".join(before + (text if field is not None else "") for before, field in parts) if fields else text
 
 
 _PLAIN: dict[str, Any] = {"prompt": "{prompt}", "chat": "auto", "system": None, "max_new_tokens": 64}

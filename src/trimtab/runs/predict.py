@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from trimtab.errors import DataError
 from trimtab.tasks import Example, Task
 from trimtab.tasks.tokens import Collator, Encoded
 
@@ -106,6 +107,29 @@ def _generate(model: Any, tokenizer: PreTrainedTokenizerBase, batch: dict[str, T
     out = model.generate(**{**batch, "input_ids": filled}, **how, do_sample=False)
     texts: list[str] = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
     return texts
+
+
+def context_of(model: nn.Module) -> int | None:
+    """How many tokens the model reads; None where its config does not say."""
+    config: Any = model.config
+    room: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return module.num_embeddings - module.padding_idx - 1  # RoBERTa counts positions from behind its padding
+    return room
+
+
+def check_context(model: nn.Module, encoded: Sequence[Encoded], new: int, where: Callable[[int], str]) -> None:
+    """Raises DataError, starting with `where` of the longest prompt, when it and `new` tokens exceed the context."""
+    room = context_of(model)
+    at = max(range(len(encoded)), key=lambda i: len(encoded[i].input_ids))
+    length = len(encoded[at].input_ids)
+    if room is not None and length + new > room:
+        after = f" and up to {new} new ones" if new else ""
+        raise DataError(
+            f"{where(at)}: {length} tokens{after}, but the model reads {room} in all; shorten the prompt or allow "
+            "fewer new tokens"
+        )
 
 
 @contextmanager

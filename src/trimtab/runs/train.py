@@ -14,14 +14,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import set_seed
 
-from trimtab.adapter.card import CARD, HOW_TO_OPEN, new_card
 from trimtab.adapter.folder import inspect_adapter
 from trimtab.errors import RunError
+from trimtab.runs.card import card
 from trimtab.runs.folder import ADAPTER, RunFolder, differing, digest_of, put
 from trimtab.runs.models import Base
 from trimtab.runs.predict import Evaluation
@@ -171,7 +170,7 @@ class Run:
         return progress.metrics
 
     def _train(self, base: Base, progress: Progress, watch: Watch) -> None:
-        self.folder.begin(self.description, self.content)
+        self.folder.begin(self.description, self.content, self.task.settled.model_dump(mode="json"))
         progress.state = "untuned score"
         watch(progress)
         experiment, tokenizer = self.experiment, base.tokenizer
@@ -202,7 +201,7 @@ class Run:
                 progress.state = "tuned score"
                 watch(progress)
                 tuned = experiment.evaluate(adapted, tokenizer, "test")
-                save_adapter(adapted, self.folder.path)
+                save_adapter(adapted, self.folder.path, card(self.experiment, self.folder.path, tokenizer, model))
                 parameters = trained_parameters(adapted)
             finally:
                 fit.close()
@@ -259,23 +258,15 @@ def unload(model: PeftModel) -> None:
     tuner.unload()
 
 
-def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Save the adapter into `folder`, each file whole or not at all."""
+def save_adapter(model: PeftModel, folder: Path, card: str) -> None:
+    """Save the adapter and its card into `folder`, each file whole or not at all."""
     staging = folder / ".saving"
     shutil.rmtree(staging, ignore_errors=True)
     try:
         model.save_pretrained(str(staging))
     except SafetensorError as error:
         raise RunError(f"{folder}: the adapter cannot be written ({error}); is the disk full?") from None
-    _card(model).save(staging / CARD)
+    (staging / "README.md").write_text(card, encoding="utf-8")
     for file in staging.iterdir():
         put(file, folder / file.name)
     staging.rmdir()
-
-
-def _card(model: PeftModel) -> ModelCard:
-    """The model card, without PEFT's blanks to fill in."""
-    config = model.active_peft_config
-    base = config.base_model_name_or_path
-    what = f"A ReFT adapter ({config.method_text}, positions {config.positions}) for `{base}`."
-    return new_card(base, f"{what}\n\n{HOW_TO_OPEN}")

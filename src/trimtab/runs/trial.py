@@ -24,7 +24,7 @@ from trimtab.errors import DataError, NotPossible, RunError
 from trimtab.runs.folder import versions, write_json
 from trimtab.runs.measures import thinned, training_memory, window_loss, windows
 from trimtab.runs.models import Base, ModelSource
-from trimtab.runs.predict import Evaluation, evaluate
+from trimtab.runs.predict import Evaluation, context_of, evaluate
 from trimtab.runs.reuse import Reuse, Store
 from trimtab.runs.trainer import (
     NumberedCollator,
@@ -392,7 +392,7 @@ def _check_context(
     """Raises NotPossible where solved examples make a prompt longer than the model reads."""
     encoded, _ = experiment.encode(tokenizer, examples, training=False)
     longest = max(len(e.input_ids) for e in encoded) + experiment.task.decoding()["max_new_tokens"]
-    room = getattr(model.config, "max_position_embeddings", None)
+    room = context_of(model)
     if room is not None and longest > room:
         raise NotPossible(f"{shots} solved examples make a prompt of {longest} tokens; the model reads {room}")
 

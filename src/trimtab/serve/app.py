@@ -26,7 +26,7 @@ from starlette.exceptions import HTTPException
 
 from trimtab.errors import AdapterError
 from trimtab.serve import schemas
-from trimtab.serve.answers import Chat, Form, Text, Tokens, merged, usage_of
+from trimtab.serve.answers import Chat, Form, Text, Tokens, usage_of
 from trimtab.serve.engine import EngineError, Event, Unavailable
 from trimtab.serve.engine import Request as EngineRequest
 from trimtab.serve.errors import ApiError, of_engine, of_http, of_validation
@@ -43,16 +43,13 @@ async def _answer(service: Service, http: Request, form: Callable[[Any, Tokens],
         return made, service.requests(made, http.state.tenant)
 
     made, requests = await run_in_threadpool(prepared)
-    events = await _begun(service.events(requests, http))
+    events = await _begun(service.events(requests, http, parts=body.stream))
     if body.stream:
         return StreamingResponse(_parts(made, events), media_type="text/event-stream")
-    held: list[list[Event]] = [[] for _ in requests]
-    async with aclosing(events):
-        async for index, event in events:
-            held[index].append(event)
-    ends = [own[-1] for own in held]
+    found = dict([item async for item in events])
+    ends = [found[i] for i in range(len(requests))]
     _check_ends(ends)
-    return _json(made.whole(list(map(merged, held)), usage_of(ends, body.n)))
+    return _json(made.whole(ends, usage_of(ends, body.n)))
 
 
 async def _begun(events: Events) -> Events:

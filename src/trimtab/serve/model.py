@@ -28,6 +28,7 @@ class ServedModel:
     def __init__(self, model: Any) -> None:
         self.model, self.config = model, model.config.get_text_config()
         self.device, self.dtype = model.device, model.dtype
+        self.vocabulary = int(model.get_input_embeddings().weight.shape[0])
         self._before = (model.training, model.config._attn_implementation)
         self._refuse_by_config()
         if self._before[1] not in ("sdpa", "eager"):
@@ -44,10 +45,6 @@ class ServedModel:
     def max_len(self) -> int | None:
         """Tokens that its positions reach, if it says so."""
         return getattr(self.config, "max_position_embeddings", None)
-
-    @property
-    def vocabulary(self) -> int:
-        return int(self.model.get_input_embeddings().weight.shape[0])
 
     def alone(self, tokens: list[int]) -> Tensor:
         """Logits (n, V) of the model's own forward of one sequence."""

@@ -13,7 +13,7 @@ import hashlib
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -78,8 +78,9 @@ class Registry:
         folder: str | Path | None = None,
         reserved: Collection[str] = (),
         memory: int = 4 << 30,
+        meant: Callable[[ReftConfig], Collection[str]] | None = None,
     ) -> None:
-        self.layout = layout
+        self.layout, self._meant = layout, meant
         self.folder = Path(folder).resolve(strict=True) if folder is not None else None
         self.reserved, self.memory = frozenset(reserved), memory
         self._lock = threading.Lock()
@@ -163,9 +164,20 @@ class Registry:
                 "request; serve it on a model of its own."
             )
         try:
+            self._check_places(saved)
             return Adapter(name, _digest(saved), saved.config.parsed_positions, _vectors(self.layout, saved))
         except (ValueError, NotImplementedError) as error:
             raise AdapterError(f"{folder}: {error}") from None
+
+    def _check_places(self, saved: SavedAdapter) -> None:
+        edited = {module for module, _ in saved.edits}
+        meant = edited if self._meant is None else set(self._meant(saved.config))
+        if edited != meant:
+            raise ValueError(
+                f"{min(edited ^ meant)} is edited by one of its two files and not by the other (the config says site "
+                f"{saved.config.site}, layers {saved.config.layers}): they do not belong together. Copy both from one "
+                "save."
+            )
 
     def _again(self, name: str, known: _Known) -> Adapter:
         """What was dropped from memory."""

@@ -175,7 +175,7 @@ class Runner:
         Raises:
             NotServed: the logits differ by more than rounding.
         """
-        rows = self._check_rows(min(40, self.limits.max_len))
+        rows = self._check_rows(min(40, self.limits.max_len, self.model.max_len or 40))
         self.cache = RowCache(self.model.shapes, len(rows), self.model.dtype, self.model.device)
         try:
             apart = max(self._apart(rows))

@@ -17,6 +17,7 @@ from typing import Any
 
 import uvicorn
 
+from trimtab.adapter.config import ReftConfig
 from trimtab.runs.models import ModelSource, load_model, load_tokenizer
 from trimtab.serve.engine import Engine
 from trimtab.serve.guard import Access
@@ -61,7 +62,11 @@ def open_service(settings: Settings) -> Service:
     base = settings.name or (Path(settings.model).resolve().name if Path(settings.model).is_dir() else settings.model)
     model, tokenizer = load_model(ModelSource(settings.model, settings.dtype)), load_tokenizer(settings.model)
     layout = Layout([found for site in settings.sites for found in find_sites(model, site, "all")], settings.max_rank)
-    registry = Registry(layout, settings.folder, reserved=[base])
+
+    def meant(config: ReftConfig) -> set[str]:
+        return {site.name for site in find_sites(model, config.site, config.layers)}
+
+    registry = Registry(layout, settings.folder, reserved=[base], meant=meant)
     for name, folder in settings.adapters.items():
         registry.add(name, folder)
     engine = SlotsEngine(model, AdapterTable(layout, settings.resident, model.device), tokenizer, settings.limits)

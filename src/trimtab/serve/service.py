@@ -12,7 +12,6 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import cast
 
 from fastapi import Request
 from transformers import PreTrainedTokenizerBase
@@ -21,7 +20,7 @@ from trimtab.adapter.config import WEIGHTS
 from trimtab.adapter.folder import CONFIG
 from trimtab.errors import AdapterError
 from trimtab.serve import schemas
-from trimtab.serve.answers import Form, Tokens
+from trimtab.serve.answers import Form, Tokens, merged
 from trimtab.serve.engine import Applied, Engine, EngineError, Event
 from trimtab.serve.engine import Request as EngineRequest
 from trimtab.serve.errors import ApiError, of_engine
@@ -124,8 +123,11 @@ class Service:
             chat=self.tokens.chat,
         )
 
-    async def events(self, requests: Sequence[EngineRequest], http: Request) -> Events:
+    async def events(self, requests: Sequence[EngineRequest], http: Request, parts: bool) -> Events:
         """Run requests; each event with the place of its request. Leaving early cancels what is left.
+
+        Args:
+            parts: events as they come, instead of one for each whole answer.
 
         Raises:
             ApiError: a request was not taken or failed. ClientGone: nobody listens.
@@ -134,10 +136,18 @@ class Service:
         watch = asyncio.create_task(_until_gone(http))
         watch.add_done_callback(lambda _: queue.put_nowait(None))
         left: dict[int, EngineRequest] = {}
-        clocks = [_Clock(self.metrics) for _ in requests]
 
         def emit_for(index: int) -> Callable[[Event], None]:
-            return lambda event: cast(None, loop.call_soon_threadsafe(queue.put_nowait, (index, event)))
+            held, clock = list[Event](), _Clock(self.metrics)
+
+            def emit(event: Event) -> None:
+                clock.count(event)
+                held.append(event)
+                if parts or event.finish_reason is not None:
+                    loop.call_soon_threadsafe(queue.put_nowait, (index, merged(held)))
+                    held.clear()
+
+            return emit
 
         try:
             for index, request in enumerate(requests):
@@ -148,7 +158,6 @@ class Service:
                 if item is None:
                     raise ClientGone
                 index, event = item
-                clocks[index].count(event)
                 if event.finish_reason is not None:
                     self.metrics.ended(_adapter(left.pop(index)), event)
                 if event.error is not None:

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
@@ -95,6 +96,19 @@ class Task(ABC, Generic[SpecT]):
     def example(self, row: Row, where: str) -> Example:
         """Make an example of a row; raises DataError starting with `where`."""
 
+    @abstractmethod
+    def question(self, row: Row, where: str) -> Example:
+        """The example without its answer, which the row need not hold; raises DataError starting with `where`."""
+
+    def rows(self, file: str | Path, skip_bad_rows: bool = False) -> list[Row]:
+        """A file's rows, read as the task's own are. Raises DataError."""
+        return read_rows(file, columns=self.spec.data.columns, skip_bad_rows=skip_bad_rows)
+
+    @property
+    def settled(self) -> SpecT:
+        """The spec with what the training data decided, so that the task can be used without that."""
+        return self.spec
+
     # ---- model -------------------------------------------------------------------------------------------------
 
     @property
@@ -119,6 +133,9 @@ class Task(ABC, Generic[SpecT]):
             cut: what is longer is cut where the task allows it, instead of left out.
         """
 
+    read_by: ClassVar[str] = ""
+    """For a task that does not generate: the expression that a model card prints of `logits` and `base`."""
+
     def decoding(self) -> dict[str, Any]:
         """Arguments of `generate` for a task that generates."""
         return {}
@@ -126,6 +143,10 @@ class Task(ABC, Generic[SpecT]):
     @abstractmethod
     def read(self, outputs: Sequence[Any]) -> list[Any]:
         """Predictions from what the model gave for each example: its text, or its head's outputs."""
+
+    def told(self, outputs: Sequence[Any]) -> list[dict[str, Any]]:
+        """Predictions as people read them, each with what there is to say beside it, by column."""
+        return [{"prediction": prediction} for prediction in self.read(outputs)]
 
     # ---- scores ------------------------------------------------------------------------------------------------
 
@@ -221,9 +242,7 @@ class Task(ABC, Generic[SpecT]):
         name: str = getattr(data, split)
         if name not in self._rows:
             self._rows[name] = (
-                read_rows(data.name, name, config=data.config)
-                if data.name
-                else read_rows(name, columns=data.columns, skip_bad_rows=data.skip_bad_rows)
+                read_rows(data.name, name, config=data.config) if data.name else self.rows(name, data.skip_bad_rows)
             )
         return self._rows[name]
 

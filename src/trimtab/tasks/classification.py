@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -33,12 +35,15 @@ class TextTask(Task[TextSpecT]):
     task_type = "SEQ_CLS"
 
     def example(self, row: Row, where: str) -> Example:
+        value = needed(row, self.label_field, where)
+        return replace(self.question(row, where), answer=str(value), label=self.label(value, where))
+
+    def question(self, row: Row, where: str) -> Example:
         values = [field(row, name, where) for name in self.spec.text]
         if all(map(is_missing, values)):
             needed(row, self.spec.text[0], where)  # of a pair, one may be empty
         texts = tuple(as_text(value, name, where) for value, name in zip(values, self.spec.text, strict=True))
-        value = needed(row, self.label_field, where)
-        return Example(texts, str(value), self.label(value, where), row)
+        return Example(texts, "", 0, row)  # any label: one that is none asks for a prompt's batch
 
     def encode(
         self,
@@ -87,6 +92,7 @@ class ClassificationTask(TextTask[ClassificationSpec]):
     """Predictions are class numbers, from 0."""
 
     spec_class = ClassificationSpec
+    read_by = "dict(zip(base.config.id2label.values(), logits.softmax(0).tolist()))"
 
     @property
     def label_field(self) -> str:
@@ -94,7 +100,15 @@ class ClassificationTask(TextTask[ClassificationSpec]):
 
     @property
     def head(self) -> Head:
-        return Head("AutoModelForSequenceClassification", {"num_labels": len(self.labels)})
+        names = dict(enumerate(self.labels))
+        return Head(
+            "AutoModelForSequenceClassification",
+            {"num_labels": len(names), "id2label": names, "label2id": {name: i for i, name in names.items()}},
+        )
+
+    @property
+    def settled(self) -> ClassificationSpec:
+        return self.spec.model_copy(update={"labels": self.labels})
 
     @cached_property
     def labels(self) -> list[str]:
@@ -125,6 +139,15 @@ class ClassificationTask(TextTask[ClassificationSpec]):
 
     def read(self, outputs: Sequence[Sequence[float]]) -> list[int]:
         return [max(range(len(logits)), key=logits.__getitem__) for logits in outputs]
+
+    def told(self, outputs: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
+        """The class's name, and each class's probability."""
+        found = []
+        for best, logits in zip(self.read(outputs), outputs, strict=True):
+            weights = [math.exp(value - logits[best]) for value in logits]
+            shares = {f"p({n})": round(w / sum(weights), 6) for n, w in zip(self.labels, weights, strict=True)}
+            found.append({"prediction": self.labels[best], **shares})
+        return found
 
     def truth(self, examples: Sequence[Example]) -> Truth:
         return Truth([int(e.label or 0) for e in examples], classes=len(self.labels))

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
@@ -63,14 +64,18 @@ class GenerationTask(Task[GenerationSpec]):
     generates = True
     head = Head("AutoModelForCausalLM")
 
-    def example(self, row: Row, where: str) -> Example:
+    def question(self, row: Row, where: str) -> Example:
         prompt = render(chosen_template(self.spec.prompt, row), row, where)
         if not prompt.strip():
             raise DataError(
                 f"{where}: the prompt {self.spec.prompt!r} comes out empty; fill the field or remove the row"
             )
+        return Example((prompt,), "", None, row)
+
+    def example(self, row: Row, where: str) -> Example:
+        asked = self.question(row, where)
         answer = render(self.spec.answer, row, where, full=not self.score.takes_empty)
-        example = Example((prompt,), answer, None, row)
+        example = replace(asked, answer=answer)
         if self.sets:
             return example  # a row to train on; each set checks its own
         if flaw := self.score.flaw(answer, self.truth([])):

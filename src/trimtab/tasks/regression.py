@@ -27,6 +27,7 @@ class RegressionTask(TextTask[RegressionSpec]):
     """Predictions are numbers."""
 
     spec_class = RegressionSpec
+    read_by = "logits.item()"
     head = Head("AutoModelForSequenceClassification", {"num_labels": 1, "problem_type": "regression"})
 
     @property

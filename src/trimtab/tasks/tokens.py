@@ -44,19 +44,23 @@ def encode(
 
     Raises DataError when a chat template is asked for and the tokenizer has none, or refuses `system`.
     """
-    templated = is_templated(tokenizer, chat)
-    if templated:
-        text = _render_chat(tokenizer, prompt, system)
-        ids = _ids(tokenizer, text)
-    else:
-        ids = list(tokenizer(prompt)["input_ids"])
-        if ids and ids[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id) and ids != _ids(tokenizer, prompt):
-            ids.pop()  # the tokenizer closes whole texts; a prompt goes on
+    text, special = rendered(tokenizer, prompt, chat=chat, system=system)
+    ids = list(tokenizer(text, add_special_tokens=special)["input_ids"])
+    ends = (tokenizer.eos_token_id, tokenizer.sep_token_id)
+    if special and ids and ids[-1] in ends and ids != _ids(tokenizer, prompt):
+        ids.pop()  # the tokenizer closes whole texts; a prompt goes on
     if answer is None:
         return Encoded(ids, len(ids), None)
-    end = _turn_end(tokenizer) if templated else _ids(tokenizer, tokenizer.eos_token or "")
+    end = _ids(tokenizer, tokenizer.eos_token or "") if special else _turn_end(tokenizer)
     answer_ids = _ids(tokenizer, answer) + end
     return Encoded(ids + answer_ids, len(ids), [IGNORED] * len(ids) + answer_ids)
+
+
+def rendered(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: Chat, system: str | None) -> tuple[str, bool]:
+    """The text that a prompt becomes, and whether the tokenizer adds its special tokens to that; raises DataError."""
+    if is_templated(tokenizer, chat):
+        return _render_messages(tokenizer, [*_system(system), {"role": "user", "content": prompt}]), False
+    return prompt, True
 
 
 def is_templated(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> bool:
@@ -70,9 +74,11 @@ def cut(encoded: Encoded, length: int) -> Encoded:
     return replace(encoded, input_ids=encoded.input_ids[:length], labels=labels)
 
 
-def encode_messages(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> Encoded:
+def encode_messages(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], system: str | None = None
+) -> Encoded:
     """Tokenise a conversation up to where the next answer starts; raises DataError without a chat template."""
-    ids = _ids(tokenizer, _render_messages(tokenizer, messages))
+    ids = _ids(tokenizer, _render_messages(tokenizer, [*_system(system), *messages]))
     return Encoded(ids, len(ids), None)
 
 
@@ -90,9 +96,8 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _render_chat(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | None) -> str:
-    messages = [{"role": "system", "content": system}] if system is not None else []
-    return _render_messages(tokenizer, [*messages, {"role": "user", "content": prompt}])
+def _system(text: str | None) -> list[dict[str, str]]:
+    return [] if text is None else [{"role": "system", "content": text}]
 
 
 def _render_messages(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:

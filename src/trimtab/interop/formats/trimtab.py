@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import cast
 
 from peft import PeftModel, TaskType
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import trimtab.adapter.tuner  # noqa: F401  (registers the method with PEFT)
 from trimtab.adapter.config import WEIGHTS
-from trimtab.adapter.folder import inspect_adapter
+from trimtab.adapter.folder import inspect_adapter, write_adapter
 from trimtab.errors import ConversionError
 from trimtab.interop.base import Runner, logits_of
 from trimtab.interop.convert import Adapter, Format, Given, make_edit
+from trimtab.where.plan import Part
 from trimtab.where.sites import host
 
 _PREFIX = "base_model.model."
@@ -62,13 +64,10 @@ class Trimtab(Format):
 
     def write(self, adapter: Adapter, path: Path, given: Given) -> list[str]:
         """As `save_pretrained` would."""
-        tensors = dict(adapter.modules)
-        for (name, part), own in adapter.tensors.items():
-            place = _host_name(adapter.base.skeleton, adapter.base.skeleton.get_submodule(name))
-            tensors |= {f"{place}.reft.reft_{part}.{key}": tensor for key, tensor in own.items()}
-        adapter.config.save_pretrained(str(path))
-        save_file({_PREFIX + key: t.contiguous() for key, t in tensors.items()}, path / WEIGHTS, {"format": "pt"})
-        inspect_adapter(path)
+        skeleton = adapter.base.skeleton
+        places = {name: _host_name(skeleton, skeleton.get_submodule(name)) for name, _ in adapter.edits}
+        edits = {(places[name], cast(Part, part)): own for (name, part), own in adapter.tensors.items()}
+        write_adapter(path, adapter.config, edits, adapter.modules)
         return []
 
     def run(self, path: Path, adapter: Adapter) -> Runner:

@@ -1,0 +1,174 @@
+"""A finished run on the rows of a file: what `trimtab predict` runs on.
+
+applied = Applied("runs/mood")
+for lines in applied.lines(applied.examples("tickets.csv")): ...     # {"row": 1, "input": ..., "prediction": ...}
+"""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any
+
+from peft import PeftModel
+
+from trimtab.adapter.folder import inspect_adapter
+from trimtab.errors import DataError, RunError
+from trimtab.runs.folder import ADAPTER, RunFolder, digest_of, put, write_text
+from trimtab.runs.models import Base, ModelSource
+from trimtab.runs.predict import check_context, predict
+from trimtab.runs.trainer import TrainingSpec
+from trimtab.runs.trial import Experiment, digest
+from trimtab.runs.ways import AdapterSpec
+from trimtab.tasks import Example
+from trimtab.tasks.files import locate
+
+Line = dict[str, Any]
+CHUNK = 8
+"""Batches that are written at a time, and among which rows are put in order of length."""
+KINDS = (".csv", ".jsonl")
+
+
+class Applied:
+    """A run's adapter on its model, which is loaded when the first row is predicted.
+
+    Args:
+        folder: of one task.
+        model: the base model, where it is not the one that the run names.
+
+    Raises:
+        RunError: trimtab left no run there.
+        AdapterError: the adapter is not there, or damaged.
+    """
+
+    def __init__(self, folder: str | Path, model: str | None = None) -> None:
+        self.folder = RunFolder(folder)
+        run, task = self.folder.run, self.folder.task
+        inspect_adapter(self.folder.path)
+        self.experiment = Experiment(
+            run["name"],
+            ModelSource(model or run["model"], run["dtype"], run["attention"]),
+            task.spec,
+            AdapterSpec.model_validate(run["task"]["adapter"]),
+            TrainingSpec.model_validate(run["task"]["training"]),
+            run["seed"],
+        )
+        self.cut = 0
+        """How many texts were longer than training's `max_length`, and cut to it."""
+
+    @cached_property
+    def _base(self) -> Base:
+        return Base(self.experiment.source)
+
+    @cached_property
+    def _model(self) -> PeftModel:
+        plain = self._base.load(self.experiment.task.head, self.experiment.seed).model
+        return PeftModel.from_pretrained(plain, str(self.folder.path)).eval()
+
+    def examples(self, file: str | Path) -> list[Example]:
+        """The file's rows as the task asks them; they need no answers. Raises DataError."""
+        task, path = self.experiment.task, locate(file)
+        return [task.question(row, f"{path}, row {number}") for number, row in enumerate(task.rows(path), 1)]
+
+    def lines(self, examples: Sequence[Example], start: int = 0) -> Iterator[list[Line]]:
+        """Predictions with the number of the row (from 1) and what was asked, some rows at a time.
+
+        Args:
+            start: how many rows to pass over.
+
+        Raises:
+            DataError: before the first, where a prompt is longer than the model reads.
+        """
+        experiment, task = self.experiment, self.experiment.task
+        encoded, self.cut = experiment.encode(self._base.tokenizer, examples, training=False)
+        decoding, size = task.decoding(), experiment.training.eval_batch_size
+        check_context(self._model, encoded, decoding.get("max_new_tokens", 0), lambda i: f"row {i + 1}")
+        for at in range(start, len(encoded), size * CHUNK):
+            some = encoded[at : at + size * CHUNK]
+            told = task.told(predict(self._model, self._base.tokenizer, some, size, **decoding))
+            yield [
+                {"row": number, "input": "\n".join(examples[number - 1].texts), **line}
+                for number, line in enumerate(told, at + 1)
+            ]
+
+    def write(self, file: str | Path, output: Path, watch: Callable[[int, int], None] = lambda done, of: None) -> int:
+        """Predict a file's rows into `output`, a .csv or .jsonl file; an interrupted call is gone on with.
+
+        Until all are there, the lines stand in a file beside it, named by what decides them.
+
+        Args:
+            watch: told how many rows are done, of how many.
+
+        Returns:
+            How many rows were done by an earlier call.
+
+        Raises:
+            DataError: the file cannot be used, or the output is of another kind.
+            RunError: another process writes it.
+        """
+        if output.suffix not in KINDS:
+            raise DataError(f"{output}: predictions are written as {' or '.join(KINDS)}")
+        examples = self.examples(file)
+        source = self.experiment.source
+        asked = {
+            "adapter": digest_of(self.folder.path / ADAPTER),
+            "rows": digest_of(locate(file)),
+            "model": source.name,
+            "run": self.folder.run,
+        }
+        part = output.with_name(f"{output.name}.{digest(asked)}.part")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("a+", encoding="utf-8") as opened:
+            _lock(opened, part)
+            before = done = _whole(opened)
+            for lines in self.lines(examples, before) if before < len(examples) else ():
+                opened.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+                opened.flush()
+                done += len(lines)
+                watch(done, len(examples))
+            _finish(part, output)
+        return before
+
+
+def _lock(opened: IO[str], part: Path) -> None:
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise RunError(f"{part}: another process writes it; wait for it, or give another output") from None
+
+
+def _whole(opened: IO[str]) -> int:
+    """How many lines were written to their end; what an interrupted write left after them is cut off."""
+    opened.seek(0)
+    count = end = 0
+    while opened.readline().endswith("\n"):
+        count, end = count + 1, opened.tell()
+    opened.truncate(end)
+    return count
+
+
+def _finish(part: Path, output: Path) -> None:
+    """Give the lines the output's name, as it wants them."""
+    if output.suffix == ".jsonl":
+        put(part, output)
+        return
+    with part.open(encoding="utf-8") as lines:
+        write_text(output, as_csv(map(json.loads, lines)))
+    part.unlink()
+
+
+def as_csv(lines: Iterator[Line], header: bool = True) -> str:
+    """Lines of the same fields as CSV."""
+    out = io.StringIO(newline="")
+    first = next(lines)
+    writer = csv.DictWriter(out, list(first), lineterminator="\n")
+    if header:
+        writer.writeheader()
+    writer.writerow(first)
+    writer.writerows(lines)
+    return out.getvalue()

@@ -1,0 +1,66 @@
+"""The model card that a run leaves: what the adapter is, and lines that use it, which run as they are printed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from trimtab.adapter.config import ReftConfig
+from trimtab.runs.trial import Experiment
+from trimtab.tasks.tokens import rendered
+
+
+def card(experiment: Experiment, folder: Path, tokenizer: PreTrainedTokenizerBase, model: Any) -> str:
+    """The README of an adapter on `model`, run from where its training was."""
+    config = ReftConfig(**experiment.adapter.model_dump())
+    head = experiment.task.head
+    arguments = {"dtype": experiment.source.dtype, **head.config}
+    if head.is_new:
+        arguments["pad_token_id"] = model.config.pad_token_id
+    base = repr(experiment.source.name)
+    given = ", ".join([base, *(f"{key}={value!r}" for key, value in arguments.items())])
+    return f"""\
+---
+base_model: {experiment.source.name}
+library_name: peft
+tags: [trimtab, reft, {config.method}]
+---
+A ReFT adapter ({config.method_text}, positions {config.positions}) for `{experiment.source.name}`, the task
+`{experiment.name}` ({experiment.spec.type}).
+
+```python
+import trimtab  # registers the method with PEFT
+from peft import PeftModel
+from transformers import {head.auto}, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained({base})
+base = {head.auto}.from_pretrained({given})
+model = PeftModel.from_pretrained(base, {str(folder)!r}).eval()
+
+{_use(experiment, tokenizer)}
+```
+
+On a file of rows: `trimtab predict FILE -a {folder}`.
+"""
+
+
+def _use(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Lines that ask the model about one row, its fields' names in place of what they hold."""
+    task = experiment.task
+    row = {name: f"<{name}>" for name in task.examples("train")[0].row}
+    texts = task.question(row, "the card").texts
+    if not task.generates:
+        length = experiment.training.max_length
+        return f"""\
+batch = tokenizer({", ".join(map(repr, texts))}, truncation=True, max_length={length}, return_tensors="pt")
+logits = model(**batch).logits[0]
+print({task.read_by})"""
+    text, special = rendered(tokenizer, texts[0], chat=task.spec.chat, system=task.spec.system)
+    options = "" if special else ", add_special_tokens=False"
+    how = "".join(f", {key}={value!r}" for key, value in task.decoding().items())
+    return f"""\
+batch = tokenizer([{text!r}]{options}, return_tensors="pt")
+out = model.generate(**batch, do_sample=False{how})
+print(tokenizer.decode(out[0, batch["input_ids"].shape[1]:], skip_special_tokens=True))"""

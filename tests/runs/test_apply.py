@@ -1,0 +1,186 @@
+"""Trained runs of every kind of task used again: on files, by the lines of their cards, in chat."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Command
+
+from trimtab.errors import DataError
+from trimtab.recipe.load import load_recipe
+from trimtab.runs.apply import Applied
+from trimtab.runs.folder import RunFolder
+from trimtab.runs.generate import Answerer
+from trimtab.runs.train import train
+
+MODEL = Path(__file__).parents[2] / "models/tiny-llama"
+TASKS: dict[str, dict[str, Any]] = {
+    "plural": {"type": "generation", "prompt": "{text} ->", "answer": "{many}", "system": "Be brief."},
+    "mood": {"type": "classification", "text": "text", "label": "mood"},
+    "size": {"type": "regression", "text": ["text", "many"], "label": "size"},
+}
+ROWS = [
+    {"text": text, "many": f"{text}s", "mood": mood, "size": len(text)}
+    for text, mood in [("cat", "tame"), ("dog", "tame"), ("wolf", "wild"), ("tiger", "wild")] * 3
+]
+KINDS = pytest.mark.parametrize("kind", TASKS)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One finished run of each kind of task; the training data is gone since."""
+    folder = tmp_path_factory.mktemp("runs")
+    data = folder / "train.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (folder / "recipe.yaml").write_text(
+        json.dumps(
+            {
+                "model": str(MODEL),
+                "output": str(folder / "out"),
+                "dtype": "float32",
+                "adapter": {"r": 2, "positions": "f1+l2"},
+                "training": {"max_steps": 12, "batch_size": 4, "eval_batch_size": 2},
+                "tasks": {name: {**task, "data": {"train": "train.jsonl"}} for name, task in TASKS.items()},
+            }
+        )
+    )
+    recipe = load_recipe(folder / "recipe.yaml")
+    train(recipe.experiments(), recipe.output)
+    data.unlink()
+    return folder / "out"
+
+
+@pytest.fixture
+def asked(tmp_path: Path) -> Path:
+    """More rows than one chunk, of different lengths, without answers."""
+    file = tmp_path / "asked.csv"
+    file.write_text("text,many\n" + "".join(f"{'big ' * (i % 3)}cat {i},cats\n" for i in range(40)))
+    return file
+
+
+def read(output: Path) -> list[dict[str, str]]:
+    with output.open(newline="") as opened:
+        return list(csv.DictReader(opened))
+
+
+@KINDS
+def test_predictions_are_those_of_each_row_alone(kind: str, runs: Path, asked: Path, tmp_path: Path) -> None:
+    output = tmp_path / "new/out.jsonl"
+    applied = Applied(runs / kind)
+    assert applied.write(asked, output) == 0
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [line["row"] for line in lines] == list(range(1, 41))
+    examples = applied.examples(asked)
+    for at in (0, 17, 39):
+        (alone,) = next(applied.lines(examples[at : at + 1]))
+        same = {key: value for key, value in lines[at].items() if key != "row"}
+        assert same == pytest.approx({k: v for k, v in alone.items() if k != "row"}, abs=1e-4)
+    assert [path.name for path in output.parent.iterdir()] == ["out.jsonl"]
+
+
+def test_a_classifier_says_names_and_probabilities(runs: Path, asked: Path, trimtab: Command, tmp_path: Path) -> None:
+    output = tmp_path / "out.csv"
+    code, text = trimtab("predict", asked, "-a", runs / "mood", "-o", output)
+    assert code == 0 and "Wrote" in text
+    for line in read(output):
+        shares = {name: float(line[f"p({name})"]) for name in ("tame", "wild")}
+        assert sum(shares.values()) == pytest.approx(1, abs=1e-5)
+        assert line["prediction"] == max(shares, key=shares.__getitem__)
+    code, text = trimtab("predict", asked, "-a", runs / "mood", "-o", output)
+    assert code == 2 and "there already" in text
+    code, text = trimtab("predict", asked, "-a", runs / "mood")
+    assert code == 0 and text == output.read_text()
+
+
+@pytest.mark.parametrize("left", ["", '{"row": 17, "inp'])
+def test_an_interrupted_file_is_gone_on_with(left: str, runs: Path, asked: Path, tmp_path: Path) -> None:
+    whole, output = tmp_path / "whole.csv", tmp_path / "out.csv"
+    Applied(runs / "mood").write(asked, whole)
+
+    def stop(done: int, of: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Applied(runs / "mood").write(asked, output, stop)
+    (part,) = tmp_path.glob("out.csv.*.part")
+    with part.open("a") as opened:
+        opened.write(left)
+    assert not output.exists()
+    Applied(runs / "size").write(asked, tmp_path / "other.csv")  # another run's lines are not taken for these
+    assert Applied(runs / "mood").write(asked, output) == 16
+    assert output.read_text() == whole.read_text()
+    assert not part.exists()
+
+
+@KINDS
+def test_the_card_runs_as_printed(
+    kind: str, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (runs / kind / "README.md").read_text(), re.S)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "card", "exec"), {})
+    printed = capsys.readouterr().out.strip()
+    (tmp_path / "row.jsonl").write_text(json.dumps({name: f"<{name}>" for name in ROWS[0]}))
+    applied = Applied(runs / kind)
+    ((line,),) = applied.lines(applied.examples("row.jsonl"))
+    if kind == "plural":
+        assert printed == line["prediction"].strip()
+    elif kind == "size":
+        assert float(printed) == pytest.approx(line["prediction"], abs=1e-4)
+    else:
+        assert eval(printed) == pytest.approx({name: line[f"p({name})"] for name in ("tame", "wild")}, abs=1e-4)
+
+
+def test_class_names_go_with_the_run(runs: Path) -> None:
+    assert RunFolder(runs / "mood").task.head.config["id2label"] == {0: "tame", 1: "wild"}
+    assert Applied(runs / "mood")._model.config.id2label == {0: "tame", 1: "wild"}
+
+
+def test_chat_puts_each_turn_as_training_did(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answerer, seen = Answerer({"plural": runs / "plural"}), []
+    monkeypatch.setattr(answerer, "_run", lambda encoded, *_: [seen.extend(encoded)] and ["x"])
+    answerer.reply([{"role": "user", "content": "cat"}], "plural")
+    answerer.answer("cat", ["plural"])
+    assert seen[0].input_ids == seen[1].input_ids
+    talk = [("user", "cat"), ("assistant", "cats"), ("user", "dog")]
+    answerer.reply([{"role": role, "content": text} for role, text in talk], "plural")
+    assert (
+        answerer.tokenizer.decode(seen[2].input_ids)
+        == "<|bos|><|user|>Be brief.<|user|>cat -><|assistant|>cats<|end|><|user|>dog -><|assistant|>"
+    )
+
+
+def test_what_cannot_be_predicted_is_said_first(runs: Path, trimtab: Command, tmp_path: Path) -> None:
+    rows, output = tmp_path / "rows.jsonl", tmp_path / "out.csv"
+    for kind, row, said in [
+        ("plural", {"text": "cat " * 600}, "row 1: "),
+        ("plural", {"word": "cat"}, "row 1: no field 'text'; the fields are word"),
+        ("mood", {"text": ""}, "row 1: the field 'text' is ''"),
+    ]:
+        rows.write_text(json.dumps(row))
+        code, text = trimtab("predict", rows, "-a", runs / kind, "-o", output)
+        assert code == 2 and said in text and not output.exists(), text
+    for arguments, said in [
+        (("-a", runs / "mood", "-o", tmp_path / "out.xlsx"), "written as .csv or .jsonl"),
+        (("-a", tmp_path), "no run of trimtab there"),
+        (("-a", runs), "give the folder of one task"),
+    ]:
+        code, text = trimtab("predict", rows, *arguments)
+        assert code == 2 and said in text, text
+    with pytest.raises(DataError, match="the model reads 512 in all"):
+        Answerer({"plural": runs / "plural"}).answer("cat " * 600, ["plural"])
+
+
+def test_two_processes_do_not_write_one_file(runs: Path, asked: Path, tmp_path: Path) -> None:
+    def again(done: int, of: int) -> None:
+        Applied(runs / "mood").write(asked, tmp_path / "out.csv")
+
+    with pytest.raises(ValueError, match="another process writes it"):
+        Applied(runs / "mood").write(asked, tmp_path / "out.csv", again)
+    assert os.listdir(tmp_path) != ["out.csv"]
