@@ -1,4 +1,4 @@
-"""The PEFT tuner: edits hooked onto the blocks of a frozen model. The only file that registers hooks.
+"""The PEFT tuner: edits hooked onto the blocks of a frozen model. The only file, with edit.py, that registers hooks.
 
 Each edited block gets a submodule `reft` that holds the adapters' parameters, and one forward hook. No module of the
 base model is replaced, and no hook of anyone else is touched.
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from trimtab.adapter.config import ReftConfig
 from trimtab.adapter.forward import BASE, Pass
 from trimtab.adapter.loading import as_saved, own_modules, resized_embeddings, saved_twice, take_over_loading
+from trimtab.adapter.offloading import bring_back, execution_device
 from trimtab.adapter.running import Forwards
 from trimtab.edits import METHODS, Edit, as_parameters
 from trimtab.edits.orthonormal import Rotation
@@ -33,6 +34,10 @@ _NO_MERGE = (
     "a ReFT adapter is not merged in place: an edit of hidden states at some tokens only is no change of the weights. "
     "Keep the adapter beside the base model; it costs nothing while decoding when only the prompt is edited. A saved "
     "one that edits every token (positions='all') at mlp or attention can be: `trimtab merge ADAPTER OUTPUT`."
+)
+OUTSIDE = (
+    "{} ran outside a forward of its model, so the tokens to edit are not known. Call the whole model; to recompute "
+    "blocks in the backward pass use the model's own gradient checkpointing."
 )
 _NO_AVERAGE = (
     "ReFT adapters cannot be averaged into one: the mean of two rotations is none. Use several at once, with weights: "
@@ -55,6 +60,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         self.tasks: dict[str, Any] = {}
         self._active_adapter: list[str] = []
+        self.loaded: dict[Edit, dict[str, Tensor]] = {}
+        """What loading found for edits of an offloaded block, until PEFT is done with it."""
         # Before other hooks, which then see what the next block reads, such as those that record hidden states.
         self.hook = site.module.register_forward_hook(self._edit_output, prepend=True)
 
@@ -115,10 +122,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         if not names:
             return None
         if running is None:
-            raise RuntimeError(
-                f"{self.site.name} ran outside a forward of its model, so the tokens to edit are not known. Call the "
-                "whole model; to recompute blocks in the backward pass use the model's own gradient checkpointing."
-            )
+            raise RuntimeError(OUTSIDE.format(self.site.name))
         hidden = before = output if isinstance(output, Tensor) else output[0]
         for name in names:
             hidden = self._edited(hidden, name, running)
@@ -127,11 +131,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         return hidden if isinstance(output, Tensor) else type(output)((hidden, *output[1:]))
 
     def _edited(self, hidden: Tensor, adapter: str, running: Pass) -> Tensor:
-        if hidden.dim() != 3 or hidden.shape[-1] != self.site.width:
-            raise RuntimeError(
-                f"{self.site.name} gives hidden states of shape {tuple(hidden.shape)}, but (batch, tokens, "
-                f"{self.site.width}) was expected. Choose another site."
-            )
+        check_states(self.site, hidden)
         positions = self.positions[adapter]
         apart: tuple[Part, ...] = ("prefix", "suffix") if adapter in self.reft_prefix else ("edit",)
         rows = running.rows(adapter, positions, hidden, apart)
@@ -154,12 +154,23 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         )
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, None]:
-        """The block's device; no dtype, since edits keep float32 whatever the base's."""
+        """The block's device, or that it runs on if it is offloaded; no dtype, since edits keep float32 whatever the
+        base's."""
         own = {id(p) for p in self.parameters()}
-        return next((p.device for p in base_layer.parameters() if id(p) not in own), None), None
+        device = next((p.device for p in base_layer.parameters() if id(p) not in own), None)
+        return execution_device(base_layer) if device is not None and device.type == "meta" else device, None
 
     def merge(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise NotImplementedError(_NO_MERGE)
+
+
+def check_states(site: Site, hidden: Tensor) -> None:
+    """Raises RuntimeError for an output that is no hidden states of the site's width."""
+    if hidden.dim() != 3 or hidden.shape[-1] != site.width:
+        raise RuntimeError(
+            f"{site.name} gives hidden states of shape {tuple(hidden.shape)}, but (batch, tokens, {site.width}) was "
+            "expected. Choose another site."
+        )
 
 
 class ReftModel(BaseTuner):
@@ -176,8 +187,7 @@ class ReftModel(BaseTuner):
         try:
             super().__init__(model, *args, **kwargs)
         except BaseException:
-            if not self._passes.layers:
-                self._passes.remove()
+            self._passes.release()
             raise
         take_over_loading(model)
 
@@ -303,12 +313,12 @@ class ReftModel(BaseTuner):
         """
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         edits = [
-            (f"{module_name}.reft_{name}", edit)
+            (f"{module_name}.reft_{name}", edit, layer)
             for module_name, layer in model.named_modules()
             if isinstance(layer, ReftLayer)
             for name, edit in layer.edits(adapter_name).items()
         ]
-        expected = {f"{at}.{adapter_name}.{tensor}" for at, edit in edits for tensor, _ in edit.named_parameters()}
+        expected = {f"{at}.{adapter_name}.{tensor}" for at, edit, _ in edits for tensor, _ in edit.named_parameters()}
         mapped = {key: tensor for key, tensor in mapped.items() if key not in saved_twice(model, mapped)}
         missing = sorted(expected - set(mapped))
         own = own_modules(model, adapter_name) | resized_embeddings(model)
@@ -319,12 +329,21 @@ class ReftModel(BaseTuner):
                 f"Missing: {_some(missing)}. Without a place here: {_some(left_over)}. "
                 "It was saved from another base model, under another config, or incompletely."
             )
-        for at, edit in edits:
+        for at, edit, layer in edits:
             keys = {tensor: f"{at}.{adapter_name}.{tensor}" for tensor, _ in edit.named_parameters()}
             saved = {tensor.removesuffix(".halved"): mapped[key] for tensor, key in keys.items()}
             values = as_parameters(edit.check(at, saved, edit.r, edit.width))
             mapped |= {keys[tensor]: value for tensor, value in values.items()}
+            if any(parameter.is_meta for parameter in layer.base_layer.parameters()):
+                layer.loaded[edit] = values
         return mapped
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """The last that PEFT does in loading, after it dispatched a base model anew that is offloaded to disk."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for layer in self._passes.layers:
+            while layer.loaded:
+                bring_back(*layer.loaded.popitem())
 
 
 def _check_saved_modules(config: ReftConfig, site: str) -> None:
@@ -338,14 +357,19 @@ def _check_saved_modules(config: ReftConfig, site: str) -> None:
             )
 
 
+def check_scale(scale: Any) -> None:
+    """Raises ValueError for what is no finite number."""
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise ValueError(f"scale={scale!r}: must be a finite number.")
+
+
 def set_scale(model: nn.Module, adapter: str, scale: float) -> None:
     """Multiply the edits of one adapter, from now on, by `scale`: 0 turns them off, negative values reverse them.
 
     Raises:
         ValueError: the model has no such adapter, or the scale is not a finite number.
     """
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
-        raise ValueError(f"scale={scale!r}: must be a finite number.")
+    check_scale(scale)
     layers = [m for m in model.modules() if isinstance(m, ReftLayer)]
     if not any(adapter in layer.scaling for layer in layers):
         names = sorted({name for layer in layers for name in layer.scaling})

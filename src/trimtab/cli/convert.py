@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from trimtab.cli.common import command, console
+from trimtab.cli.common import command, console, indices
 
 if TYPE_CHECKING:
     from trimtab.interop.convert import Report
@@ -38,7 +38,7 @@ def convert(
     from trimtab.interop.convert import Given
     from trimtab.interop.convert import convert as run
 
-    given = Given(base, positions, _indices(layers), method, activation, task, lora_bias)
+    given = Given(base, positions, indices("--layers", layers), method, activation, task, lora_bias)
     _show(run(source, output, to, given, check=check), output)
 
 
@@ -54,13 +54,6 @@ def merge(
     from trimtab.interop.merge import merge as run
 
     _show(run(adapter, output, Given(base), check=check), output)
-
-
-def _indices(text: str | None) -> list[int] | None:
-    try:
-        return None if text is None else [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"--layers {text!r}: give blocks, counted from 0, as in 10,11") from None
 
 
 def _show(report: Report, output: Path) -> None:

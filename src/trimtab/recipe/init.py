@@ -50,10 +50,11 @@ def look_at(name: str) -> ModelFacts:
         ValueError: the model has no blocks that trimtab could edit.
     """
     with loading(name):
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     generates = any(str(a).endswith(("ForCausalLM", "LMHeadModel")) for a in config.architectures or [])
-    with torch.device("meta"):
-        model: nn.Module = (AutoModelForCausalLM if generates else AutoModel).from_config(config)
+    with loading(name), torch.device("meta"):
+        auto: Any = AutoModelForCausalLM if generates else AutoModel
+        model: nn.Module = auto.from_config(config, trust_remote_code=False)
     sites = find_sites(model, "block", "all")
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
     linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]

@@ -37,6 +37,16 @@ def locate(path: str | Path, folder: str | Path = ".") -> Path:
     raise DataError(f"no file {str(path)!r}{hint}")
 
 
+def read_lines(path: str | Path) -> list[str]:
+    """The lines of a text file that hold more than blanks. Raises DataError for a file that is missing or none."""
+    file = locate(path)
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError:
+        raise DataError(f"{file}: not a text file in UTF-8; give one text a line.") from None
+    return [line for line in lines if line]
+
+
 def read_rows(
     source: str | Path,
     split: str | None = None,
