@@ -120,9 +120,9 @@ def evaluate_recipe(
     from trimtab.runs.train import evaluate_runs
 
     recipe = read_recipe(file, model, data, output, settings, task)
-    table = Table("task", "score", "examples", "untuned", "tuned", title=f"{split} split")
+    table = Table("task", "score", "split", "examples", "untuned", "tuned")
     for name, result in evaluate_runs(recipe.experiments(task), recipe.output, split).items():
         for label, row in {name: result, **indented(result["sets"])}.items():
             scores = (f"{row[which]:.3f}" for which in ("untuned", "tuned"))
-            table.add_row(label, score_name(row), str(row["examples"]), *scores)
+            table.add_row(label, score_name(row), result["split"], str(row["examples"]), *scores)
     console.print(table)

@@ -7,6 +7,7 @@ uninterrupted run gives.
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -76,7 +77,7 @@ def evaluate_runs(
     """Score trained adapters, and the base model, on a split.
 
     Raises:
-        RunError: a task has no adapter yet.
+        RunError: a task has no adapter yet, or one that was trained under other settings.
     """
     results: dict[str, dict[str, Any]] = {}
     base: Base | None = None
@@ -85,6 +86,7 @@ def evaluate_runs(
         if not (folder / "adapter_config.json").exists():
             raise RunError(f"{folder}: no adapter yet; train it first.")
         inspect_adapter(folder)
+        check_settings(experiment, RunFolder(folder))
         base = base or Base(experiment.source)
         model, _ = base.load(task.head, experiment.seed)
         untuned = experiment.evaluate(model, base.tokenizer, split)
@@ -96,12 +98,45 @@ def evaluate_runs(
         examples = task.examples(split)
         results[name] = {
             "score": task.score.name,
+            "split": "validation" if split == "test" and task.test_is_validation else split,
             "examples": len(examples),
             "untuned": untuned.main,
             "tuned": tuned.main,
             "sets": by_set(task, examples, untuned, tuned),
         }
     return results
+
+
+def described(experiment: Experiment) -> dict[str, Any]:
+    """All that decides a run's outcome, but for what the data and the model's files hold."""
+    source = experiment.source
+    return {
+        "model": source.name,
+        "dtype": source.dtype,
+        "attention": source.attention,
+        "seed": experiment.seed,
+        "name": experiment.name,
+        "task": experiment.settings,
+    }
+
+
+SCORING = re.compile(
+    r"dtype|attention|task\.(score|choices|max_new_tokens|repetition_penalty|no_repeat_ngram_size)"
+    r"|task\.data\.(limit\.)?test.*|task\.training\.eval_batch_size"
+)
+"""What may differ between training and a later score."""
+
+
+def check_settings(experiment: Experiment, folder: RunFolder) -> None:
+    """Raises RunError where the recipe says of an adapter that trimtab trained what it is not."""
+    if not (folder.path / "run.json").exists():
+        return
+    changed = [place for place in differing(folder.run, described(experiment)) if not SCORING.fullmatch(place)]
+    if changed:
+        raise RunError(
+            f"{folder.path} was trained under other settings ({', '.join(changed)}), so this would not be their score. "
+            "Train again, or score it under its own."
+        )
 
 
 class Run:
@@ -114,19 +149,6 @@ class Run:
         self.content = fingerprints(experiment)
         self.encoded: list[Encoded] = []
         self.too_long = 0
-
-    @property
-    def description(self) -> dict[str, Any]:
-        """All that decides the outcome, but for what the data and the model's files hold."""
-        source = self.experiment.source
-        return {
-            "model": source.name,
-            "dtype": source.dtype,
-            "attention": source.attention,
-            "seed": self.experiment.seed,
-            "name": self.experiment.name,
-            "task": self.experiment.settings,
-        }
 
     def check_folder(self, resume: bool) -> None:
         """Refuse a folder that holds what is not trimtab's or, when resuming, work on other data or settings.
@@ -144,7 +166,9 @@ class Run:
         if not resume or not folder.is_started:
             return
         remedy = f"Give another output: to keep it, or --no-resume --task {self.experiment.name} to replace it."
-        if changed := differing(earlier, self.description):  # a key that earlier versions did not have is null
+        if changed := differing(
+            earlier, described(self.experiment)
+        ):  # a key that earlier versions did not have is null
             raise RunError(f"{folder.path} holds a run with other settings ({', '.join(changed)}). {remedy}")
         if folder.content is not None and folder.content != self.content:
             files = ", ".join(differing(folder.content, self.content))
@@ -174,7 +198,7 @@ class Run:
         return progress.metrics
 
     def _train(self, base: Base, progress: Progress, watch: Watch) -> None:
-        self.folder.begin(self.description, self.content, self.task.settled.model_dump(mode="json"))
+        self.folder.begin(described(self.experiment), self.content, self.task.settled.model_dump(mode="json"))
         progress.state = "untuned score"
         watch(progress)
         experiment, tokenizer = self.experiment, base.tokenizer
@@ -212,7 +236,12 @@ class Run:
         finally:
             unload(adapted)
         metrics = self._metrics(progress, fit, untuned, tuned, parameters)
-        self.folder.finish(metrics, {"untuned": untuned.predictions, "tuned": tuned.predictions})
+        examples = self.task.examples("test")
+        asked = {
+            "input": ["\n".join(e.texts) for e in examples],
+            "expected": [e.answer if e.label is None else e.label for e in examples],
+        }
+        self.folder.finish(metrics, {**asked, "untuned": untuned.predictions, "tuned": tuned.predictions})
 
     def _metrics(
         self, progress: Progress, fit: Fit, untuned: Evaluation, tuned: Evaluation, parameters: int
