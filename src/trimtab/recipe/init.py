@@ -16,6 +16,7 @@ from trimtab.edits import METHODS, parameter_count
 from trimtab.errors import DataError
 from trimtab.recipe.guess import UNKNOWN, Guess, guess
 from trimtab.runs.models import loading
+from trimtab.runs.predict import context_of
 from trimtab.where.sites import find_sites
 
 
@@ -28,6 +29,8 @@ class ModelFacts:
     width: int
     blocks: int
     parameters: int
+    context: int | None
+    """How many tokens it reads, where its config says."""
     lora_parameters: int
     """Of a LoRA of rank 8 on every linear layer but the output head."""
 
@@ -64,6 +67,7 @@ def look_at(name: str) -> ModelFacts:
         width=sites[0].width,
         blocks=len(sites),
         parameters=sum(p.numel() for p in model.parameters()),
+        context=context_of(model),
         lora_parameters=sum(8 * (m.in_features + m.out_features) for m in linear),
     )
 
@@ -108,7 +112,7 @@ training:
   batch_size: 16
   warmup: 0.1           # share of the steps
   weight_decay: 0.0
-  max_length: 512       # longer training examples are left out, and counted
+  max_length: {min(512, facts.context or 512)}       # longer training examples are left out, and counted
 
 tasks:
 """

@@ -247,7 +247,7 @@ class Run:
         self, progress: Progress, fit: Fit, untuned: Evaluation, tuned: Evaluation, parameters: int
     ) -> dict[str, Any]:
         test, losses = self.task.examples("test"), fit.losses
-        tenth = max(1, len(losses) // 10)
+        part = max(1, len(losses) // 4)  # of several steps, since each is of another batch
         return {
             "task": self.experiment.name,
             "score": self.task.score.name,
@@ -262,8 +262,8 @@ class Run:
             "seconds": round(progress.seconds, 2),
             "steps": fit.steps,
             "train_loss": sum(losses) / len(losses),
-            "loss_at_start": sum(losses[:tenth]) / tenth,
-            "loss_at_end": sum(losses[-tenth:]) / tenth,
+            "loss_at_start": sum(losses[:part]) / part,
+            "loss_at_end": sum(losses[-part:]) / part,
             "train_examples": len(self.encoded),
             "left_out_as_too_long": self.too_long,
             "left_out_as_bad": self.task.skipped,
