@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from trimtab.edits import METHODS, parameter_count
 from trimtab.errors import DataError
 from trimtab.recipe.guess import UNKNOWN, Guess, guess
-from trimtab.runs.models import loading
+from trimtab.runs.models import loading, skeleton
 from trimtab.runs.predict import context_of
+from trimtab.tasks import Head
 from trimtab.where.sites import find_sites
 
 
@@ -55,11 +55,9 @@ def look_at(name: str) -> ModelFacts:
     with loading(name):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     generates = any(str(a).endswith(("ForCausalLM", "LMHeadModel")) for a in config.architectures or [])
-    with loading(name), torch.device("meta"):
-        auto: Any = AutoModelForCausalLM if generates else AutoModel
-        model: nn.Module = auto.from_config(config, trust_remote_code=False)
+    model: Any = skeleton(name, Head("AutoModelForCausalLM" if generates else "AutoModel"))
     sites = find_sites(model, "block", "all")
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
     return ModelFacts(
         name=name,

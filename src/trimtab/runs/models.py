@@ -112,9 +112,9 @@ def loading(name: str) -> Iterator[None]:
 def skeleton(name: str, head: Head) -> nn.Module:
     """The model with such a head, without its weights and in no memory. Raises ModelError."""
     with loading(name):
-        config = AutoConfig.from_pretrained(name, **head.config)
-    with torch.device("meta"):
-        model: nn.Module = getattr(transformers, head.auto).from_config(config)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **head.config)
+        with torch.device("meta"):
+            model: nn.Module = getattr(transformers, head.auto).from_config(config, trust_remote_code=False)
     return model
 
 

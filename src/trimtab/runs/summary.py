@@ -94,7 +94,7 @@ def _rows(experiment: Experiment, split: str) -> str:
         return "the rows of validation, since no test data is given"
     count = f"{len(task.examples(split))} rows"
     if split == "validation" and task.validation_is_cut:
-        return f"{count} drawn from train by the seed, of each class its share"
+        return f"{count} drawn from train by the seed"
     if split == "test" and data.sets:
         return f"{count} in {len(data.sets)} sets, {', '.join(data.sets)}"
     return f"{count} of {task.source(split)}"
