@@ -132,7 +132,10 @@ def write_adapter(
 
 
 def adapter_from(
-    tensors: Mapping[int | str, Mapping[str, Any]], config: ReftConfig, base: nn.Module, output: str | Path
+    tensors: Mapping[int, Mapping[str, Any]] | Mapping[str, Mapping[str, Any]],
+    config: ReftConfig,
+    base: nn.Module,
+    output: str | Path,
 ) -> ReftConfig:
     """Save tensors of one's own as an adapter, which everything that takes adapters then takes.
 
