@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import WIDTH, tiny
+from helpers import WIDTH, outputs_of, tiny
 from peft import PeftModel
 from test_batches import adapted, padded, prompts, search
 from test_config import anatomy
@@ -64,6 +64,21 @@ def test_an_edit_is_what_an_adapter_of_the_same_is(positions: str, how: dict[str
         found = generated(base, **how)
     assert (found - generated(base, **how)).abs().max() > 0.01
     expected = generated(PeftModel.from_pretrained(tiny("llama"), str(tmp_path / "it")).eval(), **how)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "site"),
+    [("gpt2", "mlp"), ("bert", "block"), ("t5", "block"), ("mixtral", "attention")],
+)
+def test_on_other_architectures(name: str, site: str, tmp_path: Path) -> None:
+    base = tiny(name)
+    config = ReftConfig(method="direft", r=2, positions="all", site=site)
+    adapter_from({1: tensors()}, config, base, tmp_path / "it")
+    with trimtab.edit(base, function(tensors()), layers=[1], site=site):
+        found = outputs_of(base, name)
+    assert (found - outputs_of(base, name)).abs().max() > 1e-3
+    expected = outputs_of(PeftModel.from_pretrained(tiny(name), str(tmp_path / "it")).eval(), name)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 

@@ -41,7 +41,7 @@ def steer(
         [torch.tensor(encode(tokenizer, text, chat="auto" if chat is None else chat).input_ids) for text in lines]
         for lines in (read_texts(positive), read_texts(negative))
     ]
-    base = load_model(ModelSource(model, "float32")).eval()
+    base = load_model(ModelSource(model)).eval()
     found = run(base, *texts, how=how, layers=indices("--layers", layers), positions=positions, strength=strength)
     table = Table("block", "strength", "held-out texts told apart", "gap closed", "")
     for layer in found.layers:
