@@ -8,6 +8,7 @@ import pytest
 import test_batches
 import test_gradients
 import torch
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
@@ -70,3 +71,29 @@ def test_packed_rows() -> None:
     batch = test_gradients.packed(test_gradients.examples())
     compiled = torch.compile(model, backend="eager")
     assert (compiled(**batch, use_cache=False).logits - model(**batch, use_cache=False).logits).abs().max() < 1e-5
+
+
+class Logits(nn.Module):
+    """What `torch.export` is given: tensors in, a tensor out."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        return logits
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("positions", ["f2+l2", "prompt", "all"])
+def test_exported_once_for_batches_of_any_size(positions: str) -> None:
+    model = Logits(test_batches.adapted(a={"r": 2, "positions": positions})).eval()
+    traced, other = (
+        test_batches.without_positions(test_batches.padded(test_batches.prompts(lengths, seed)))
+        for lengths, seed in (([5, 9], 1), ([4, 13, 2, 8], 2))
+    )
+    sizes = {0: torch.export.Dim("rows", min=1, max=64), 1: torch.export.Dim("columns", min=4, max=100)}
+    exported = torch.export.export(model, (), traced, dynamic_shapes=dict.fromkeys(traced, sizes)).module()
+    for batch in (traced, other):
+        assert torch.equal(exported(**batch), model(**batch))

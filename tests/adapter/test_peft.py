@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import MODELS, VOCAB, WIDTH, batch_for, outputs_of, tiny
+from huggingface_hub import ModelCard
 from peft import (
     LoraConfig,
     PeftConfig,
@@ -397,10 +398,35 @@ def test_status_and_card(tmp_path: Path) -> None:
     status = get_model_status(model)
     assert status.active_adapters == ["default"] and status.num_adapter_layers == 3
     assert status.trainable_params == 3 * (2 * 2 * WIDTH + 2) and status.enabled
-    model.save_pretrained(tmp_path)
-    card = (tmp_path / "README.md").read_text()
-    assert "peft" in card
     assert repr(model)
+
+
+def save_with_peft(model: Any, folder: Path) -> None:
+    model.save_pretrained(folder)
+    model.save_pretrained(folder)  # again, which must not say everything twice
+
+
+def save_with_transformers(model: Any, folder: Path) -> None:
+    plain: Any = tiny("llama")
+    plain.add_adapter(model.active_peft_config)
+    plain.save_pretrained(folder)
+
+
+def save_beside_a_users_card(model: Any, folder: Path) -> None:
+    folder.mkdir()
+    (folder / "README.md").write_text("---\nlicense: mit\ntags: [mine]\n---\nEmoji, and nothing but.\n")
+    model.save_pretrained(folder)
+    card = ModelCard.load(folder / "README.md")
+    assert "nothing but" in card.text and card.data.license == "mit"  # PEFT replaces the tags
+
+
+@pytest.mark.parametrize("save", [save_with_peft, save_with_transformers, save_beside_a_users_card])
+def test_the_card_says_how_to_open_the_adapter(save: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "emoji"
+    save(peft_model("llama"), folder)
+    card = ModelCard.load(folder / "README.md")
+    assert {"reft", "trimtab"} <= set(card.data.tags) and card.data.library_name == "peft"
+    assert card.text.count("import trimtab") == 1 and "KeyError: 'REFT'" in card.text
 
 
 def test_the_base_model_is_remembered(tmp_path: Path) -> None:

@@ -9,12 +9,15 @@ from typing import Any, ClassVar, Literal, cast
 
 from peft import PeftConfig, PeftType
 
+from trimtab.adapter.card import complete_card
 from trimtab.edits import ACTIVATIONS, METHODS
 from trimtab.where.plan import Part
 from trimtab.where.positions import Positions, parse_positions
 
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 NO_PICKLES = "a pickle, which can run code when opened; it was not opened. Ask for safetensors."
+
+REQUIRES = "import trimtab, before PEFT opens this file"
 
 
 def extend_peft_types() -> PeftType:
@@ -89,12 +92,16 @@ class ReftConfig(PeftConfig):
         default=None, metadata={"help": "Modules trained and saved whole beside the edits, such as a classifier."}
     )
 
+    requires: str = field(
+        default=REQUIRES, metadata={"help": "For people who open the file; what it says there does not count."}
+    )
+
     # Read by PEFT of every tuner's config; a ReFT adapter is placed by `layers` and `site` instead.
     target_modules: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = REFT
+        self.peft_type, self.requires = REFT, REQUIRES
         self._check_choice("method", METHODS)
         takes = METHODS[self.method].takes
         if "r" not in takes:
@@ -155,6 +162,11 @@ class ReftConfig(PeftConfig):
         if (folder / PICKLE).exists() and not (folder / WEIGHTS).exists():
             raise ValueError(f"{folder / PICKLE}: {NO_PICKLES}")
         return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json`, and into the model card beside it what is needed to open the adapter."""
+        super().save_pretrained(save_directory, **kwargs)
+        complete_card(Path(save_directory))
 
     @property
     def parsed_positions(self) -> Positions:

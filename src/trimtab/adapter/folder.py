@@ -132,10 +132,7 @@ def write_adapter(
 
 
 def adapter_from(
-    tensors: Mapping[int, Mapping[str, Any]] | Mapping[str, Mapping[str, Any]],
-    config: ReftConfig,
-    base: nn.Module,
-    output: str | Path,
+    tensors: Mapping[Any, Mapping[str, Any]], config: ReftConfig, base: nn.Module, output: str | Path
 ) -> ReftConfig:
     """Save tensors of one's own as an adapter, which everything that takes adapters then takes.
 

@@ -82,7 +82,8 @@ class Pass:
                 f"hidden states of shape {tuple(hidden.shape)} for {self.length} tokens a row: the model pools its "
                 "tokens or does not put the batch first, so which are meant is not known. Choose another site."
             )
-        key = (adapter if self.adapter_names else None, positions, parts, batch, length, hidden.device)
+        sizes = tuple(n if isinstance(n, int) else str(n) for n in (batch, length))  # torch.export's have no hash
+        key = (adapter if self.adapter_names else None, positions, parts, sizes, hidden.device)
         if key not in self._rows:
             self._check_prompt(positions, parts, batch, hidden.device)
             self._rows[key] = self._find_rows(adapter, positions, batch, length, hidden.device)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from trimtab.adapter.config import ReftConfig
 from trimtab.adapter.forward import BASE, Pass
 from trimtab.adapter.loading import as_saved, own_modules, resized_embeddings, saved_twice, take_over_loading
+from trimtab.adapter.offloading import bring_back, execution_device
 from trimtab.adapter.running import Forwards
 from trimtab.edits import METHODS, Edit, as_parameters
 from trimtab.edits.orthonormal import Rotation
@@ -59,6 +60,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         self.tasks: dict[str, Any] = {}
         self._active_adapter: list[str] = []
+        self.loaded: dict[Edit, dict[str, Tensor]] = {}
+        """What loading found for edits of an offloaded block, until PEFT is done with it."""
         # Before other hooks, which then see what the next block reads, such as those that record hidden states.
         self.hook = site.module.register_forward_hook(self._edit_output, prepend=True)
 
@@ -151,9 +154,11 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         )
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, None]:
-        """The block's device; no dtype, since edits keep float32 whatever the base's."""
+        """The block's device, or that it runs on if it is offloaded; no dtype, since edits keep float32 whatever the
+        base's."""
         own = {id(p) for p in self.parameters()}
-        return next((p.device for p in base_layer.parameters() if id(p) not in own), None), None
+        device = next((p.device for p in base_layer.parameters() if id(p) not in own), None)
+        return execution_device(base_layer) if device is not None and device.type == "meta" else device, None
 
     def merge(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise NotImplementedError(_NO_MERGE)
@@ -312,12 +317,12 @@ class ReftModel(BaseTuner):
         """
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         edits = [
-            (f"{module_name}.reft_{name}", edit)
+            (f"{module_name}.reft_{name}", edit, layer)
             for module_name, layer in model.named_modules()
             if isinstance(layer, ReftLayer)
             for name, edit in layer.edits(adapter_name).items()
         ]
-        expected = {f"{at}.{adapter_name}.{tensor}" for at, edit in edits for tensor, _ in edit.named_parameters()}
+        expected = {f"{at}.{adapter_name}.{tensor}" for at, edit, _ in edits for tensor, _ in edit.named_parameters()}
         mapped = {key: tensor for key, tensor in mapped.items() if key not in saved_twice(model, mapped)}
         missing = sorted(expected - set(mapped))
         own = own_modules(model, adapter_name) | resized_embeddings(model)
@@ -328,12 +333,21 @@ class ReftModel(BaseTuner):
                 f"Missing: {_some(missing)}. Without a place here: {_some(left_over)}. "
                 "It was saved from another base model, under another config, or incompletely."
             )
-        for at, edit in edits:
+        for at, edit, layer in edits:
             keys = {tensor: f"{at}.{adapter_name}.{tensor}" for tensor, _ in edit.named_parameters()}
             saved = {tensor.removesuffix(".halved"): mapped[key] for tensor, key in keys.items()}
             values = as_parameters(edit.check(at, saved, edit.r, edit.width))
             mapped |= {keys[tensor]: value for tensor, value in values.items()}
+            if any(parameter.is_meta for parameter in layer.base_layer.parameters()):
+                layer.loaded[edit] = values
         return mapped
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """The last that PEFT does in loading, after it dispatched a base model anew that is offloaded to disk."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for layer in self._passes.layers:
+            while layer.loaded:
+                bring_back(*layer.loaded.popitem())
 
 
 def _check_saved_modules(config: ReftConfig, site: str) -> None:

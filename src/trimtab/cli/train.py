@@ -31,11 +31,13 @@ def init(
     output: Annotated[Path, typer.Option("--output", "-o", help="The recipe to write.")] = Path("recipe.yaml"),
 ) -> None:
     """Look at a model and write a commented recipe for it."""
-    from trimtab.recipe.init import adapter_parameters, look_at, parse_tasks, recipe_text, suggest
+    from trimtab.recipe.init import adapter_parameters, look_at, look_at_tasks, recipe_text, suggest
+    from trimtab.recipe.load import load_recipe
+    from trimtab.runs.summary import first_row
 
     must_be_new(output)
     facts = look_at(model)
-    text = recipe_text(facts, parse_tasks(task or []))
+    text = recipe_text(facts, look_at_tasks(task or [], facts.generates))
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(text, encoding="utf-8")
     weight = adapter_parameters(facts, suggest(facts).r)
@@ -45,7 +47,10 @@ def init(
     for name, count in (("this LoReFT", weight), ("LoRA r8, all linear layers", facts.lora_parameters)):
         table.add_row(name, f"{count:,}", f"{100 * count / facts.parameters:.3f}%", size_of(4 * count))
     console.print(table)
-    console.print(f"Wrote {output}. Fill in the data, then: trimtab train {output}")
+    fill = "Check it" if task else "Fill in the data"
+    console.print(f"Wrote {output}. {fill}, then: trimtab train {output}")
+    for experiment in load_recipe(output).experiments().values() if task else ():
+        console.print(first_row(experiment))
 
 
 @command()

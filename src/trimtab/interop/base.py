@@ -58,7 +58,7 @@ class Base:
 
     def __post_init__(self) -> None:
         with loading(self.name):
-            config = transformers.AutoConfig.from_pretrained(self.name)
+            config = transformers.AutoConfig.from_pretrained(self.name, trust_remote_code=False)
         object.__setattr__(self, "config", config)
         if self.task is not None and self.task not in TASKS:
             raise ConversionError(f"--task {self.task}: must be one of {', '.join(TASKS)}.")
@@ -79,7 +79,7 @@ class Base:
     def skeleton(self) -> nn.Module:
         """The model on the meta device, where it takes no memory."""
         with loading(self.name), torch.device("meta"):
-            model: nn.Module = self._auto.from_config(self.config)
+            model: nn.Module = self._auto.from_config(self.config, trust_remote_code=False)
         return model
 
     def load(self, dtype: str | torch.dtype = torch.float32) -> Any:
@@ -90,7 +90,7 @@ class Base:
         """
         with loading(self.name), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = self._auto.from_pretrained(self.name, config=self.config, dtype=dtype)
+            model = self._auto.from_pretrained(self.name, config=self.config, dtype=dtype, trust_remote_code=False)
         return model.eval().to(device())
 
     def sites(self, site: str, layers: str | list[int] = "all") -> list[Site]:

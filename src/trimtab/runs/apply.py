@@ -73,7 +73,8 @@ class Applied:
     def examples(self, file: str | Path) -> list[Example]:
         """The file's rows as the task asks them; they need no answers. Raises DataError."""
         task, path = self.experiment.task, locate(file)
-        return [task.question(row, f"{path}, row {number}") for number, row in enumerate(task.rows(path), 1)]
+        numbered = ((f"{path}, row {number}", row) for number, row in enumerate(task.rows(path), 1))
+        return [task.question(task.prepared(row, where), where) for where, row in numbered]
 
     def lines(self, examples: Sequence[Example], start: int = 0) -> Iterator[list[Line]]:
         """Predictions with the number of the row (from 1) and what was asked, some rows at a time.

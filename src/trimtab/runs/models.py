@@ -67,7 +67,7 @@ class Base:
     def _with_new_head(self, head: Head, seed: int) -> Loaded:
         name = self.source.name
         with loading(name):
-            config = AutoConfig.from_pretrained(name, **head.config)
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False, **head.config)
             config.pad_token_id = Collator(self.tokenizer).pad_id  # by which a decoder's head finds the last token
             set_seed(seed)
             model, info = getattr(transformers, head.auto).from_pretrained(
@@ -76,6 +76,7 @@ class Base:
                 dtype=as_dtype(self.source.dtype),
                 attn_implementation=as_attention(self.source.attention),
                 output_loading_info=True,
+                trust_remote_code=False,
             )
         new = heads_of(model, info["missing_keys"])
         if model.base_model_prefix in new:
@@ -85,14 +86,20 @@ class Base:
 
 @contextmanager
 def loading(name: str) -> Iterator[None]:
-    """Around a `from_pretrained` of `name`.
+    """Around a `from_pretrained` of `name`, with `trust_remote_code=False`: unset, transformers asks on the terminal.
 
     Raises:
-        ModelError: instead of what transformers raises for a damaged folder, or a name known neither here nor there.
+        ModelError: instead of what transformers raises for a damaged folder, a name known neither here nor there, or
+            one that brings code.
     """
     try:
         yield
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"cannot load the model {name!r}: it brings code of its own (auto_map in its files), which was not run "
+                "and never is. Use a model that transformers knows, or load this one in Python and wrap it yourself."
+            ) from None
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         remedy = (
             "are its config.json, weights and tokenizer files there and whole?"
@@ -105,7 +112,7 @@ def loading(name: str) -> Iterator[None]:
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Raises ModelError."""
     with loading(name):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         return tokenizer
 
 
@@ -113,7 +120,10 @@ def load_model(source: ModelSource, auto: Any = AutoModelForCausalLM) -> Any:
     """The model on the device there is, in the source's dtype ("auto": as its weights are). Raises ModelError."""
     with loading(source.name):
         model: Any = auto.from_pretrained(
-            source.name, dtype=as_dtype(source.dtype), attn_implementation=as_attention(source.attention)
+            source.name,
+            dtype=as_dtype(source.dtype),
+            attn_implementation=as_attention(source.attention),
+            trust_remote_code=False,
         )
     return model.to(device())
 

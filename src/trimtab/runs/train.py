@@ -141,12 +141,11 @@ class Run:
         if not resume or not folder.is_started:
             return
         remedy = f"Give another output: to keep it, or --no-resume --task {self.experiment.name} to replace it."
-        if earlier != self.description:
-            changed = ", ".join(differing(earlier, self.description))
-            raise RunError(f"{folder.path} holds a run with other settings ({changed}). {remedy}")
+        if changed := differing(earlier, self.description):  # a key that earlier versions did not have is null
+            raise RunError(f"{folder.path} holds a run with other settings ({', '.join(changed)}). {remedy}")
         if folder.content is not None and folder.content != self.content:
-            changed = ", ".join(differing(folder.content, self.content))
-            raise RunError(f"{folder.path} holds a run on other files: what they say has changed ({changed}). {remedy}")
+            files = ", ".join(differing(folder.content, self.content))
+            raise RunError(f"{folder.path} holds a run on other files: what they say has changed ({files}). {remedy}")
 
     def encode(self, base: Base, resume: bool) -> None:
         """Read the data and, unless the task is done, tokenise it.

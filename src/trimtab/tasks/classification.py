@@ -126,6 +126,9 @@ class ClassificationTask(TextTask[ClassificationSpec]):
             )
         return sorted(names, key=lambda n: (0, int(n), n) if n.lstrip("-").isdecimal() else (1, 0, n))
 
+    def stratum(self, row: Row) -> str:
+        return label_name(row.get(self.spec.label))
+
     def label(self, value: Any, where: str) -> int:
         """The class of a name or, where no class is named by a number, of a number counting from 0."""
         name = label_name(value)
