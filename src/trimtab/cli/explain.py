@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from trimtab.cli.common import ModelName, command, console, must_be_new
+
+if TYPE_CHECKING:
+    from trimtab.adapter.explain import Explanation
 
 
 @command()
@@ -24,6 +28,7 @@ def explain(
 
     from trimtab.adapter.explain import explain as run
     from trimtab.adapter.explain import page
+    from trimtab.runs.folder import write_text
     from trimtab.runs.generate import Answerer, find_adapters
 
     if output is not None:
@@ -40,6 +45,21 @@ def explain(
     console.print(
         "Edited tokens, in brackets: " + " ".join(f"[{t}]" if e else t for t, e in zip(tokens, edited, strict=True))
     )
+    if not any(edited):
+        console.print("None: the adapter edits only what follows a prompt, or is as it was before training.")
+    console.print(_by_module(seen, tokens, text))
+    names = {i: str(text([i])) for i in seen.top(top)}
+    nexts = Table("next token", "base model", "adapter")
+    for i, shown in names.items():
+        nexts.add_row(repr(shown), f"{float(seen.base[i].exp()):.1%}", f"{float(seen.edited[i].exp()):.1%}")
+    console.print(nexts)
+    console.print("moved: the length of the change over that of the hidden state, the mean over edited tokens.")
+    if output is not None:
+        write_text(output, page(seen, f"{name}: {prompt}", tokens, names))
+        console.print(f"Wrote {output!s}.", soft_wrap=True)
+
+
+def _by_module(seen: Explanation, tokens: Sequence[str], text: Callable[[list[int]], Any]) -> Table:
     table = Table("edited module", "moved", "most, at", "matters (KL)", "next token without it")
     for place in seen.places:
         moved = {i: value for i, value in enumerate(place.moved) if value is not None}
@@ -51,13 +71,4 @@ def explain(
             f"{place.matters:.3f}",
             f"{text([int(place.without.argmax())])!r} {float(place.without.max().exp()):.0%}",
         )
-    console.print(table)
-    names = {i: str(text([i])) for i in seen.top(top)}
-    nexts = Table("next token", "base model", "adapter")
-    for i, shown in names.items():
-        nexts.add_row(repr(shown), f"{float(seen.base[i].exp()):.1%}", f"{float(seen.edited[i].exp()):.1%}")
-    console.print(nexts)
-    console.print("moved: the length of the change over that of the hidden state, the mean over edited tokens.")
-    if output is not None:
-        output.write_text(page(seen, f"{name}: {prompt}", tokens, names), encoding="utf-8")
-        console.print(f"Wrote {output!s}.", soft_wrap=True)
+    return table
