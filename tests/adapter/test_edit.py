@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -157,6 +158,15 @@ def test_two_threads_each_its_own(wrapped: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, alone, strict=True))
     assert len({float(each.sum()) for each in alone}) == 3
     assert anatomy(model) == before
+
+
+def test_a_thread_started_within_edits_with_the_context_alone() -> None:
+    model, ids = tiny("llama"), random_ids(0)
+    plain = logits(model, ids)
+    with ThreadPoolExecutor(1) as thread, trimtab.edit(model, torch.ones(WIDTH)):
+        own = logits(model, ids)
+        assert torch.equal(thread.submit(logits, model, ids).result(), plain)
+        assert torch.equal(thread.submit(contextvars.copy_context().run, logits, model, ids).result(), own)
 
 
 def test_asyncio_tasks_each_their_own() -> None:

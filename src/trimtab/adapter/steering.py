@@ -1,9 +1,8 @@
 """Adapters without training: a direction read off pairs of texts, added to hidden states (method `vector`).
 
-For each pair (x⁺, x⁻) and block, h is the mean of the hidden states at the chosen tokens. The direction u, of length 1,
-is
+For each pair (x⁺, x⁻) and block, h is the mean of the hidden states at the chosen tokens. The direction u, of length 1:
 
-- `mean`: that of the mean of h(x⁺) - h(x⁻), the difference of means (Marks and Tegmark 2023, arXiv:2310.06824; CAA,
+- `mean`: along the mean of h(x⁺) - h(x⁻), the difference of means (Marks and Tegmark 2023, arXiv:2310.06824; CAA,
   arXiv:2312.06681);
 - `pca`: the first principal component of the differences and their negatives, that is the first right singular vector
   of the matrix of differences (Zou et al. 2023, arXiv:2310.01405), turned so that positives lie further along it.
