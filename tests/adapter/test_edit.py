@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import WIDTH, tiny
+from helpers import WIDTH, outputs_of, tiny
 from peft import PeftModel
 from test_batches import adapted, padded, prompts, search
 from test_config import anatomy
@@ -64,6 +65,21 @@ def test_an_edit_is_what_an_adapter_of_the_same_is(positions: str, how: dict[str
         found = generated(base, **how)
     assert (found - generated(base, **how)).abs().max() > 0.01
     expected = generated(PeftModel.from_pretrained(tiny("llama"), str(tmp_path / "it")).eval(), **how)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "site"),
+    [("gpt2", "mlp"), ("bert", "block"), ("t5", "block"), ("mixtral", "attention")],
+)
+def test_on_other_architectures(name: str, site: str, tmp_path: Path) -> None:
+    base = tiny(name)
+    config = ReftConfig(method="direft", r=2, positions="all", site=site)
+    adapter_from({1: tensors()}, config, base, tmp_path / "it")
+    with trimtab.edit(base, function(tensors()), layers=[1], site=site):
+        found = outputs_of(base, name)
+    assert (found - outputs_of(base, name)).abs().max() > 1e-3
+    expected = outputs_of(PeftModel.from_pretrained(tiny(name), str(tmp_path / "it")).eval(), name)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -142,6 +158,15 @@ def test_two_threads_each_its_own(wrapped: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, alone, strict=True))
     assert len({float(each.sum()) for each in alone}) == 3
     assert anatomy(model) == before
+
+
+def test_a_thread_started_within_edits_with_the_context_alone() -> None:
+    model, ids = tiny("llama"), random_ids(0)
+    plain = logits(model, ids)
+    with ThreadPoolExecutor(1) as thread, trimtab.edit(model, torch.ones(WIDTH)):
+        own = logits(model, ids)
+        assert torch.equal(thread.submit(logits, model, ids).result(), plain)
+        assert torch.equal(thread.submit(contextvars.copy_context().run, logits, model, ids).result(), own)
 
 
 def test_asyncio_tasks_each_their_own() -> None:

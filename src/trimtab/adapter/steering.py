@@ -1,9 +1,8 @@
 """Adapters without training: a direction read off pairs of texts, added to hidden states (method `vector`).
 
-For each pair (x⁺, x⁻) and block, h is the mean of the hidden states at the chosen tokens. The direction u, of length 1,
-is
+For each pair (x⁺, x⁻) and block, h is the mean of the hidden states at the chosen tokens. The direction u, of length 1:
 
-- `mean`: that of the mean of h(x⁺) - h(x⁻), the difference of means (Marks and Tegmark 2023, arXiv:2310.06824; CAA,
+- `mean`: along the mean of h(x⁺) - h(x⁻), the difference of means (Marks and Tegmark 2023, arXiv:2310.06824; CAA,
   arXiv:2312.06681);
 - `pca`: the first principal component of the differences and their negatives, that is the first right singular vector
   of the matrix of differences (Zou et al. 2023, arXiv:2310.01405), turned so that positives lie further along it.
@@ -101,14 +100,11 @@ def steer(
             "both being one."
         )
     read = "l1" if parse_positions(positions).scope == "generated" else positions
-    count = len(find_sites(model, "block", "all"))
-    numbers = list(range(count)) if layers is None else [i % count for i in layers if -count <= i < count]
-    if len(numbers) != (count if layers is None else len(layers)):
-        raise ValueError(f"layers={layers}: the model has blocks 0 to {count - 1}.")
+    numbers = _numbers(layers, len(find_sites(model, "block", "all")))
     states, norms = zip(*(_read(model, texts, numbers, read) for texts in (positive, negative)), strict=True)
     held = torch.arange(len(positive)) % FEWEST == FEWEST - 1
-    pairs = [(p, n) for p, n, out in zip(positive, negative, held.tolist(), strict=True) if out]
-    after = [[_next(model, text) for text in pair] for pair in pairs]
+    pairs = [pair for pair, out in zip(zip(positive, negative, strict=True), held.tolist(), strict=True) if out]
+    after = [(_next(model, plus), _next(model, minus)) for plus, minus in pairs]
     found = []
     for i, number in enumerate(numbers):
         plus, minus = states[0][i], states[1][i]
@@ -117,12 +113,25 @@ def steer(
         amount = distance / norm if strength is None else float(strength)
         right = torch.cat([plus[held] @ unit > middle, minus[held] @ unit < middle]).float().mean()
         with edit(model, unit * norm, layers=[number], positions=read, scale=amount):
-            steered = [_next(model, text) for _, text in pairs]
-        left = sum(_divergence(p, s) for (p, _), s in zip(after, steered, strict=True))
-        gap = sum(_divergence(p, n) for p, n in after)
-        found.append(Layer(number, unit * norm, amount, float(right), 1 - left / gap if gap else 0.0))
+            steered = [_next(model, minus) for _, minus in pairs]
+        found.append(Layer(number, unit * norm, amount, float(right), _gap_closed(after, steered)))
     best = max(found, key=lambda layer: layer.gap_closed).number
     return Steering(tuple(found), (best,) if layers is None else tuple(numbers), positions)
+
+
+def _numbers(layers: list[int] | None, count: int) -> list[int]:
+    """Blocks counted from 0. Raises ValueError for those that are not there."""
+    if layers is None:
+        return list(range(count))
+    if not layers or any(not -count <= i < count for i in layers):
+        raise ValueError(f"layers={layers}: the model has blocks 0 to {count - 1}.")
+    return sorted({i % count for i in layers})
+
+
+def _gap_closed(after: Sequence[tuple[Tensor, Tensor]], steered: Sequence[Tensor]) -> float:
+    gap = sum(_divergence(plus, minus) for plus, minus in after)
+    left = sum(_divergence(plus, own) for (plus, _), own in zip(after, steered, strict=True))
+    return 1 - left / gap if gap else 0.0
 
 
 def _read(model: nn.Module, texts: Sequence[Tensor], numbers: list[int], positions: str) -> tuple[Any, Any]:

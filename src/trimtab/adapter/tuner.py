@@ -41,7 +41,8 @@ OUTSIDE = (
 )
 _NO_AVERAGE = (
     "ReFT adapters cannot be averaged into one: the mean of two rotations is none. Use several at once, with weights: "
-    "model.base_model.set_adapter([first, second]) and trimtab.set_scale(model, first, 0.7)."
+    "model.base_model.set_adapter([first, second]) and trimtab.set_scale(model, first, 0.7). Saved ones become one by "
+    "`trimtab compose`, where that is exact."
 )
 
 

@@ -59,7 +59,7 @@ def merge(
 def _show(report: Report, output: Path) -> None:
     config, check = report.config, report.check
     facts = Table(show_header=False, title=f"{report.source} to {report.target}")
-    edits = f"{config.method}, rank {config.r}{'' if config.tied else ', prefix and suffix edited apart'}"
+    edits = f"{config.method_text}{'' if config.tied else ', prefix and suffix edited apart'}"
     for name, value in (
         ("base model", report.base),
         ("method", edits + (f", activation {config.activation}" if config.activation else "")),

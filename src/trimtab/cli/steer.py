@@ -14,7 +14,7 @@ from trimtab.cli.common import command, console, indices, must_be_new
 @command()
 def steer(
     model: Annotated[str, typer.Argument(help="The base model: a local folder or a Hub name.")],
-    positive: Annotated[Path, typer.Option(help="Texts that have what is wanted, one a line.")],
+    positive: Annotated[Path, typer.Option(help="Texts that have what is wanted: lines, or rows with a field text.")],
     negative: Annotated[Path, typer.Option(help="Texts that lack it; line by line the pairs of the others.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
     how: Annotated[str, typer.Option(help="mean (difference of means) or pca (of the pairs' differences).")] = "mean",
@@ -32,16 +32,16 @@ def steer(
 
     from trimtab.adapter.steering import steer as run
     from trimtab.runs.models import ModelSource, load_model, load_tokenizer
-    from trimtab.tasks.files import read_lines
+    from trimtab.tasks.files import read_texts
     from trimtab.tasks.tokens import encode
 
     must_be_new(output)
     tokenizer = load_tokenizer(model)
     texts = [
         [torch.tensor(encode(tokenizer, text, chat="auto" if chat is None else chat).input_ids) for text in lines]
-        for lines in (read_lines(positive), read_lines(negative))
+        for lines in (read_texts(positive), read_texts(negative))
     ]
-    base = load_model(ModelSource(model, "float32")).eval()
+    base = load_model(ModelSource(model)).eval()
     found = run(base, *texts, how=how, layers=indices("--layers", layers), positions=positions, strength=strength)
     table = Table("block", "strength", "held-out texts told apart", "gap closed", "")
     for layer in found.layers:

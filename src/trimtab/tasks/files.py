@@ -37,9 +37,17 @@ def locate(path: str | Path, folder: str | Path = ".") -> Path:
     raise DataError(f"no file {str(path)!r}{hint}")
 
 
-def read_lines(path: str | Path) -> list[str]:
-    """The lines of a text file that hold more than blanks. Raises DataError for a file that is missing or none."""
+def read_texts(path: str | Path) -> list[str]:
+    """The field `text` of the rows of a file that has rows, or the lines of a text file that hold more than blanks.
+
+    Raises DataError for a file that is missing or damaged, or rows without that field.
+    """
     file = locate(path)
+    if file.suffix.lower() in READERS:
+        rows = read_rows(file)
+        if any(not isinstance(row.get("text"), str) for row in rows):
+            raise DataError(f"{file}: every row needs a field 'text' that holds one; or give lines in a .txt file.")
+        return [row["text"] for row in rows]
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
     except UnicodeDecodeError:
