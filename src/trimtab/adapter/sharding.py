@@ -34,7 +34,8 @@ def refuse_zero_3(rotations: Iterable[Rotation]) -> None:
     if any(rotation.halved.requires_grad and hasattr(rotation.halved, "ds_id") for rotation in rotations):
         raise RuntimeError(
             "DeepSpeed's ZeRO stage 3 leaves each process a part of R, so that nothing would make its rows "
-            "orthonormal again after a step. Use ZeRO stage 2 or FSDP2 (fully_shard), or a method without R (method='direft')."
+            "orthonormal again after a step. Use ZeRO stage 2 or FSDP2 (fully_shard), or a "
+            "method without R (method='direft')."
         )
 
 
