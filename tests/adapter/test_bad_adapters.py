@@ -1,6 +1,7 @@
 """Damaged, foreign and misfit adapters: each an error that names the place and the remedy, never a silent load."""
 
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -41,6 +42,10 @@ def setting(key: str, value: Any) -> Callable[[dict[str, Tensor]], Any]:
     return lambda tensors: tensors.__setitem__(key, value)
 
 
+def cast(key: str, dtype: torch.dtype) -> Callable[[dict[str, Tensor]], Any]:
+    return lambda tensors: tensors.update({key: tensors[key].to(dtype)})
+
+
 def dropping(part: str) -> Callable[[dict[str, Tensor]], Any]:
     return lambda tensors: [tensors.pop(key) for key in list(tensors) if part in key]
 
@@ -58,6 +63,14 @@ def bytes_instead(make: Callable[[bytes], bytes], name: str = WEIGHTS) -> Callab
         (folder / name).write_bytes(make((folder / WEIGHTS).read_bytes()))
         if name != WEIGHTS:
             (folder / WEIGHTS).unlink()
+
+    return damage
+
+
+def piped(name: str) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
 
     return damage
 
@@ -183,11 +196,39 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str, str | None]] = {
         "adapter_config.json: not the JSON",
         "",
     ),
+    "pipe": (
+        piped(WEIGHTS),
+        f"{WEIGHTS}: a pipe, folder or device, not a file",
+        f"{WEIGHTS}: a pipe, folder or device, not a file",
+    ),
+    "pipe_for_config": (piped("adapter_config.json"), "adapter_config.json: a pipe, folder or device", "Can't find"),
+    "deep_json": (
+        lambda folder: (folder / "adapter_config.json").write_text("[" * 200_000 + "]" * 200_000),
+        "adapter_config.json: not the JSON",
+        "recursion",
+    ),
+    "base_model": (
+        reconfigured(base_model_name_or_path=["a"]),
+        r"base_model_name_or_path=\['a'\]: must be null, a folder",
+        r"base_model_name_or_path=\['a'\]: must be null, a folder",
+    ),
     "stray": (
         rewritten(setting("base_model.model.model.layers.0.stray", torch.zeros(2))),
         "layers.0.stray is no part of this ReFT adapter",
         "Without a place here: .*stray",
     ),
+}
+ODD_TYPES = ("int8", "uint8", "int64", "bool", "complex64", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu")
+DAMAGES |= {
+    f"{part}_{name}": (
+        rewritten(
+            lambda t, part=part, name=name: t.update({f"{EDIT}.{part}": t[f"{EDIT}.{part}"].to(getattr(torch, name))})
+        ),
+        f"reft_edit.{part} holds torch.{name}, not floats of at least 16 bits. Save the adapter again",
+        f"reft_edit.{part} holds torch.{name}, not floats of at least 16 bits. Save the adapter again",
+    )
+    for part in ("rotation", "weight", "bias")
+    for name in ODD_TYPES
 }
 
 
@@ -284,6 +325,14 @@ def test_what_is_said_of_a_good_adapter(method: str, tied: bool, tmp_path: Path)
 
 def test_a_fresh_adapter_has_norm_zero(tmp_path: Path) -> None:
     assert set(inspect_adapter(adapter(tmp_path, init_weights=True)).edit_norms.values()) == {0.0}
+
+
+def test_a_head_of_an_odd_type(tmp_path: Path) -> None:
+    folder = adapter(tmp_path, "bert_seq_cls", task_type="SEQ_CLS")
+    rewritten(lambda t: t.update({key: t[key].to(torch.complex64) for key in t if "classifier" in key}))(folder)
+    for read in (inspect_adapter, lambda path: PeftModel.from_pretrained(tiny("bert_seq_cls"), path)):
+        with pytest.raises(ValueError, match=r"classifier.* holds torch\.complex64"):
+            read(folder)
 
 
 @pytest.mark.parametrize("base", ["bert_seq_cls", "llama_seq_cls", "roberta_token_cls"])

@@ -9,11 +9,13 @@ from helpers import batch_for, outputs_of, tiny
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import trimtab
 from trimtab import ReftConfig
 from trimtab.adapter.config import WEIGHTS
+
+TINY = str(Path(__file__).parents[2] / "models/tiny-llama")
 
 
 def config(**fields: Any) -> ReftConfig:
@@ -76,6 +78,24 @@ def test_generate_counts_the_prompt_without_a_wrapper(folders: tuple[Path, Path]
     kwargs = {"max_new_tokens": 4, "do_sample": False}
     expected = PeftModel.from_pretrained(load(folders[0]), folders[1]).generate(**batch, **kwargs)
     assert torch.equal(by_load_adapter(*folders).generate(**batch, **kwargs), expected)  # type: ignore[operator]
+
+
+def test_a_pipeline_of_the_adapters_folder(tmp_path: Path) -> None:
+    """What TRL's model cards tell people to type, after `import trimtab`."""
+    base = AutoModelForCausalLM.from_pretrained(TINY)
+    tuned = get_peft_model(base, config()).eval()
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if name.endswith("bias"):
+                parameter.add_(50)
+    tuned.save_pretrained(tmp_path)
+    text = pipeline("text-generation", model=str(tmp_path))("hello there", max_new_tokens=5, do_sample=False)
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    out = tuned.generate(**tokenizer("hello there", return_tensors="pt"), max_new_tokens=5, do_sample=False)
+    assert text[0]["generated_text"] == tokenizer.decode(out[0], skip_special_tokens=True)
+    with tuned.disable_adapter():
+        plain = base.generate(**tokenizer("hello there", return_tensors="pt"), max_new_tokens=5, do_sample=False)
+    assert not torch.equal(out, plain)
 
 
 def test_beside_an_active_lora(folders: tuple[Path, Path], tmp_path: Path) -> None:

@@ -108,6 +108,17 @@ def test_show(trimtab: Command, runs: Path) -> None:
     assert "loreft, rank 2" in text and "f1+l2" in text and "model.layers.7" in text and "6,160" in text
 
 
+def test_show_prints_hostile_names_as_they_are(trimtab: Command, runs: Path, tmp_path: Path) -> None:
+    folder = damaged(runs, tmp_path, reconfigure(base_model_name_or_path="[/red]\x1b[2J\ud800", site="[bold]x"))
+    extra = {"base_model.model.[/red]\x1b[2J.weight": torch.zeros(2)}
+    rewrite(lambda tensors: tensors.update(extra))(folder)
+    reconfigure(modules_to_save=["[/red]\x1b[2J"])(folder)
+    named = folder.rename(folder.with_name("[red]\x1b[2J"))
+    code, text = trimtab("show", named)
+    assert code == 0 and "[/red]\\x1b[2J\\xd800" in text and "[bold]x" in text and "\x1b" not in text
+    assert "base_model.model.[/red]" in text.replace("\n", "")
+
+
 def damaged(runs: Path, tmp_path: Path, damage: Callable[[Path], object]) -> Path:
     folder = tmp_path / "adapter"
     shutil.copytree(runs / "out/plural", folder)

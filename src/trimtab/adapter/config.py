@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
@@ -150,15 +151,21 @@ class ReftConfig(PeftConfig):
             "modules_to_save",
             "null or a list of module names such as ['classifier']",
         )
+        self._check(
+            self.base_model_name_or_path is None or isinstance(self.base_model_name_or_path, str | PathLike),
+            "base_model_name_or_path",
+            "null, a folder or a Hub name",
+        )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
         """The config in an adapter's folder.
 
         Raises:
-            ValueError: the folder's weights are a pickle, which PEFT would open next.
+            ValueError: the folder's weights are a pickle, or no file at all, which PEFT would open next.
         """
         folder = Path(pretrained_model_name_or_path, subfolder or "")
+        check_kind(folder / WEIGHTS)
         if (folder / PICKLE).exists() and not (folder / WEIGHTS).exists():
             raise ValueError(f"{folder / PICKLE}: {NO_PICKLES}")
         return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
@@ -191,6 +198,12 @@ class ReftConfig(PeftConfig):
             close = difflib.get_close_matches(str(value).lower(), choices, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"{name}={value!r}: must be one of {', '.join(choices)}.{hint}")
+
+
+def check_kind(path: Path) -> None:
+    """Raise ValueError for what is there but is no file to read: a pipe waits for ever."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: a pipe, folder or device, not a file. Copy the adapter again.")
 
 
 def _is_int(value: Any) -> bool:

@@ -23,8 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from trimtab.adapter.config import NO_PICKLES, PICKLE, WEIGHTS, ReftConfig
-from trimtab.edits import METHODS, Edit
+from trimtab.adapter.config import NO_PICKLES, PICKLE, WEIGHTS, ReftConfig, check_kind
+from trimtab.edits import METHODS, Edit, check_dtype
 from trimtab.errors import AdapterError
 from trimtab.where.plan import Part
 from trimtab.where.sites import find_sites, host
@@ -95,6 +95,10 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
                 f"{folder / WEIGHTS}: {key} is no part of this ReFT adapter: the weights are another method's, or "
                 "modules_to_save is missing from the config. Copy both files from one save."
             )
+        try:
+            check_dtype(f"{folder / WEIGHTS}: {key}", others[key])
+        except ValueError as error:
+            raise AdapterError(str(error)) from None
     if not edits:
         raise AdapterError(
             f"{folder / WEIGHTS}: holds no edit (no tensor named ...reft.reft_...). Save the adapter again."
@@ -189,13 +193,14 @@ def inspect_adapter(folder: str | Path) -> AdapterInfo:
 
 def _read_config(folder: Path) -> ReftConfig:
     path = folder / CONFIG
+    _check_kind(path)
     if not path.exists():
         raise AdapterError(
             f"{folder}: no adapter_config.json there; give the folder that save_pretrained or train wrote."
         )
     try:
         kind = json.loads(path.read_text())["peft_type"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise AdapterError(
             f"{path}: not the JSON that PEFT writes; the file is damaged. Copy or save the adapter again."
         ) from None
@@ -209,12 +214,20 @@ def _read_config(folder: Path) -> ReftConfig:
     return config
 
 
+def _check_kind(path: Path) -> None:
+    try:
+        check_kind(path)
+    except ValueError as error:
+        raise AdapterError(str(error)) from None
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of an adapter's safetensors file.
 
     Raises:
         AdapterError: it is missing, damaged, or something else, a pickle above all.
     """
+    _check_kind(path)
     if not path.exists():
         pickle = path.with_name(PICKLE)
         if pickle.exists():

@@ -24,7 +24,7 @@ from peft.utils import TaskType
 from torch import Tensor, nn
 
 from trimtab.adapter.forward import PAGED, WATCHED, Pass
-from trimtab.adapter.sharding import keep_in_float32
+from trimtab.adapter.sharding import keep_in_float32, refuse_zero_3
 from trimtab.edits.orthonormal import restore
 from trimtab.where.prompts import (
     Prompt,
@@ -322,6 +322,7 @@ class Forwards:
     def upkeep(self) -> None:
         """Retract what an optimizer, or anyone, moved off the manifold since the last forward, in use now or later."""
         rotations = [rotation for layer in self.layers for rotation in layer.rotations()]
+        refuse_zero_3(rotations)
         with _upkeep:
             if any(hasattr(rotation.halved, "full_tensor") for rotation in rotations):
                 keep_in_float32(self.model)

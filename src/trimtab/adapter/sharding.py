@@ -1,13 +1,15 @@
-"""FSDP2: edits are sharded with their block and stay in float32, whatever the precision of the rest."""
+"""Sharding. FSDP2: edits are sharded with their block and stay in float32, whatever the precision of the rest."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 from trimtab.edits import Edit
+from trimtab.edits.orthonormal import Rotation
 
 
 def shard_edits(model: nn.Module, **options: Any) -> None:
@@ -21,6 +23,20 @@ def shard_edits(model: nn.Module, **options: Any) -> None:
     policy = MixedPrecisionPolicy(param_dtype=torch.float32, cast_forward_inputs=False)
     for edit in [module for module in model.modules() if isinstance(module, Edit)]:
         fully_shard(edit, mp_policy=policy, **options)
+
+
+def refuse_zero_3(rotations: Iterable[Rotation]) -> None:
+    """Training under DeepSpeed's ZeRO-3: between forwards no process has an R that it could retract.
+
+    Raises:
+        RuntimeError: DeepSpeed has partitioned an R that is trained, and marked it with an id.
+    """
+    if any(rotation.halved.requires_grad and hasattr(rotation.halved, "ds_id") for rotation in rotations):
+        raise RuntimeError(
+            "DeepSpeed's ZeRO stage 3 leaves each process a part of R, so that nothing would make its rows "
+            "orthonormal again after a step. Use ZeRO stage 2 or FSDP2 (fully_shard), or a "
+            "method without R (method='direft')."
+        )
 
 
 def keep_in_float32(model: nn.Module) -> None:

@@ -24,7 +24,7 @@ from trimtab.adapter.forward import BASE, Pass
 from trimtab.adapter.loading import as_saved, own_modules, resized_embeddings, saved_twice, take_over_loading
 from trimtab.adapter.offloading import bring_back, execution_device
 from trimtab.adapter.running import Forwards
-from trimtab.edits import METHODS, Edit, as_parameters
+from trimtab.edits import METHODS, Edit, as_parameters, check_dtype
 from trimtab.edits.orthonormal import Rotation
 from trimtab.where.plan import Part
 from trimtab.where.positions import Positions
@@ -330,6 +330,8 @@ class ReftModel(BaseTuner):
                 f"Missing: {_some(missing)}. Without a place here: {_some(left_over)}. "
                 "It was saved from another base model, under another config, or incompletely."
             )
+        for key in own & set(mapped):
+            check_dtype(key, mapped[key])
         for at, edit, layer in edits:
             keys = {tensor: f"{at}.{adapter_name}.{tensor}" for tensor, _ in edit.named_parameters()}
             saved = {tensor.removesuffix(".halved"): mapped[key] for tensor, key in keys.items()}

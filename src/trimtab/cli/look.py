@@ -25,6 +25,7 @@ def show(adapter: Annotated[Path, typer.Argument(help="An adapter's folder.")]) 
         ("positions", config.positions),
         ("site, layers", f"{config.site}, {config.layers}"),
         ("parameters", f"{info.parameters:,}"),
+        ("beside the edits", ", ".join(info.extras) or "nothing"),
         ("file", size_of(info.bytes_on_disk)),
     ):
         facts.add_row(name, str(value))

@@ -2,7 +2,7 @@
 
 import math
 
-from trimtab.edits.base import ACTIVATIONS, Edit, InitWeights, Term, as_parameters
+from trimtab.edits.base import ACTIVATIONS, Edit, InitWeights, Term, as_parameters, check_dtype
 from trimtab.edits.lowrank import ConsReFT, DiReFT, DiReFTOrthonormal, LobiReFT, LoReFT, NoReFT
 from trimtab.edits.postblock import PostBlock
 from trimtab.edits.red import RED
@@ -25,6 +25,7 @@ __all__ = [
     "Term",
     "Vector",
     "as_parameters",
+    "check_dtype",
     "parameter_count",
 ]
 

@@ -215,7 +215,7 @@ def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], r: int | Non
     """Whether a saved tensor can be one of an edit's.
 
     Raises:
-        ValueError: another shape, integers, NaN or infinity.
+        ValueError: another shape or type, NaN or infinity.
     """
     if tuple(tensor.shape) != tuple(shape):
         owner = f"the config's r={r}" if r else "the config"
@@ -223,13 +223,22 @@ def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], r: int | Non
             f"{name} has shape {tuple(tensor.shape)}, but {owner} asks for "
             f"{tuple(shape)}: {_APART} Or the adapter was trained on another base model."
         )
-    if not tensor.is_floating_point():
-        raise ValueError(f"{name} holds {tensor.dtype}, not floating-point numbers. Save the adapter again.")
+    check_dtype(name, tensor)
     if not tensor.is_meta and not bool(tensor.float().isfinite().all()):
         raise ValueError(
             f"{name} holds NaN or infinity: the run it comes from diverged. Use an earlier checkpoint, or train again "
             "with a lower learning rate."
         )
+
+
+def check_dtype(name: str, tensor: Tensor) -> None:
+    """Whether a saved tensor holds numbers as precise as a parameter's: float16, bfloat16, float32 or float64.
+
+    Raises:
+        ValueError: integers, booleans, complex numbers, or floats of a byte, which mean nothing without their scales.
+    """
+    if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+        raise ValueError(f"{name} holds {tensor.dtype}, not floats of at least 16 bits. Save the adapter again.")
 
 
 def as_parameters(saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
