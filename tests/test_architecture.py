@@ -6,7 +6,6 @@ import ast
 import json
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -87,37 +86,35 @@ def test_the_command_line_does_not_load_what_help_does_not_need() -> None:
     assert found.stdout.strip() == "[]"
 
 
-VARIANTS = {
-    "method": """
-        import torch
-        from trimtab.edits import METHODS
-        from trimtab.edits.base import Edit
-        class Mine(Edit):
-            takes = frozenset()
-            @classmethod
-            def shapes(cls, width, r):
-                return {"shift": (width,)}
-            def start(self, identity):
-                return {"shift": torch.zeros(self.width)}
-            def delta(self, h):
-                return self.shift.expand_as(h)
-        METHODS["mine"] = Mine
-    """,
-    "score": """
-        from trimtab.tasks.scores import GENERATION_SCORES, Score
-        GENERATION_SCORES["mine"] = Score("mine", lambda p, w, truth: min(len(p), 4) / 4)
-    """,
-    "task": """
-        from typing import Literal
-        from trimtab.tasks import TASKS, generation
-        class Spec(generation.GenerationSpec):
-            type: Literal["mine"]
-        class Mine(generation.GenerationTask):
-            spec_class = Spec
-        TASKS["mine"] = Mine
-    """,
-}
-RUN = """
+VARIANTS = """
+from typing import Literal
+import torch
+from trimtab.edits import METHODS
+from trimtab.edits.base import Edit
+from trimtab.tasks import TASKS, generation
+from trimtab.tasks.scores import GENERATION_SCORES, Score
+
+class Shift(Edit):  # a method: one class and one row
+    takes = frozenset()
+    @classmethod
+    def shapes(cls, width, r):
+        return {"shift": (width,)}
+    def start(self, identity):
+        return {"shift": torch.zeros(self.width)}
+    def delta(self, h):
+        return self.shift.expand_as(h)
+METHODS["shift"] = Shift
+
+GENERATION_SCORES["short"] = Score("short", lambda p, w, truth: 1 / (1 + len(p)))  # a score: one object
+
+class Spec(generation.GenerationSpec):  # a task: one file and one row
+    type: Literal["shouting"]
+class Shouting(generation.GenerationTask):
+    spec_class = Spec
+    def read(self, outputs):
+        return [text.upper() for text in outputs]
+TASKS["shouting"] = Shouting
+
 if __name__ == "__main__":
     import sys
     from trimtab import cli
@@ -130,28 +127,27 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("kind", VARIANTS)
-def test_a_new_variant_is_written_in_one_place(kind: str, tmp_path: Path) -> None:
+def test_a_new_method_score_and_task_are_each_written_in_one_place(tmp_path: Path) -> None:
     """Registered in a process of its own, then trained, shown and compared by the ordinary commands."""
     rows = [{"input": a, "output": b} for a, b in (("cat", "cats"), ("dog", "dogs"), ("box", "boxes"))]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = {"type": "generation", "prompt": "{input}", "answer": "{output}", "max_new_tokens": 2}
-    task |= {"score": {"score": "mine"}, "task": {"type": "mine"}}.get(kind, {})
-    method = "mine" if kind == "method" else "loreft"
+    task = {"type": "shouting", "score": "short", "prompt": "{input}", "answer": "{output}", "max_new_tokens": 2}
     recipe = {
         "model": str(SOURCE.parents[1] / "models/tiny-llama"),
         "output": str(tmp_path / "runs"),
         "training": {"max_steps": 1, "batch_size": 3},
-        "adapter": {"method": method, "positions": "f1+l1", "layers": [0]},
-        "compare": {"methods": [method, "untuned"], "learning_rates": [1e-3], "seeds": 1},
+        "adapter": {"method": "shift", "positions": "f1+l1", "layers": [0]},
+        "compare": {"methods": ["shift", "untuned"], "learning_rates": [1e-3], "seeds": 1},
         "tasks": {"words": {**task, "data": dict.fromkeys(("train", "validation", "test"), "rows.jsonl")}},
     }
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
-    (tmp_path / "variant.py").write_text(textwrap.dedent(VARIANTS[kind]) + RUN)
-    found = subprocess.run([sys.executable, "variant.py"], cwd=tmp_path, capture_output=True, text=True)
+    (tmp_path / "variants.py").write_text(VARIANTS)
+    found = subprocess.run([sys.executable, "variants.py"], cwd=tmp_path, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout + found.stderr
+    trial = json.loads(next((tmp_path / "runs/compare/trials/words/shift").iterdir()).read_text())
+    assert trial["predictions"] == [text.upper() for text in trial["predictions"]]
     report = json.loads((tmp_path / "runs/compare/report.json").read_text())["tasks"]["words"]
-    assert all(line["mean"] is not None for line in report["methods"])
-    assert report["score"] == ("mine" if kind == "score" else "exact_match")
+    assert report["score"] == "short"
     lines = {line["name"]: line for line in report["methods"]}
-    assert kind != "method" or lines["mine"]["parameters"] == 192  # the width, which no rank multiplies
+    assert lines["shift"]["mean"] == pytest.approx(sum(1 / (1 + len(p)) for p in trial["predictions"]) / 3)
+    assert lines["shift"]["parameters"] == 192  # the width, which no rank multiplies
