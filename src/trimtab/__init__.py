@@ -12,6 +12,8 @@ from trimtab.registration import register
 
 if TYPE_CHECKING:
     from trimtab.adapter.config import ReftConfig
+    from trimtab.adapter.edit import edit
+    from trimtab.adapter.folder import adapter_from
     from trimtab.adapter.running import prompts
     from trimtab.adapter.sharding import shard_edits
     from trimtab.adapter.tuner import ReftModel, set_scale
@@ -26,6 +28,8 @@ __all__ = [
     "ReftConfig",
     "ReftModel",
     "__version__",
+    "adapter_from",
+    "edit",
     "parse_positions",
     "prompts",
     "set_scale",
@@ -39,6 +43,8 @@ _HOMES = {
     "Positions": "where.positions",
     "ReftConfig": "adapter.config",
     "ReftModel": "adapter.tuner",
+    "adapter_from": "adapter.folder",
+    "edit": "adapter.edit",
     "parse_positions": "where.positions",
     "prompts": "adapter.running",
     "set_scale": "adapter.tuner",

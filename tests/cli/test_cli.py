@@ -59,14 +59,16 @@ def test_init_writes_a_recipe_that_loads_and_compares_with_lora(trimtab: Command
 
 def test_init_quotes_what_yaml_would_misread(trimtab: Command, tmp_path: Path) -> None:
     """Fields and task names from real files, for a model that does not generate, into a folder that is not there."""
-    hf.BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4).save_pretrained(tmp_path / "bert")
+    hf.BertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64
+    ).save_pretrained(tmp_path / "bert")
     data = tmp_path / "two words.tsv"
     data.write_text("#1 String\t#2 String\tclass\n" + "a\tb\t1\nc\td\t0\n" * 4)
     out = tmp_path / "new/recipe.yaml"
     code, text = trimtab("init", tmp_path / "bert", "--task", data, "--task", f"2024={data}", "-o", out)
     assert code == 0, text
     tasks = load_recipe(out).tasks
-    assert list(tasks) == ["two_words", "2024"]
+    assert list(tasks) == ["two_words", "2024"] and tasks["2024"].training.max_length == 64
     assert tasks["2024"].text == ["#1 String"] and tasks["2024"].label == "class"
 
 

@@ -428,3 +428,16 @@ def test_upkeep_is_a_small_share_of_a_training_step() -> None:
     whole, share = seconds(step, 3), seconds(upkeep, 9)
     print(f"\nstep {whole:.3f} s, upkeep {1000 * share:.2f} ms, share {share / whole:.3%}")
     assert share / whole < 0.02
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_optimizer_that_steps_r_itself_meets_no_pull(fused: bool) -> None:
+    """A fused step leaves no trace in the parameter's version; what it did must not pass for the step of a copy."""
+    rotation = Rotation(2, 16)
+    optimizer = torch.optim.AdamW(rotation.parameters(), lr=0.1, fused=fused)
+    for _ in range(3):
+        (rotation() * torch.randn(2, 16)).sum().backward()
+        optimizer.step()
+        assert float(orthonormality_error(rotation.halved.detach() * 2)) < 1e-6
+        restore([rotation])  # as the next forward does
+        assert rotation._drift is None

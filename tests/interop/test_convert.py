@@ -106,6 +106,7 @@ ROUND_TRIPS = [
     ("easysteer", {"method": "lobireft", "positions": "f2+l1", "tied": False, "layers": [1]}),
     ("gguf", {"method": "lobireft", "positions": "all", "layers": [1, 2]}),
     ("gguf", {"method": "vector", "positions": "all", "layers": [1, 2]}),
+    *((to, {"method": m, "positions": "l1"}) for to in ("pyreft", "easysteer") for m in ("vector", "postblock")),
     *(("trimtab", {"method": m, "positions": "l2"}) for m in ("red", "vector", "postblock", "gated")),
     ("trimtab", {"method": "loreft", "positions": "f1+l1", "activation": "relu", "dropout": 0.1}),
 ]
@@ -192,6 +193,11 @@ def test_lora_by_stock_peft(make: Make, bases: Bases, tmp_path: Path) -> None:
         difference = (said["logits"] - logits_here)[mask.bool()].abs().max()
         assert difference < 1e-5 * logits_here.abs().max(), case["lora"]
         assert torch.equal(said["tokens"], tokens), case["lora"]
+
+
+@pytest.mark.parametrize("method", ["vector", "postblock"])
+def test_lora_of_other_methods(method: str, make: Make, tmp_path: Path) -> None:
+    agreed(convert(make(method=method, positions="all", site="mlp"), tmp_path / "lora", "lora"))
 
 
 def test_lora_names_its_targets_as_servers_know_them(make: Make, tmp_path: Path) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from trimtab.errors import RecipeError
-from trimtab.recipe.load import load_recipe
+from trimtab.recipe.foreign import FOREIGN
+from trimtab.recipe.load import SECTIONS, load_recipe
+from trimtab.recipe.schema import Recipe
 from trimtab.recipe.yaml_lines import parse_yaml
+from trimtab.runs.ways import AdapterSpec
 from trimtab.tasks.generation import GenerationSpec
 from trimtab.tasks.templates import parse_template
 
@@ -148,6 +152,48 @@ def test_data_files_come_from_the_folder_named(folder: Path) -> None:
     assert load_recipe(path).tasks["plural"].data.train == str(folder / "rows.jsonl")
 
 
+# Keys of other tools at the places where people put them, then what the answer must hold.
+FOREIGN_KEYS = {
+    "training": {
+        "num_train_epochs": "epochs:",
+        "per_device_train_batch_size": "batch_size:",
+        "gradient_accumulation_steps": "gradient_accumulation",
+        "save_steps": "checkpoint_every:",
+        "logging_steps": "remove it",
+        "warmup_ratio": "warmup",
+        "lr": "learning_rate:",
+        "bf16": "dtype:",
+        "fp32": "dtype:",
+        "optim": "AdamW",
+    },
+    "adapter": {"lora_r": "r:", "lora_alpha": "remove it", "target_modules": "site:", "lora_dropout": "dropout"},
+    None: {
+        "output_dir": "output",
+        "device": "CUDA_VISIBLE_DEVICES",
+        "base_model": "model:",
+        "num_train_epochs": "epochs",
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "said"), [(s, key, said) for s, keys in FOREIGN_KEYS.items() for key, said in keys.items()]
+)
+def test_a_key_of_another_tool_is_told_its_name_here(folder: Path, section: str | None, key: str, said: str) -> None:
+    message = refusal(folder, f"model: x\n{section}: {{{key}: 1}}\n" if section else f"model: x\n{key}: 1\n")
+    (line,) = [line for line in message.splitlines() if f"{key}: " in line]
+    assert said in line, message
+
+
+def test_every_hint_names_keys_that_are_there() -> None:
+    known = {*Recipe.model_fields, *(field for spec in SECTIONS.values() for field in spec.model_fields)}
+    known |= {*AdapterSpec.model_fields}
+    for key, said in FOREIGN.items():
+        assert key not in known, key
+        named = re.findall(r"([a-z_]+):", said)
+        assert set(named) <= known, (key, set(named) - known)
+
+
 FIRST_DATA = "train: rows.jsonl}\n    prompt"
 
 # A change to GOOD, then what the message must hold.
@@ -157,7 +203,12 @@ BAD = [
     ("model: some/model", "model: 3", ["line 1, model", "string", "'3'"]),
     ("model: some/model", "model: a\nmodel: b", ["line 2", "'model' is already given on line 1", "keep one"]),
     ("r: 2", "r: two", ["line 2, adapter.r", "integer", "'two'"]),
-    ("r: 2", "rank: 2", ["line 2, adapter.rank", "not a known key", "method, r, positions"]),
+    ("r: 2", "rank: 2", ["line 2, adapter.rank", "not a known key: it is adapter: r:"]),
+    ("r: 2", "colour: 2", ["line 2, adapter.colour", "not a known key", "method, r, positions"]),
+    ("  learning_rate: 4e-3", "\tlearning_rate: 4e-3", ["line 4", "a tab; YAML is indented with spaces"]),
+    ("tasks:", "epochs: 3\ntasks:", ["line 6, epochs", "belongs under training:"]),
+    ("tasks:", "label: x\ntasks:", ["line 6, label", "belongs to a task"]),
+    ("    type: generation", "    type: generation\n    r: 3", ["line 9, tasks.plural.r", "belongs under adapter:"]),
     ("r: 2", "r: -1", ["line 2, adapter.r", "r=-1", "at least 1"]),
     ("method: loreft", "method: lorefft", ["line 2, adapter.method", "lorefft", "Did you mean 'loreft'"]),
     ("r: 2", "layers: 3.5", ["line 2, adapter.layers", "string or a valid list", "3.5"]),

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +79,8 @@ def test_predictions_are_those_of_each_row_alone(kind: str, runs: Path, asked: P
     assert [line["row"] for line in lines] == list(range(1, 41))
     examples = applied.examples(asked)
     for at in (0, 17, 39):
-        (alone,) = next(applied.lines(examples[at : at + 1]))
-        same = {key: value for key, value in lines[at].items() if key != "row"}
-        assert same == pytest.approx({k: v for k, v in alone.items() if k != "row"}, abs=1e-4)
+        (alone,) = next(applied.lines({at + 1: examples[at + 1]}))
+        assert lines[at] == pytest.approx(alone, abs=1e-4)
     assert [path.name for path in output.parent.iterdir()] == ["out.jsonl"]
 
 
@@ -175,6 +175,17 @@ def test_what_cannot_be_predicted_is_said_first(runs: Path, trimtab: Command, tm
         assert code == 2 and said in text, text
     with pytest.raises(DataError, match="the model reads 512 in all"):
         Answerer({"plural": runs / "plural"}).answer("cat " * 600, ["plural"])
+
+
+def test_rows_that_training_would_leave_out_are_left_out(runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ("cat", "", "dog")))
+    applied = Applied(runs / "mood")
+    spec = applied.experiment.spec
+    skipping = spec.model_copy(update={"data": spec.data.model_copy(update={"skip_bad_rows": True})})
+    applied.experiment = replace(applied.experiment, spec=skipping)
+    applied.write(tmp_path / "rows.jsonl", tmp_path / "out.csv")
+    assert [line["row"] for line in read(tmp_path / "out.csv")] == ["1", "3"]
+    assert len(applied.left_out) == 1 and "row 2: the field 'text' is ''" in applied.left_out[0]
 
 
 def test_two_processes_do_not_write_one_file(runs: Path, asked: Path, tmp_path: Path) -> None:

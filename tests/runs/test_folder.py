@@ -17,7 +17,7 @@ from trimtab.runs.folder import ADAPTER, RunFolder, digest_of, write_json
 @pytest.fixture
 def done(tmp_path: Path) -> RunFolder:
     folder = RunFolder(tmp_path / "run")
-    folder.begin({"name": "words"}, {"train": "1"})
+    folder.begin({"name": "words"}, {"train": "1"}, {})
     save_file({"x": torch.zeros(3)}, folder.path / ADAPTER)
     folder.finish({"digest": digest_of(folder.path / ADAPTER)}, {"tuned": ["a"]})
     return folder

@@ -101,6 +101,31 @@ def test_a_finished_run_is_skipped_and_other_settings_are_refused(tmp_path: Path
     assert adapter.stat().st_mtime_ns != before
 
 
+def test_eval_refuses_an_adapter_that_is_not_the_recipes(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path)
+    metrics = train_recipe(load_recipe(path))["plural"]
+    for settings in (["adapter.r=4", "adapter.positions=l1"], ["tasks.plural.prompt='{input}!'"], ["seed=1"]):
+        other = load_recipe(path, settings)
+        with pytest.raises(RunError, match="trained under other settings"):
+            evaluate_runs(other.experiments(), other.output)
+    scored = ["training.eval_batch_size=2", "tasks.plural.data.test=train.jsonl", "tasks.plural.score=overlap"]
+    other = load_recipe(path, scored)
+    result = evaluate_runs(other.experiments(), other.output)["plural"]
+    assert (result["score"], result["split"], result["examples"]) == ("overlap", "test", 6)
+    (tmp_path / "runs/plural/run.json").unlink()  # an adapter from elsewhere says nothing of its training
+    assert (
+        evaluate_runs(load_recipe(path).experiments(), other.output)["plural"]["tuned"]
+        == metrics["tuned"]["exact_match"]
+    )
+
+
+def test_predictions_stand_beside_what_was_asked(tmp_path: Path) -> None:
+    train_recipe(load_recipe(write_recipe(tmp_path)))
+    left = json.loads((tmp_path / "runs/plural/predictions.json").read_text())
+    assert (left["input"], left["expected"]) == (["cat", "dog", "box"], ["cats", "dogs", "boxes"])
+    assert {len(answers) for answers in left.values()} == {3}
+
+
 def test_no_task_starts_when_another_cannot(tmp_path: Path) -> None:
     """And what was mended is not held against the run, of which there is nothing yet."""
     path = write_recipe(tmp_path)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from trimtab.errors import DataError
+from trimtab.tasks.conversations import one_turn
 from trimtab.tasks.files import locate, read_rows
 from trimtab.tasks.templates import render
 from trimtab.tasks.tokens import Collator, Encoded, encode, encode_texts
@@ -48,6 +49,8 @@ def parquet(rows: list[dict[str, Any]]) -> bytes:
         ("d.jsonl", "\ufeff" + "\r\n\n".join(map(json.dumps, ROWS)) + "\n"),
         ("e.csv", 'input,output\r\ncat,cats\r\n"ox",oxen\r\n'),
         ("f.tsv", "input\toutput\ncat\tcats\n\nox\toxen\n"),
+        ("g.csv", "\ufeffinput;output\r\ncat;cats\r\nox;oxen\r\n"),
+        ("h.csv", "input\toutput\ncat\tcats\nox\toxen\n"),
     ],
 )
 def test_every_format_gives_the_same_rows(tmp_path: Path, name: str, content: str) -> None:
@@ -83,6 +86,52 @@ def test_csv_round_trip(tmp_path: Path, cells: list[tuple[str, str]]) -> None:
     csv.writer(out).writerows([("a", "b"), *cells])
     (tmp_path / "rows.csv").write_text(out.getvalue(), encoding="utf-8", newline="")
     assert read_rows(tmp_path / "rows.csv") == [{"a": a, "b": b} for a, b in cells]
+
+
+@pytest.mark.parametrize(
+    ("text", "separator", "row"),
+    [
+        ("a;b\n1,5;2,5\n", None, {"a": "1,5", "b": "2,5"}),
+        ('a,b\n"x;y",1\n', None, {"a": "x;y", "b": "1"}),
+        ("text\nwell, no\n", None, None),  # one column, and cells that hold commas: an error, not a guess
+        ("a|b\n1|2\n", None, {"a": "1", "b": "2"}),
+        ("a#b\n1#2\n", "#", {"a": "1", "b": "2"}),
+        ("a,b;c\n1,2;3\n", ";", {"a,b": "1,2", "c": "3"}),
+    ],
+)
+def test_a_separator_is_found_or_given(
+    tmp_path: Path, text: str, separator: str | None, row: dict[str, str] | None
+) -> None:
+    (tmp_path / "a.csv").write_text(text)
+    if row is None:
+        with pytest.raises(DataError, match="2 cells where there are 1 columns"):
+            read_rows(tmp_path / "a.csv")
+    else:
+        assert read_rows(tmp_path / "a.csv", separator=separator) == [row]
+
+
+def turns(*pairs: tuple[str, str], names: tuple[str, str] = ("role", "content")) -> dict[str, Any]:
+    return {"talk": [dict(zip(names, pair, strict=True)) for pair in pairs]}
+
+
+@pytest.mark.parametrize(
+    ("row", "found"),
+    [
+        (turns(("user", "a"), ("assistant", "b")), {"system": "", "user": "a", "assistant": "b"}),
+        (turns(("system", "s"), ("user", "a")), {"system": "s", "user": "a"}),
+        (turns(("human", "a"), ("gpt", "b"), names=("from", "value")), {"system": "", "user": "a", "assistant": "b"}),
+        (turns(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")), "goes user, assistant, user"),
+        (turns(("assistant", "a")), "goes assistant; a task takes one user turn"),
+        ({"talk": "a text"}, "row 1: the field 'talk' holds no list of messages"),
+        ({"chat": []}, "row 1: no field 'talk'"),
+    ],
+)
+def test_a_conversation_of_one_turn_is_fields(row: dict[str, Any], found: dict[str, str] | str) -> None:
+    if isinstance(found, str):
+        with pytest.raises(DataError, match=found):
+            one_turn(row, "talk", "row 1")
+    else:
+        assert one_turn(row, "talk", "row 1") == found
 
 
 # A file's name and content, then what the message must hold.
@@ -121,7 +170,7 @@ def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:
         locate("plural.trian.jsonl", tmp_path)
     with pytest.raises(DataError, match="there is no folder nowhere"):
         locate("nowhere/x.jsonl", tmp_path)
-    with pytest.raises(DataError, match="columns are for"):
+    with pytest.raises(DataError, match="columns: is for"):
         read_rows(tmp_path / "plural.train.jsonl", columns=["a", "b"])
 
 

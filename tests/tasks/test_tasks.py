@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import AutoTokenizer
 
 from trimtab.errors import DataError
 from trimtab.tasks import TASKS, Task, build_task
+from trimtab.tasks.base import share
 from trimtab.tasks.scores import (
     ACCURACY,
     F1,
@@ -67,13 +69,33 @@ def test_every_type_of_a_recipe_has_a_task() -> None:
 
 
 @pytest.mark.parametrize(("rows", "cut"), [(2, 1), (9, 1), (20, 2), (200, 20), (6000, 500)])
-def test_validation_is_cut_from_the_end_of_train(make: Make, rows: int, cut: int) -> None:
+def test_validation_is_a_seeded_share_of_train(make: Make, rows: int, cut: int) -> None:
     task = make(PLURAL, train=words(rows))
-    assert prompts(task, "train") + prompts(task, "validation") == [f"in{i}" for i in range(rows)]
+    left, held = prompts(task, "train"), prompts(task, "validation")
+    assert sorted(left + held) == sorted(f"in{i}" for i in range(rows))
+    assert left == [prompt for prompt in (f"in{i}" for i in range(rows)) if prompt not in set(held)]
+    assert held == prompts(build_task("again", task.spec), "validation")
+    if rows >= 20:
+        assert held != prompts(build_task("other", task.spec, seed=1), "validation")
     assert len(prompts(task, "validation")) == cut
     assert task.validation_is_cut
     assert task.test_is_validation
     assert task.examples("test") is task.examples("validation")
+
+
+@given(st.lists(st.integers(2, 60), min_size=1, max_size=5), st.integers(0, 3))
+@several
+def test_each_class_gives_its_part_of_validation(sizes: list[int], seed: int) -> None:
+    strata = [str(k) for k, size in enumerate(sizes) for _ in range(size)]  # sorted, as files often are
+    count = max(1, len(strata) // 10)
+    held = Counter(strata[i] for i in share(strata, count, seed))
+    assert sum(held.values()) == count == len(set(share(strata, count, seed)))
+    assert all(abs(held[str(k)] - count * size / len(strata)) < 1 for k, size in enumerate(sizes))
+
+
+def test_the_only_row_of_a_class_is_trained_on() -> None:
+    assert all(0 not in share(["a", *"bbbb"], 1, seed) for seed in range(9))
+    assert len(share(["a", "b", "c"], 1, 0)) == 1
 
 
 def test_given_splits_are_used_and_a_limit_counts_after_the_cut(make: Make) -> None:
@@ -81,8 +103,9 @@ def test_given_splits_are_used_and_a_limit_counts_after_the_cut(make: Make) -> N
     assert [len(task.examples(s)) for s in ("train", "validation", "test")] == [10, 3, 4]
     assert (task.validation_is_cut, task.test_is_validation) == (False, False)
     limited = make(PLURAL, {"limit": {"train": 5, "validation": 1}}, train=words(100))
-    assert prompts(limited, "train") == [f"in{i}" for i in range(5)]
-    assert prompts(limited, "validation") == ["in90"]
+    assert prompts(limited, "train") == prompts(make(PLURAL, train=words(100)), "train")[:5]
+    held = prompts(make(PLURAL, train=words(100)), "validation")
+    assert prompts(limited, "validation") == held[:1]
     with pytest.raises(ValueError, match="split='dev': must be one of train, validation, test"):
         task.examples("dev")
 
@@ -264,7 +287,8 @@ def test_several_test_sets_have_a_score_each_and_their_plain_mean(make: Make, tm
     scores = task.scores(predictions, examples)
     assert list(scores) == ["exact_match", "short", "long", "sums"]
     assert scores == {"exact_match": pytest.approx(2 / 3), "short": 1.0, "long": 0.5, "sums": 0.5}
-    assert task.scores(["out3"], task.examples("validation")) == {"exact_match": 1.0}
+    (held,) = task.examples("validation")
+    assert task.scores([held.answer], [held]) == {"exact_match": 1.0}
     assert task.scores(predictions[::-1], examples[::-1])["exact_match"] == pytest.approx(2 / 3)
 
 

@@ -1,7 +1,8 @@
 """Adapters composed into one, where that is exact.
 
 At a module, adapters in sequence are h₁ = h + w₁ Φ₁(h), h₂ = h₁ + w₂ Φ₂(h₁) and so on, as `set_adapter([first,
-second])` with `set_scale` runs them. Where Φ₁(h) = B₁ᵀ(A₁ h + c₁) is affine, whoever reads h₁ reads an affine function of h:
+second])` with `set_scale` runs them. Where Φ₁(h) = B₁ᵀ(A₁ h + c₁) is affine, whoever reads h₁ reads an affine function
+of h:
 
     A₂ h₁ + c₂ = (A₂ + w₁ A₂ B₁ᵀ A₁) h + (c₂ + w₁ A₂ B₁ᵀ c₁),
 

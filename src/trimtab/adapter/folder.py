@@ -12,7 +12,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,12 +21,13 @@ from peft import PeftConfig
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from trimtab.adapter.config import NO_PICKLES, PICKLE, WEIGHTS, ReftConfig, check_kind
 from trimtab.edits import METHODS, Edit, check_dtype
 from trimtab.errors import AdapterError
 from trimtab.where.plan import Part
+from trimtab.where.sites import find_sites, host
 
 CONFIG = "adapter_config.json"
 _EDIT = re.compile(r"(?:base_model\.model\.)?(.+)\.reft\.reft_(edit|prefix|suffix)\.(\w+)")
@@ -132,6 +133,51 @@ def write_adapter(
         whole = {f"base_model.model.{key}": tensor.contiguous() for key, tensor in tensors.items()}
         save_file(whole, staging / WEIGHTS, {"format": "pt"})
         read_adapter(staging)
+
+
+def adapter_from(
+    tensors: Mapping[Any, Mapping[str, Any]], config: ReftConfig, base: nn.Module, output: str | Path
+) -> ReftConfig:
+    """Save tensors of one's own as an adapter, which everything that takes adapters then takes.
+
+    Args:
+        tensors: of each edited module, by its number among those of the config's site or by its name: the tensors of
+            its edit as `METHODS[config.method].shapes` names them; of an untied one {"prefix": ..., "suffix": ...}.
+        config: what the edits are; its `layers` follow from the tensors.
+        base: the model that they are for, which is left alone.
+        output: a folder that is not there yet.
+    Returns:
+        The config as saved.
+
+    Example:
+        >>> config = ReftConfig(method="vector", positions="all", task_type="CAUSAL_LM")
+        >>> trimtab.adapter_from({10: {"vector": v, "strength": torch.ones(1)}}, config, model, "steered")
+
+    Raises:
+        ValueError: the model has no such module, or the tensors are not those of the method.
+        FileExistsError: there is something at `output` already.
+    """
+    sites = find_sites(base, config.site, "all")
+    names: dict[nn.Module, str] = {module: name for name, module in base.named_modules()}
+    numbers = {site.name: i for i, site in enumerate(sites)}
+    edits: Edits = {}
+    for key, own in tensors.items():
+        number = numbers.get(key, -1) if isinstance(key, str) else key
+        if not 0 <= number < len(sites):
+            raise ValueError(f"tensors of {key!r}: the model has {', '.join(numbers)}, or 0 to {len(sites) - 1}.")
+        site = sites[number]
+        for part in config.edit_names():
+            given = own if config.tied else own[part]
+            checked = METHODS[config.method].check(f"{site.name}/{part}", given, config.r, site.width)
+            edits[names[host(site.module)], part] = {name: t.detach().cpu() for name, t in checked.items()}
+    saved = replace(
+        config,
+        layers=sorted(numbers[key] if isinstance(key, str) else key for key in tensors),
+        base_model_name_or_path=config.base_model_name_or_path or getattr(base, "name_or_path", None),
+        inference_mode=True,
+    )
+    write_adapter(output, saved, edits)
+    return saved
 
 
 def inspect_adapter(folder: str | Path) -> AdapterInfo:

@@ -66,9 +66,11 @@ class Pass:
     _rows: dict[Any, EditedRows | None] = field(default_factory=dict)
 
     def rows(
-        self, adapter: str, positions: Positions, hidden: Tensor, parts: tuple[Part, ...] = ("edit",)
+        self, adapter: str | None, positions: Positions, hidden: Tensor, parts: tuple[Part, ...] = ("edit",)
     ) -> EditedRows | None:
         """The rows that `adapter` edits in hidden states (B, T, d), worked out once a pass; None for none at all.
+
+        An edit that is no adapter's (None) is made in every row of the batch, whatever adapter the row has.
 
         Raises:
             ValueError: in training, the end of the prompt matters and nobody said where it is; or the pass continues a
@@ -88,7 +90,7 @@ class Pass:
         return self._rows[key]
 
     def _find_rows(
-        self, adapter: str, positions: Positions, batch: int, length: int, device: torch.device
+        self, adapter: str | None, positions: Positions, batch: int, length: int, device: torch.device
     ) -> EditedRows | None:
         if self.after_prompt and positions.scope not in ("generated", "all"):
             return None  # a decode step, which costs no kernel
@@ -122,9 +124,9 @@ class Pass:
             self._check_training(positions, sequences, device)
         return prompt.lengths_of(sequences, device), self.start, self._real(sequences, self.start + length, device)
 
-    def _rows_of(self, adapter: str, batch: int) -> list[int] | None:
+    def _rows_of(self, adapter: str | None, batch: int) -> list[int] | None:
         """Which rows of the batch use the adapter; None for all. Beams and returned sequences repeat a row in place."""
-        if self.adapter_names is None:
+        if self.adapter_names is None or adapter is None:
             return None
         times, rest = divmod(batch, len(self.adapter_names))
         if rest:

@@ -166,6 +166,8 @@ class Forwards:
         self.layers: list[Any] = []
         self.notes: set[str] = set()
         self.looks = 0
+        self.guests = 0
+        """Edits of a `with` that is open somewhere."""
         self._checkpointing = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
         self._handles = [
             handle
@@ -185,6 +187,11 @@ class Forwards:
             original = getattr(model, name)
             setattr(model, name, update_wrapper(partial(wrap, original), original))  # transformers reads the signature
         model._reft_forwards = self  # type: ignore[assignment]
+
+    def release(self) -> None:
+        """Leave the model as it was, if nobody is left who edits it."""
+        if not self.layers and not self.guests:
+            self.remove()
 
     def remove(self) -> None:
         """Leave the model as it was."""
@@ -504,7 +511,7 @@ class Forwards:
 
     def _refuse_paged(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Continuous batching, before it starts: its worker would only log the error of a forward."""
-        if any(layer.active_adapters and not layer.disable_adapters for layer in self.layers):
+        if self.guests or any(layer.active_adapters and not layer.disable_adapters for layer in self.layers):
             raise ValueError(PAGED)
         return original(*args, **kwargs)
 

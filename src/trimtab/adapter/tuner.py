@@ -1,4 +1,4 @@
-"""The PEFT tuner: edits hooked onto the blocks of a frozen model. The only file that registers hooks.
+"""The PEFT tuner: edits hooked onto the blocks of a frozen model. The only file, with edit.py, that registers hooks.
 
 Each edited block gets a submodule `reft` that holds the adapters' parameters, and one forward hook. No module of the
 base model is replaced, and no hook of anyone else is touched.
@@ -35,9 +35,14 @@ _NO_MERGE = (
     "Keep the adapter beside the base model; it costs nothing while decoding when only the prompt is edited. A saved "
     "one that edits every token (positions='all') at mlp or attention can be: `trimtab merge ADAPTER OUTPUT`."
 )
+OUTSIDE = (
+    "{} ran outside a forward of its model, so the tokens to edit are not known. Call the whole model; to recompute "
+    "blocks in the backward pass use the model's own gradient checkpointing."
+)
 _NO_AVERAGE = (
     "ReFT adapters cannot be averaged into one: the mean of two rotations is none. Use several at once, with weights: "
-    "model.base_model.set_adapter([first, second]) and trimtab.set_scale(model, first, 0.7)."
+    "model.base_model.set_adapter([first, second]) and trimtab.set_scale(model, first, 0.7). Saved ones become one by "
+    "`trimtab compose`, where that is exact."
 )
 
 
@@ -118,10 +123,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         if not names:
             return None
         if running is None:
-            raise RuntimeError(
-                f"{self.site.name} ran outside a forward of its model, so the tokens to edit are not known. Call the "
-                "whole model; to recompute blocks in the backward pass use the model's own gradient checkpointing."
-            )
+            raise RuntimeError(OUTSIDE.format(self.site.name))
         hidden = before = output if isinstance(output, Tensor) else output[0]
         for name in names:
             hidden = self._edited(hidden, name, running)
@@ -130,11 +132,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         return hidden if isinstance(output, Tensor) else type(output)((hidden, *output[1:]))
 
     def _edited(self, hidden: Tensor, adapter: str, running: Pass) -> Tensor:
-        if hidden.dim() != 3 or hidden.shape[-1] != self.site.width:
-            raise RuntimeError(
-                f"{self.site.name} gives hidden states of shape {tuple(hidden.shape)}, but (batch, tokens, "
-                f"{self.site.width}) was expected. Choose another site."
-            )
+        check_states(self.site, hidden)
         positions = self.positions[adapter]
         apart: tuple[Part, ...] = ("prefix", "suffix") if adapter in self.reft_prefix else ("edit",)
         rows = running.rows(adapter, positions, hidden, apart)
@@ -167,6 +165,15 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         raise NotImplementedError(_NO_MERGE)
 
 
+def check_states(site: Site, hidden: Tensor) -> None:
+    """Raises RuntimeError for an output that is no hidden states of the site's width."""
+    if hidden.dim() != 3 or hidden.shape[-1] != site.width:
+        raise RuntimeError(
+            f"{site.name} gives hidden states of shape {tuple(hidden.shape)}, but (batch, tokens, {site.width}) was "
+            "expected. Choose another site."
+        )
+
+
 class ReftModel(BaseTuner):
     """Puts ReFT adapters on a model; what `PeftModel.base_model` is for PEFT's own methods."""
 
@@ -181,8 +188,7 @@ class ReftModel(BaseTuner):
         try:
             super().__init__(model, *args, **kwargs)
         except BaseException:
-            if not self._passes.layers:
-                self._passes.remove()
+            self._passes.release()
             raise
         take_over_loading(model)
 
@@ -198,12 +204,8 @@ class ReftModel(BaseTuner):
             raise ValueError(f"adapter {adapter_name!r}: expected a ReftConfig, got {type(config).__name__}.")
         if "." in adapter_name or adapter_name == BASE:
             raise ValueError(f"adapter name {adapter_name!r}: must not contain a dot nor be {BASE!r}.")
-        sites = find_sites(model, config.site, config.layers)
+        sites = find_sites(model, config.site, config.layers, config.r)
         for site in sites:
-            if config.r is not None and config.r > site.width:
-                raise ValueError(
-                    f"r={config.r}: larger than the width {site.width} of {site.name}; use a rank well below it."
-                )
             there = getattr(host(site.module), "reft", None)
             _check_saved_modules(config, site.name)
             if there is not None and not (isinstance(there, ReftLayer) and there.site.module is site.module):
@@ -358,14 +360,19 @@ def _check_saved_modules(config: ReftConfig, site: str) -> None:
             )
 
 
+def check_scale(scale: Any) -> None:
+    """Raises ValueError for what is no finite number."""
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise ValueError(f"scale={scale!r}: must be a finite number.")
+
+
 def set_scale(model: nn.Module, adapter: str, scale: float) -> None:
     """Multiply the edits of one adapter, from now on, by `scale`: 0 turns them off, negative values reverse them.
 
     Raises:
         ValueError: the model has no such adapter, or the scale is not a finite number.
     """
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
-        raise ValueError(f"scale={scale!r}: must be a finite number.")
+    check_scale(scale)
     layers = [m for m in model.modules() if isinstance(m, ReftLayer)]
     if not any(adapter in layer.scaling for layer in layers):
         names = sorted({name for layer in layers for name in layer.scaling})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from trimtab.cli import compose, convert, look, serve, study, talk, train  # noqa: F401 (each registers its commands)
+from trimtab.cli import compose, convert, explain, look, serve, steer, study, talk, train  # noqa: F401 (each registers its commands)
 from trimtab.cli.common import PlainConsole, app, console
 
 __all__ = ["app", "console", "main"]

@@ -115,3 +115,11 @@ def numbers(option: str, text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(f"{option} {text!r}: give numbers, as in 0.7,-0.3") from None
+
+
+def indices(option: str, text: str | None) -> list[int] | None:
+    """Raises ValueError for what is no list of blocks."""
+    try:
+        return None if text is None else [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option} {text!r}: give blocks, counted from 0, as in 10,11") from None

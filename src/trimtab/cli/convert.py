@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from trimtab.cli.common import command, console
+from trimtab.cli.common import command, console, indices
 
 if TYPE_CHECKING:
     from trimtab.interop.convert import Report
@@ -38,7 +38,7 @@ def convert(
     from trimtab.interop.convert import Given
     from trimtab.interop.convert import convert as run
 
-    given = Given(base, positions, _indices(layers), method, activation, task, lora_bias)
+    given = Given(base, positions, indices("--layers", layers), method, activation, task, lora_bias)
     _show(run(source, output, to, given, check=check), output)
 
 
@@ -56,17 +56,10 @@ def merge(
     _show(run(adapter, output, Given(base), check=check), output)
 
 
-def _indices(text: str | None) -> list[int] | None:
-    try:
-        return None if text is None else [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"--layers {text!r}: give blocks, counted from 0, as in 10,11") from None
-
-
 def _show(report: Report, output: Path) -> None:
     config, check = report.config, report.check
     facts = Table(show_header=False, title=f"{report.source} to {report.target}")
-    edits = f"{config.method}, rank {config.r}{'' if config.tied else ', prefix and suffix edited apart'}"
+    edits = f"{config.method_text}{'' if config.tied else ', prefix and suffix edited apart'}"
     for name, value in (
         ("base model", report.base),
         ("method", edits + (f", activation {config.activation}" if config.activation else "")),

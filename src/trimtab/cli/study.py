@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -22,6 +23,9 @@ from trimtab.cli.common import (
     must_be_new,
     read_recipe,
 )
+
+if TYPE_CHECKING:
+    from trimtab.runs.trial import Experiment
 
 
 @command()
@@ -73,6 +77,7 @@ def compare(
         text = f"{group.task}{size}, {group.way.name}: {found}"
         console.print(f"{text} ({len(left)} left)")
 
+    _say(experiments)
     jobs = jobs or room_for(recipe.model)
     console.print(f"{len(study.groups)} comparisons, {jobs} trials at a time; what is done already is read.")
     study.run(jobs, watch)
@@ -113,6 +118,7 @@ def tune(
     must_be_new(output)
     blocks, folder = look_at(recipe.model).blocks, Path(recipe.output) / "tune"
     best: dict[str, Found] = {}
+    _say(recipe.experiments(task))
     for name, experiment in recipe.experiments(task).items():
 
         def watch(number: int, found: Found, name: str = name) -> None:
@@ -128,6 +134,15 @@ def tune(
     console.print(table)
     write_text(output, tuned_recipe(recipe, best))
     console.print(f"Wrote {output}. Train it: trimtab train {output}")
+
+
+def _say(experiments: Mapping[str, Experiment]) -> None:
+    """What each task is tried on, before the first trial."""
+    from trimtab.runs.models import load_tokenizer
+    from trimtab.runs.summary import checked_summary
+
+    for experiment in experiments.values():
+        console.print(checked_summary(experiment, load_tokenizer(experiment.source.name), placed=False))
 
 
 def _numbers(text: str) -> list[int]:

@@ -32,8 +32,9 @@ def results_table(metrics: dict[str, dict[str, Any]]) -> Table:
     name_column = Column("task", overflow="fold")  # never cut
     table = Table(name_column, "score", "untuned", "tuned", "parameters", "on disk", "seconds")
     for name, m in metrics.items():
+        score = f"{score_name(m)}\n{m['split']} ({m['examples']})"
         scores = (f"{m[which][m['score']]:.3f}" for which in ("untuned", "tuned"))
-        table.add_row(name, score_name(m), *scores, f"{m['parameters']:,}", size_of(m["bytes"]), f"{m['seconds']:.1f}")
+        table.add_row(name, score, *scores, f"{m['parameters']:,}", size_of(m["bytes"]), f"{m['seconds']:.1f}")
         for label, row in indented(m.get("sets", {})).items():
             table.add_row(label, row["score"], f"{row['untuned']:.3f}", f"{row['tuned']:.3f}")
     return table

@@ -87,11 +87,14 @@ def predict(
         for number, lines in enumerate(applied.lines(applied.examples(file))):
             typer.echo(as_csv(iter(lines), header=not number), nl=False)
         return
-    with Progress(console=console, transient=True) as bar:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         rows = bar.add_task("rows", total=None)
         before = applied.write(file, output, lambda done, of: bar.update(rows, completed=done, total=of))
     if before:
         console.print(f"{before} rows were done already.")
+    if applied.left_out:
+        said = f"{len(applied.left_out)} rows cannot be used and are left out, first {applied.left_out[0]}"
+        console.print(said)
     if applied.cut:
         length = applied.experiment.training.max_length
         console.print(f"{applied.cut} texts are longer than {length} tokens and were cut to that, as in training.")

@@ -31,11 +31,13 @@ def init(
     output: Annotated[Path, typer.Option("--output", "-o", help="The recipe to write.")] = Path("recipe.yaml"),
 ) -> None:
     """Look at a model and write a commented recipe for it."""
-    from trimtab.recipe.init import adapter_parameters, look_at, parse_tasks, recipe_text, suggest
+    from trimtab.recipe.init import adapter_parameters, look_at, look_at_tasks, recipe_text, suggest
+    from trimtab.recipe.load import load_recipe
+    from trimtab.runs.summary import first_row
 
     must_be_new(output)
     facts = look_at(model)
-    text = recipe_text(facts, parse_tasks(task or []))
+    text = recipe_text(facts, look_at_tasks(task or [], facts.generates))
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(text, encoding="utf-8")
     weight = adapter_parameters(facts, suggest(facts).r)
@@ -45,7 +47,10 @@ def init(
     for name, count in (("this LoReFT", weight), ("LoRA r8, all linear layers", facts.lora_parameters)):
         table.add_row(name, f"{count:,}", f"{100 * count / facts.parameters:.3f}%", size_of(4 * count))
     console.print(table)
-    console.print(f"Wrote {output}. Fill in the data, then: trimtab train {output}")
+    fill = "Check it" if task else "Fill in the data"
+    console.print(f"Wrote {output}. {fill}, then: trimtab train {output}")
+    for experiment in load_recipe(output).experiments().values() if task else ():
+        console.print(first_row(experiment))
 
 
 @command()
@@ -59,15 +64,22 @@ def train(
     resume: Annotated[
         bool, typer.Option(help="Skip what is done and go on where a run stopped; --no-resume starts over.")
     ] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be trained on what.")] = False,
 ) -> None:
     """Train an adapter for every task of a recipe."""
     from rich.live import Live
 
+    from trimtab.runs.models import load_tokenizer
+    from trimtab.runs.summary import checked_summary, result_remarks
     from trimtab.runs.train import train as train_all
     from trimtab.runs.trainer import Progress
 
     recipe = read_recipe(file, model, data, output, settings, task)
     experiments = recipe.experiments(task)
+    if dry_run:
+        for experiment in experiments.values():
+            console.print(checked_summary(experiment, load_tokenizer(recipe.model)))
+        return
     rows = {name: Progress(name) for name in experiments}
     live = Live(console=console, refresh_per_second=4)
 
@@ -77,7 +89,7 @@ def train(
         live.update(progress_table(rows))
 
     try:
-        metrics = train_all(experiments, recipe.output, resume=resume, watch=watch)
+        metrics = train_all(experiments, recipe.output, resume=resume, watch=watch, say=console.print)
     finally:
         if live.is_started:
             live.stop()
@@ -85,12 +97,13 @@ def train(
                 console.print()  # Live ends without a line break there
     console.print(results_table(metrics))
     for name, m in metrics.items():
+        for said in result_remarks(m):
+            console.print(f"{name}: {said}")
         if m["reuse"]["reused"]:
             share = m["reuse"]["tokens_saved"] / max(1, m["reuse"]["tokens"])
             console.print(f"{name}: kept {m['reuse']['reused']}, {share:.0%} of all tokens' work.")
-    talks = next((name for name in metrics if experiments[name].task.generates), None)
-    hint = f" Try: trimtab generate PROMPT --adapter {recipe.output}/{talks}" if talks else ""
-    console.print(f"Adapters in {recipe.output}/<task>.{hint}")
+    hint = f"Use one on a file: trimtab predict FILE -a {recipe.output}/{next(iter(metrics))}"
+    console.print(f"Adapters in {recipe.output}/<task>. {hint}")
 
 
 @command(name="eval")
@@ -107,9 +120,9 @@ def evaluate_recipe(
     from trimtab.runs.train import evaluate_runs
 
     recipe = read_recipe(file, model, data, output, settings, task)
-    table = Table("task", "score", "examples", "untuned", "tuned", title=f"{split} split")
+    table = Table("task", "score", "split", "examples", "untuned", "tuned")
     for name, result in evaluate_runs(recipe.experiments(task), recipe.output, split).items():
         for label, row in {name: result, **indented(result["sets"])}.items():
             scores = (f"{row[which]:.3f}" for which in ("untuned", "tuned"))
-            table.add_row(label, score_name(row), str(row["examples"]), *scores)
+            table.add_row(label, score_name(row), result["split"], str(row["examples"]), *scores)
     console.print(table)

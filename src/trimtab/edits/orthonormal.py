@@ -193,10 +193,13 @@ _NUMBERS = itertools.count()
 
 
 def _after_optimizer_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """What keeps R orthonormal where no forward pre-hook runs: inside a compiled model, or on a save after a step."""
+    """What keeps R orthonormal where no forward pre-hook runs: inside a compiled model, or on a save after a step.
+
+    By value, since a fused optimizer leaves no trace in the version.
+    """
     own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     live = sorted((rotation for rotation in _LIVE if id(rotation.halved) in own), key=lambda r: r.number)
-    restore([rotation for rotation in live if rotation.changed()], stepped=True)
+    restore(live, stepped=True)
 
 
 register_optimizer_step_post_hook(_after_optimizer_step)

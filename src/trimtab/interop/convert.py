@@ -103,6 +103,11 @@ class Adapter:
         names = [site.name for site in self.base.sites(self.config.site)]
         return {name: names.index(name) for name, _ in self.edits}
 
+    @property
+    def rank(self) -> int:
+        """Rows of an edit's Bᵀ(A h + c), also of a method that has no rank of its own. Raises ConversionError."""
+        return self.config.r or max(len(constant) for _, _, constant in self.affine().values())
+
     def affine(self) -> dict[tuple[str, str], tuple[Tensor, Tensor, Tensor]]:
         """Each edit as h + Bᵀ(A h + c): B and A (r, d) and c (r,) in float64.
 

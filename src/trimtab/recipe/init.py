@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from trimtab.edits import METHODS, parameter_count
 from trimtab.errors import DataError
-from trimtab.runs.models import loading
-from trimtab.tasks.files import read_rows
+from trimtab.recipe.guess import UNKNOWN, Guess, guess
+from trimtab.runs.models import loading, skeleton
+from trimtab.runs.predict import context_of
+from trimtab.tasks import Head
 from trimtab.where.sites import find_sites
 
 
@@ -28,6 +29,8 @@ class ModelFacts:
     width: int
     blocks: int
     parameters: int
+    context: int | None
+    """How many tokens it reads, where its config says."""
     lora_parameters: int
     """Of a LoRA of rank 8 on every linear layer but the output head."""
 
@@ -52,11 +55,9 @@ def look_at(name: str) -> ModelFacts:
     with loading(name):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     generates = any(str(a).endswith(("ForCausalLM", "LMHeadModel")) for a in config.architectures or [])
-    with loading(name), torch.device("meta"):
-        auto: Any = AutoModelForCausalLM if generates else AutoModel
-        model: nn.Module = auto.from_config(config, trust_remote_code=False)
+    model: Any = skeleton(name, Head("AutoModelForCausalLM" if generates else "AutoModel"))
     sites = find_sites(model, "block", "all")
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
     return ModelFacts(
         name=name,
@@ -64,6 +65,7 @@ def look_at(name: str) -> ModelFacts:
         width=sites[0].width,
         blocks=len(sites),
         parameters=sum(p.numel() for p in model.parameters()),
+        context=context_of(model),
         lora_parameters=sum(8 * (m.in_features + m.out_features) for m in linear),
     )
 
@@ -84,12 +86,8 @@ def adapter_parameters(facts: ModelFacts, r: int) -> int:
     return facts.blocks * parameter_count("loreft", facts.width, r)
 
 
-def recipe_text(facts: ModelFacts, tasks: dict[str, str]) -> str:
-    """The YAML, commented, for tasks given by name and training file.
-
-    Raises:
-        DataError: a training file cannot be read.
-    """
+def recipe_text(facts: ModelFacts, tasks: dict[str, tuple[str, Guess]]) -> str:
+    """The YAML, commented, for tasks given by name: the training file of each, and what it is for."""
     s = suggest(facts)
     weight = adapter_parameters(facts, s.r)
     head = f"""\
@@ -112,66 +110,63 @@ training:
   batch_size: 16
   warmup: 0.1           # share of the steps
   weight_decay: 0.0
-  max_length: 512       # longer training examples are left out, and counted
+  max_length: {min(512, facts.context or 512)}       # longer training examples are left out, and counted
 
 tasks:
 """
-    body = _generation if facts.generates else _classification
-    return head + "\n".join(body(name, data) for name, data in tasks.items())
+    return head + "\n".join(_task(name, *found) for name, found in tasks.items())
 
 
-def _fields(path: str) -> list[str]:
-    return list(read_rows(path)[0]) if Path(path).exists() else []
+COMMENTS: dict[str, str | dict[str, str]] = {
+    "type": {"classification": "or regression, for a number", "regression": "or classification"},
+    "prompt": "the row's fields in braces, of several the first whose fields are filled; the chat template goes around",
+    "text": "a field, or [first, second] for a pair",
+    "score": {
+        "exact_match": "or number (the last one counts), choice with choices: [yes, no], overlap",
+        "overlap": "of words; or exact_match, number, choice with choices: [yes, no]",
+        "accuracy": "or f1, mcc",
+    },
+    "max_new_tokens": "that an answer may have",
+}
 
 
-def _generation(name: str, data: str) -> str:
-    fields = _fields(data)
-    prompt = next((f for f in ("input", "prompt", "question", "instruction") if f in fields), (fields or ["input"])[0])
-    others = [f for f in fields if f != prompt] or ["output"]
-    answer = next((f for f in ("output", "answer", "completion", "response") if f in others), others[-1])
-    return f"""\
-  {json.dumps(name)}:
-    type: generation
-    data:
-      train: {json.dumps(data)}     # .jsonl, .json, .csv, .tsv or .parquet; without validation: a tenth of it validates
-      # validation: ...
-      # test: ...
-    prompt: "{{{prompt}}}"     # the row's fields in braces; the chat template goes around it (chat: false: none)
-    answer: "{{{answer}}}"
-    score: exact_match     # or number (the last number counts), or choice with choices: [yes, no]
-    max_new_tokens: 32
-"""
+def _task(name: str, data: str, found: Guess) -> str:
+    lines = [f"  # {found.said}"] if found.said else []
+    lines += [f"  {_as_yaml(name)}:", f"    type: {found.type}{_comment('type', found.type)}", "    data:"]
+    given = {"train": data, **found.data}
+    lines += [f"      {key}: {_as_yaml(value)}" for key, value in given.items()]
+    lines += ["      # validation: ...  without it, a tenth of train validates", "      # test: ..."]
+    lines += [f"    {key}: {_as_yaml(value)}{_comment(key, value)}" for key, value in found.keys.items()]
+    return "\n".join(lines) + "\n"
 
 
-def _classification(name: str, data: str) -> str:
-    fields = _fields(data)
-    label = next((f for f in ("label", "labels", "class", "score") if f in fields), (fields or ["label"])[-1])
-    texts = [f for f in fields if f not in (label, "id", "idx", "index")] or ["sentence"]
-    return f"""\
-  {json.dumps(name)}:
-    type: classification   # or regression, for a number
-    data:
-      train: {json.dumps(data)}     # .jsonl, .json, .csv, .tsv or .parquet; without validation: a tenth of it validates
-      # validation: ...
-      # test: ...
-    text: {json.dumps(texts[0])}          # a field, or [first, second] for a pair
-    label: {json.dumps(label)}
-    score: accuracy        # or f1, mcc
-"""
+def _as_yaml(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
-def parse_tasks(pairs: list[str]) -> dict[str, str]:
-    """`name=file` pairs; a file alone is named after itself.
+def _comment(key: str, value: Any) -> str:
+    said = COMMENTS.get(key, "")
+    text = said if isinstance(said, str) else said.get(str(value), "")
+    return f"     # {text}" if text else ""
+
+
+def look_at_tasks(pairs: list[str], generates: bool) -> dict[str, tuple[str, Guess]]:
+    """The tasks that `name=file` pairs ask for; a file alone is named after itself.
+
+    Without any they are two examples, whose files are to be written.
 
     Raises:
-        DataError: two tasks share a name.
+        DataError: two tasks share a name, or a file cannot be read or used.
     """
-    tasks: dict[str, Any] = {}
-    for pair in pairs or ["first=data/first.train.jsonl", "second=data/second.train.jsonl"]:
+    if not pairs:
+        return {name: (f"data/{name}.train.jsonl", UNKNOWN[generates]) for name in ("first", "second")}
+    tasks: dict[str, tuple[str, Guess]] = {}
+    for pair in pairs:
         name, sep, path = pair.partition("=")
         if not sep:
-            name, path = re.sub(r"[^A-Za-z0-9_]+", "_", Path(pair).stem), pair
+            name, path = Path(pair).stem, pair
+        name = re.sub(r"[^A-Za-z0-9_.-]+", "_", name).lstrip(".-") or "task"
         if name in tasks:
             raise DataError(f"--task {pair}: there is a task {name!r} already; write other_name={path}")
-        tasks[name] = path
+        tasks[name] = (path, guess(path, generates))
     return tasks

@@ -18,6 +18,7 @@ from pydantic_core import ErrorDetails
 
 from trimtab.adapter.config import ReftConfig
 from trimtab.errors import DataError, RecipeError
+from trimtab.recipe.foreign import FOREIGN
 from trimtab.recipe.schema import ENTRIES, Recipe
 from trimtab.recipe.yaml_lines import YamlError, find, parse_yaml
 from trimtab.runs.trainer import TrainingSpec
@@ -211,6 +212,10 @@ def _explain(error: ErrorDetails) -> str:
     return text.replace("True, False", "true, false") + (f"; did you mean {near[0]!r}?" if near else "")
 
 
+OWN: dict[str, type[BaseModel]] = {"adapter": AdapterSpec, "training": TrainingSpec, "data": DataSpec}
+"""The sections whose keys are put elsewhere by mistake."""
+
+
 def _any_of(names: Collection[str]) -> str:
     *most, last = names
     return f"{', '.join(most)} or {last}"
@@ -219,10 +224,17 @@ def _any_of(names: Collection[str]) -> str:
 def _unknown_key(key: str, model: type[BaseModel]) -> str:
     near = difflib.get_close_matches(key, model.model_fields, 1)
     owners = [name for name, spec in ENTRIES.items() if key in spec.model_fields]
-    if near:
-        return f"is not a known key; did you mean {near[0]!r}?"
+    sections = [name for name, spec in OWN.items() if key in spec.model_fields]
     if model in ENTRIES.values() and owners:
         return f"belongs to type: {' or '.join(owners)}"
+    if sections:
+        return f"belongs under {sections[0]}:"
+    if key in FOREIGN:
+        return f"is not a known key: {FOREIGN[key]}"
+    if near:
+        return f"is not a known key; did you mean {near[0]!r}?"
+    if owners:
+        return "belongs to a task, under its name in tasks:"
     return f"is not a known key; there are {', '.join(model.model_fields)}"
 
 

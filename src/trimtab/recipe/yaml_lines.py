@@ -57,7 +57,10 @@ def parse_yaml(text: str, settings: Sequence[str] = ()) -> tuple[Any, yaml.Node 
         return (loader.construct_document(node) if node else None), node
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        raise YamlError(mark.line + 1 if mark else 1, f"not valid YAML: {error.problem or error.context}") from None
+        line = mark.line if mark else 0
+        tab = re.match(r" *\t", "".join(text.split("\n")[line : line + 1]))
+        said = "a tab; YAML is indented with spaces" if tab else f"not valid YAML: {error.problem or error.context}"
+        raise YamlError(line + 1, said) from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise YamlError(line, f"not valid YAML: character #x{error.character:04x} is not allowed") from None

@@ -10,7 +10,7 @@ import csv
 import fcntl
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
@@ -60,6 +60,8 @@ class Applied:
         )
         self.cut = 0
         """How many texts were longer than training's `max_length`, and cut to it."""
+        self.left_out: list[str] = []
+        """Why rows could not be used."""
 
     @cached_property
     def _base(self) -> Base:
@@ -70,13 +72,29 @@ class Applied:
         plain = self._base.load(self.experiment.task.head, self.experiment.seed).model
         return PeftModel.from_pretrained(plain, str(self.folder.path)).eval()
 
-    def examples(self, file: str | Path) -> list[Example]:
-        """The file's rows as the task asks them; they need no answers. Raises DataError."""
-        task, path = self.experiment.task, locate(file)
-        return [task.question(row, f"{path}, row {number}") for number, row in enumerate(task.rows(path), 1)]
+    def examples(self, file: str | Path) -> dict[int, Example]:
+        """The file's rows by number, from 1, as the task asks them; they need no answers.
 
-    def lines(self, examples: Sequence[Example], start: int = 0) -> Iterator[list[Line]]:
-        """Predictions with the number of the row (from 1) and what was asked, some rows at a time.
+        Where training left out rows that cannot be used (`skip_bad_rows`), they are left out here too (`left_out`).
+
+        Raises:
+            DataError: a row cannot be used.
+        """
+        task, path, found = self.experiment.task, locate(file), {}
+        for number, row in enumerate(task.rows(path), 1):
+            where = f"{path}, row {number}"
+            try:
+                found[number] = task.question(task.prepared(row, where), where)
+            except DataError as error:
+                if not task.spec.data.skip_bad_rows:
+                    raise
+                self.left_out.append(str(error))
+        if not found:
+            raise DataError(self.left_out[0])
+        return found
+
+    def lines(self, examples: Mapping[int, Example], start: int = 0) -> Iterator[list[Line]]:
+        """Predictions with the number of the row and what was asked, some rows at a time.
 
         Args:
             start: how many rows to pass over.
@@ -85,15 +103,16 @@ class Applied:
             DataError: before the first, where a prompt is longer than the model reads.
         """
         experiment, task = self.experiment, self.experiment.task
-        encoded, self.cut = experiment.encode(self._base.tokenizer, examples, training=False)
+        asked = [(number, "\n".join(example.texts)) for number, example in examples.items()]
+        encoded, self.cut = experiment.encode(self._base.tokenizer, list(examples.values()), training=False)
         decoding, size = task.decoding(), experiment.training.eval_batch_size
-        check_context(self._model, encoded, decoding.get("max_new_tokens", 0), lambda i: f"row {i + 1}")
+        check_context(self._model, encoded, decoding.get("max_new_tokens", 0), lambda i: f"row {asked[i][0]}")
         for at in range(start, len(encoded), size * CHUNK):
             some = encoded[at : at + size * CHUNK]
             told = task.told(predict(self._model, self._base.tokenizer, some, size, **decoding))
             yield [
-                {"row": number, "input": "\n".join(examples[number - 1].texts), **line}
-                for number, line in enumerate(told, at + 1)
+                {"row": number, "input": text, **line}
+                for (number, text), line in zip(asked[at : at + len(told)], told, strict=True)
             ]
 
     def write(self, file: str | Path, output: Path, watch: Callable[[int, int], None] = lambda done, of: None) -> int:

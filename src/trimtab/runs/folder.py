@@ -90,7 +90,7 @@ class RunFolder:
         run = self.run
         settled = self._read("run.json").get("settled") or run["task"]  # in runs of earlier versions as the recipe was
         spec = {key: value for key, value in settled.items() if key not in SETTINGS}
-        return build_task(run["name"], TASKS[spec["type"]].spec_class.model_validate(spec))
+        return build_task(run["name"], TASKS[spec["type"]].spec_class.model_validate(spec), run["seed"])
 
     def predictions(self, which: str) -> list[Any]:
         """The answers to the test split, of the `tuned` or the `untuned` model.

@@ -79,7 +79,7 @@ class Answerer:
 
     def answer(self, prompt: str, names: Sequence[str], max_new_tokens: int | None = None) -> list[str]:
         """The greedy answers to one prompt under each adapter named, worked out in a single batch."""
-        encoded = [self._encode(prompt, name, self._prompting(name)) for name in names]
+        encoded = [self.encode(prompt, name) for name in names]
         most = max_new_tokens or max(
             (self.prompts[n]["max_new_tokens"] for n in names if n in self.prompts), default=64
         )
@@ -113,6 +113,10 @@ class Answerer:
     def _prompting(self, name: str) -> dict[str, Any]:
         """How the adapter's training wrote prompts; for the base model how the first adapter's did."""
         return self.prompts.get(name) or next(iter(self.prompts.values()), _PLAIN)
+
+    def encode(self, prompt: str, name: str) -> Encoded:
+        """The prompt as the adapter, or for the base model the first one, takes it."""
+        return self._encode(prompt, name, self._prompting(name))
 
     def _encode(self, prompt: str, name: str, how: dict[str, Any]) -> Encoded:
         text = _filled(how["prompt"], prompt, name)

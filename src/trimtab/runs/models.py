@@ -109,6 +109,15 @@ def loading(name: str) -> Iterator[None]:
         raise ModelError(f"cannot load the model {name!r}: {remedy}\n{reason}") from error
 
 
+def skeleton(name: str, head: Head) -> nn.Module:
+    """The model with such a head, without its weights and in no memory. Raises ModelError."""
+    with loading(name):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **head.config)
+        with torch.device("meta"):
+            model: nn.Module = getattr(transformers, head.auto).from_config(config, trust_remote_code=False)
+    return model
+
+
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Raises ModelError."""
     with loading(name):

@@ -119,17 +119,20 @@ def context_of(model: nn.Module) -> int | None:
     return room
 
 
-def check_context(model: nn.Module, encoded: Sequence[Encoded], new: int, where: Callable[[int], str]) -> None:
-    """Raises DataError, starting with `where` of the longest prompt, when it and `new` tokens exceed the context."""
+def check_context(
+    model: nn.Module,
+    encoded: Sequence[Encoded],
+    new: int,
+    where: Callable[[int], str],
+    remedy: str = "shorten the prompt or allow fewer new tokens",
+) -> None:
+    """Raises DataError, starting with `where` of the longest, when its tokens and `new` ones exceed the context."""
     room = context_of(model)
     at = max(range(len(encoded)), key=lambda i: len(encoded[i].input_ids))
     length = len(encoded[at].input_ids)
     if room is not None and length + new > room:
         after = f" and up to {new} new ones" if new else ""
-        raise DataError(
-            f"{where(at)}: {length} tokens{after}, but the model reads {room} in all; shorten the prompt or allow "
-            "fewer new tokens"
-        )
+        raise DataError(f"{where(at)}: {length} tokens{after}, but the model reads {room} in all; {remedy}")
 
 
 @contextmanager

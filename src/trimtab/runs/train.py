@@ -7,9 +7,10 @@ uninterrupted run gives.
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from trimtab.runs.card import card
 from trimtab.runs.folder import ADAPTER, RunFolder, differing, digest_of, put
 from trimtab.runs.models import Base
 from trimtab.runs.predict import Evaluation
+from trimtab.runs.summary import checked_summary
 from trimtab.runs.trainer import Progress, Watch
 from trimtab.runs.trial import Experiment, Fit, Trial, fingerprints, trained_parameters
 from trimtab.runs.ways import ReftWay
@@ -40,6 +42,7 @@ def train(
     *,
     resume: bool = True,
     watch: Watch = lambda progress: None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, dict[str, Any]]:
     """Train every task that is not done yet; returns each task's metrics.
 
@@ -48,10 +51,11 @@ def train(
         output: each task leaves a folder there.
         resume: False starts over, which removes what an earlier run of these tasks left.
         watch: called whenever a task's progress changed.
+        say: told what each task that is not done will be trained on, before the first step of any.
 
     Raises:
-        RunError: a task's folder holds another run.
-        DataError: a task's data cannot be read.
+        RunError: a task's folder holds another run, or its adapter has no place on the model.
+        DataError: a task's data cannot be read, or is longer than the model reads.
     """
     runs = [Run(experiment, Path(output) / name) for name, experiment in experiments.items()]
     with ExitStack() as locks:
@@ -60,7 +64,7 @@ def train(
             locks.enter_context(run.folder.locked())
         base = Base(runs[0].experiment.source)
         for run in runs:  # every error in data or folders before the first step, and before anything is removed
-            run.encode(base, resume)
+            run.encode(base, resume, say)
         for run in runs:
             if not resume:
                 run.folder.remove()
@@ -73,7 +77,7 @@ def evaluate_runs(
     """Score trained adapters, and the base model, on a split.
 
     Raises:
-        RunError: a task has no adapter yet.
+        RunError: a task has no adapter yet, or one that was trained under other settings.
     """
     results: dict[str, dict[str, Any]] = {}
     base: Base | None = None
@@ -82,6 +86,7 @@ def evaluate_runs(
         if not (folder / "adapter_config.json").exists():
             raise RunError(f"{folder}: no adapter yet; train it first.")
         inspect_adapter(folder)
+        check_settings(experiment, RunFolder(folder))
         base = base or Base(experiment.source)
         model, _ = base.load(task.head, experiment.seed)
         untuned = experiment.evaluate(model, base.tokenizer, split)
@@ -93,12 +98,45 @@ def evaluate_runs(
         examples = task.examples(split)
         results[name] = {
             "score": task.score.name,
+            "split": "validation" if split == "test" and task.test_is_validation else split,
             "examples": len(examples),
             "untuned": untuned.main,
             "tuned": tuned.main,
             "sets": by_set(task, examples, untuned, tuned),
         }
     return results
+
+
+def described(experiment: Experiment) -> dict[str, Any]:
+    """All that decides a run's outcome, but for what the data and the model's files hold."""
+    source = experiment.source
+    return {
+        "model": source.name,
+        "dtype": source.dtype,
+        "attention": source.attention,
+        "seed": experiment.seed,
+        "name": experiment.name,
+        "task": experiment.settings,
+    }
+
+
+SCORING = re.compile(
+    r"dtype|attention|task\.(score|choices|max_new_tokens|repetition_penalty|no_repeat_ngram_size)"
+    r"|task\.data\.(limit\.)?test.*|task\.training\.eval_batch_size"
+)
+"""What may differ between training and a later score."""
+
+
+def check_settings(experiment: Experiment, folder: RunFolder) -> None:
+    """Raises RunError where the recipe says of an adapter that trimtab trained what it is not."""
+    if not (folder.path / "run.json").exists():
+        return
+    changed = [place for place in differing(folder.run, described(experiment)) if not SCORING.fullmatch(place)]
+    if changed:
+        raise RunError(
+            f"{folder.path} was trained under other settings ({', '.join(changed)}), so this would not be their score. "
+            "Train again, or score it under its own."
+        )
 
 
 class Run:
@@ -111,19 +149,6 @@ class Run:
         self.content = fingerprints(experiment)
         self.encoded: list[Encoded] = []
         self.too_long = 0
-
-    @property
-    def description(self) -> dict[str, Any]:
-        """All that decides the outcome, but for what the data and the model's files hold."""
-        source = self.experiment.source
-        return {
-            "model": source.name,
-            "dtype": source.dtype,
-            "attention": source.attention,
-            "seed": self.experiment.seed,
-            "name": self.experiment.name,
-            "task": self.experiment.settings,
-        }
 
     def check_folder(self, resume: bool) -> None:
         """Refuse a folder that holds what is not trimtab's or, when resuming, work on other data or settings.
@@ -141,22 +166,25 @@ class Run:
         if not resume or not folder.is_started:
             return
         remedy = f"Give another output: to keep it, or --no-resume --task {self.experiment.name} to replace it."
-        if earlier != self.description:
-            changed = ", ".join(differing(earlier, self.description))
-            raise RunError(f"{folder.path} holds a run with other settings ({changed}). {remedy}")
+        if changed := differing(
+            earlier, described(self.experiment)
+        ):  # a key that earlier versions did not have is null
+            raise RunError(f"{folder.path} holds a run with other settings ({', '.join(changed)}). {remedy}")
         if folder.content is not None and folder.content != self.content:
-            changed = ", ".join(differing(folder.content, self.content))
-            raise RunError(f"{folder.path} holds a run on other files: what they say has changed ({changed}). {remedy}")
+            files = ", ".join(differing(folder.content, self.content))
+            raise RunError(f"{folder.path} holds a run on other files: what they say has changed ({files}). {remedy}")
 
-    def encode(self, base: Base, resume: bool) -> None:
-        """Read the data and, unless the task is done, tokenise it.
+    def encode(self, base: Base, resume: bool, say: Callable[[str], None]) -> None:
+        """Read the data and, unless the task is done, tokenise it, check what can be known and say what it is.
 
         Raises:
-            DataError: it cannot be read, or no example fits.
+            DataError: it cannot be read, or does not fit.
+            RunError: the adapter has no place on the model.
         """
         examples, _ = self.task.examples("train"), self.task.examples("test")
         if not resume or not self.folder.is_done:
             self.encoded, self.too_long = self.experiment.encode(base.tokenizer, examples, training=True)
+            say(checked_summary(self.experiment, base.tokenizer, (self.encoded, self.too_long)))
 
     def finish(self, base: Base, watch: Watch) -> dict[str, Any]:
         """Train what is left to train, score, and write the folder; returns the metrics."""
@@ -170,7 +198,7 @@ class Run:
         return progress.metrics
 
     def _train(self, base: Base, progress: Progress, watch: Watch) -> None:
-        self.folder.begin(self.description, self.content, self.task.settled.model_dump(mode="json"))
+        self.folder.begin(described(self.experiment), self.content, self.task.settled.model_dump(mode="json"))
         progress.state = "untuned score"
         watch(progress)
         experiment, tokenizer = self.experiment, base.tokenizer
@@ -208,12 +236,18 @@ class Run:
         finally:
             unload(adapted)
         metrics = self._metrics(progress, fit, untuned, tuned, parameters)
-        self.folder.finish(metrics, {"untuned": untuned.predictions, "tuned": tuned.predictions})
+        examples = self.task.examples("test")
+        asked = {
+            "input": ["\n".join(e.texts) for e in examples],
+            "expected": [e.answer if e.label is None else e.label for e in examples],
+        }
+        self.folder.finish(metrics, {**asked, "untuned": untuned.predictions, "tuned": tuned.predictions})
 
     def _metrics(
         self, progress: Progress, fit: Fit, untuned: Evaluation, tuned: Evaluation, parameters: int
     ) -> dict[str, Any]:
         test, losses = self.task.examples("test"), fit.losses
+        part = max(1, len(losses) // 4)  # of several steps, since each is of another batch
         return {
             "task": self.experiment.name,
             "score": self.task.score.name,
@@ -228,6 +262,8 @@ class Run:
             "seconds": round(progress.seconds, 2),
             "steps": fit.steps,
             "train_loss": sum(losses) / len(losses),
+            "loss_at_start": sum(losses[:part]) / part,
+            "loss_at_end": sum(losses[-part:]) / part,
             "train_examples": len(self.encoded),
             "left_out_as_too_long": self.too_long,
             "left_out_as_bad": self.task.skipped,

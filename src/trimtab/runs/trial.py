@@ -61,7 +61,7 @@ class Experiment:
 
     @cached_property
     def task(self) -> Task[Any]:
-        return build_task(self.name, self.spec)
+        return build_task(self.name, self.spec, self.seed)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what was read of the data, for a process that reads its own."""
@@ -409,7 +409,7 @@ def digest(described: Any) -> str:
 
 def fingerprints(experiment: Experiment, held_out: str | None = None) -> dict[str, str]:
     """Short hashes of what a task's splits, the held-out text and a local model's files say. Raises DataError."""
-    task = build_task(experiment.name, experiment.spec)  # which reads the data as it is now
+    task = build_task(experiment.name, experiment.spec, experiment.seed)  # which reads the data as it is now
     splits = [s for s in SPLITS if s != "validation" or experiment.spec.data.validation is not False]
     texts = {
         split: json.dumps([(e.texts, e.answer, e.label, e.set) for e in task.examples(split)], ensure_ascii=False)

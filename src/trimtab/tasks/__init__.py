@@ -19,6 +19,6 @@ TASKS: dict[str, type[Task[Any]]] = {
 }
 
 
-def build_task(name: str, spec: TaskSpec) -> Task[Any]:
+def build_task(name: str, spec: TaskSpec, seed: int = 0) -> Task[Any]:
     """The task that a recipe's entry describes; nothing is read yet, and nothing is raised."""
-    return TASKS[spec.type](name, spec)
+    return TASKS[spec.type](name, spec, seed)

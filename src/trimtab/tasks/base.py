@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from trimtab.errors import DataError
+from trimtab.tasks.conversations import one_turn
 from trimtab.tasks.files import Row, read_rows
 from trimtab.tasks.scores import Array, Score, Truth
 from trimtab.tasks.spec import SPLITS, TaskSpec
@@ -57,18 +59,21 @@ class Task(ABC, Generic[SpecT]):
     generates = False
     """Whether the model writes text, prompt first, instead of filling in a head's outputs."""
 
-    def __init__(self, name: str, spec: SpecT) -> None:
-        self.name, self.spec = name, spec
+    def __init__(self, name: str, spec: SpecT, seed: int = 0) -> None:
+        """Nothing is read yet; `seed` draws the share of train that validates where no validation data is given."""
+        self.name, self.spec, self.seed = name, spec, seed
         self.score: Score = spec.SCORES[spec.score]
         self.validation_is_cut = spec.data.validation is None
-        """No validation data is given: the last tenth of train (1 to 500 rows) validates, and train leaves it out."""
+        """No validation data is given: a tenth of train (1 to 500 rows) validates, and train leaves it out."""
         self.test_is_validation = spec.data.test is None
         """No test data is given: `examples("test")` are those of validation."""
         part: Callable[[str], Any] = spec.for_set  # a spec of the same type
-        self.sets: dict[str, Task[Any]] = {set_: type(self)(set_, part(set_)) for set_ in spec.data.sets}
+        self.sets: dict[str, Task[Any]] = {set_: type(self)(set_, part(set_), seed) for set_ in spec.data.sets}
         """Where there are several test sets, the task of each alone; `examples("test")` are those of all, in order."""
         self.skipped = 0
-        """How many rows of train `skip_bad_rows` left out."""
+        """How many rows `skip_bad_rows` left out of train, and of validation where that is cut from it."""
+        self.first_flaw: str | None = None
+        """What is wrong with the first of those."""
         self._rows: dict[str, list[Row]] = {}
         self._examples: dict[str, list[Example]] = {}
         for one in self.sets.values():
@@ -89,7 +94,8 @@ class Task(ABC, Generic[SpecT]):
         if split == "test" and self.sets:
             return [replace(e, set=set_) for set_, one in self.sets.items() for e in one.examples("test")]
         if split not in self._examples:
-            self._examples[split] = self._made(split, self.spec.data.skip_bad_rows and split == "train")
+            of_train = split == "train" or (split == "validation" and self.validation_is_cut)
+            self._examples[split] = self._made(split, self.spec.data.skip_bad_rows and of_train)
         return self._examples[split]
 
     @abstractmethod
@@ -100,9 +106,15 @@ class Task(ABC, Generic[SpecT]):
     def question(self, row: Row, where: str) -> Example:
         """The example without its answer, which the row need not hold; raises DataError starting with `where`."""
 
+    def prepared(self, row: Row, where: str) -> Row:
+        """The row with the turns of its conversation, where it has one, as fields."""
+        name = self.spec.data.conversation
+        return {**row, **one_turn(row, name, where)} if name else row
+
     def rows(self, file: str | Path, skip_bad_rows: bool = False) -> list[Row]:
         """A file's rows, read as the task's own are. Raises DataError."""
-        return read_rows(file, columns=self.spec.data.columns, skip_bad_rows=skip_bad_rows)
+        data = self.spec.data
+        return read_rows(file, columns=data.columns, skip_bad_rows=skip_bad_rows, separator=data.separator)
 
     @property
     def settled(self) -> SpecT:
@@ -135,6 +147,10 @@ class Task(ABC, Generic[SpecT]):
 
     read_by: ClassVar[str] = ""
     """For a task that does not generate: the expression that a model card prints of `logits` and `base`."""
+
+    def census(self, examples: Sequence[Example]) -> tuple[str, list[str]]:
+        """What answers the examples have, in short, and what is odd about them."""
+        return "", []
 
     def decoding(self) -> dict[str, Any]:
         """Arguments of `generate` for a task that generates."""
@@ -215,7 +231,8 @@ class Task(ABC, Generic[SpecT]):
         bad: list[DataError] = []
         for number, row in self._limited(split):
             try:
-                made.append(self.example(row, self._where(split, number)))
+                where = self._where(split, number)
+                made.append(self.example(self.prepared(row, where), where))
             except DataError as error:
                 if not skip:
                     raise
@@ -223,19 +240,29 @@ class Task(ABC, Generic[SpecT]):
         if bad and not made:
             raise bad[0]
         self.skipped += len(bad)
+        self.first_flaw = self.first_flaw or (str(bad[0]) if bad else None)
         return made
 
     def _limited(self, split: str) -> list[tuple[int, Row]]:
         """Numbered rows of a split; a limit counts after validation is cut off."""
-        first, rows = 1, self._read("train" if split == "validation" and self.validation_is_cut else split)
-        if self.validation_is_cut and split != "test":
-            cut = max(1, min(CUT_MOST, int(len(rows) * CUT)))
-            if len(rows) < 2:
-                raise DataError(
-                    f"{self._source('train')}: one row cannot be split; give data: validation:, or more rows"
-                )
-            first, rows = (len(rows) - cut + 1, rows[-cut:]) if split == "validation" else (1, rows[:-cut])
-        return list(enumerate(rows, first))[: getattr(self.spec.data.limit, split)]
+        cut = self.validation_is_cut and split != "test"
+        rows = self._read("train" if cut else split)
+        chosen: Sequence[int] = range(len(rows))
+        if cut:
+            validating = self._validating(rows)
+            held = set(validating)
+            chosen = validating if split == "validation" else [i for i in chosen if i not in held]
+        return [(i + 1, rows[i]) for i in chosen[: getattr(self.spec.data.limit, split)]]
+
+    def _validating(self, rows: list[Row]) -> list[int]:
+        if len(rows) < 2:
+            raise DataError(f"{self.source('train')}: one row cannot be split; give data: validation:, or more rows")
+        count = max(1, min(CUT_MOST, int(len(rows) * CUT)))
+        return share([self.stratum(row) for row in rows], count, self.seed)
+
+    def stratum(self, row: Row) -> str:
+        """What validation has the same share of as train; the same for all rows where there is no such thing."""
+        return ""
 
     def _read(self, split: str) -> list[Row]:
         data = self.spec.data
@@ -246,10 +273,25 @@ class Task(ABC, Generic[SpecT]):
             )
         return self._rows[name]
 
-    def _source(self, split: str) -> str:
+    def source(self, split: str) -> str:
+        """The file, or the Hub dataset's split."""
         data = self.spec.data
         return f"{data.name}[{getattr(data, split)}]" if data.name else str(getattr(data, split))
 
     def _where(self, split: str, number: int) -> str:
-        source = self._source("train" if split == "validation" and self.validation_is_cut else split)
+        source = self.source("train" if split == "validation" and self.validation_is_cut else split)
         return f"{source}, row {number}"
+
+
+def share(strata: Sequence[str], count: int, seed: int) -> list[int]:
+    """Places of `count` items, drawn by the seed so that each stratum gives its part (one more or less).
+
+    The only item of its stratum stays where it is, unless all are such.
+    """
+    draw, sizes = random.Random(seed), Counter(strata)
+    places = [i for i, stratum in enumerate(strata) if sizes[stratum] > 1] or list(range(len(strata)))
+    draw.shuffle(places)
+    places.sort(key=strata.__getitem__)
+    drawn = [places[int((k + 0.5) * len(places) / count)] for k in range(min(count, len(places)))]
+    draw.shuffle(drawn)
+    return drawn

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -17,6 +19,9 @@ from trimtab.tasks.files import Row, as_text, field, is_missing, needed
 from trimtab.tasks.scores import CLASS_SCORES, Score, Truth
 from trimtab.tasks.spec import FieldNames, Names, TaskSpec, one_of
 from trimtab.tasks.tokens import Encoded, encode_texts
+
+SHOWN = 12
+"""Classes that are listed."""
 
 
 class TextSpec(TaskSpec):
@@ -122,9 +127,12 @@ class ClassificationTask(TextTask[ClassificationSpec]):
         names = {label_name(needed(row, self.spec.label, self._where("train", i))) for i, row in rows}
         if len(names) < 2:
             raise DataError(
-                f"{self._source('train')}: {self.spec.label!r} is always {names.pop()!r}; a task needs two classes"
+                f"{self.source('train')}: {self.spec.label!r} is always {names.pop()!r}; a task needs two classes"
             )
         return sorted(names, key=lambda n: (0, int(n), n) if n.lstrip("-").isdecimal() else (1, 0, n))
+
+    def stratum(self, row: Row) -> str:
+        return label_name(row.get(self.spec.label))
 
     def label(self, value: Any, where: str) -> int:
         """The class of a name or, where no class is named by a number, of a number counting from 0."""
@@ -139,6 +147,21 @@ class ClassificationTask(TextTask[ClassificationSpec]):
 
     def read(self, outputs: Sequence[Sequence[float]]) -> list[int]:
         return [max(range(len(logits)), key=logits.__getitem__) for logits in outputs]
+
+    def census(self, examples: Sequence[Example]) -> tuple[str, list[str]]:
+        """The classes with their counts; names that differ by case or punctuation alone."""
+        counts = Counter(self.labels[int(e.label or 0)] for e in examples)
+        most = [f"{name} ({count})" for name, count in counts.most_common(SHOWN)]
+        more = [f"and {len(counts) - SHOWN} more"] if len(counts) > SHOWN else []
+        alike: dict[str, list[str]] = {}
+        for name in self.labels:
+            alike.setdefault(re.sub(r"[\W_]+", "", name.casefold()) or name, []).append(name)
+        odd = [
+            f"{' and '.join(map(repr, names))} are classes apart; if they are one, spell them alike"
+            for names in alike.values()
+            if len(names) > 1
+        ]
+        return ", ".join([*most, *more]), odd + ([f"all rows are {next(iter(counts))!r}"] if len(counts) == 1 else [])
 
     def told(self, outputs: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
         """The class's name, and each class's probability."""

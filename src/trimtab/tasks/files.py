@@ -8,6 +8,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,24 @@ def locate(path: str | Path, folder: str | Path = ".") -> Path:
     raise DataError(f"no file {str(path)!r}{hint}")
 
 
+def read_texts(path: str | Path) -> list[str]:
+    """The field `text` of the rows of a file that has rows, or the lines of a text file that hold more than blanks.
+
+    Raises DataError for a file that is missing or damaged, or rows without that field.
+    """
+    file = locate(path)
+    if file.suffix.lower() in READERS:
+        rows = read_rows(file)
+        if any(not isinstance(row.get("text"), str) for row in rows):
+            raise DataError(f"{file}: every row needs a field 'text' that holds one; or give lines in a .txt file.")
+        return [row["text"] for row in rows]
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError:
+        raise DataError(f"{file}: not a text file in UTF-8; give one text a line.") from None
+    return [line for line in lines if line]
+
+
 def read_rows(
     source: str | Path,
     split: str | None = None,
@@ -43,11 +62,12 @@ def read_rows(
     config: str | None = None,
     columns: Sequence[str] | None = None,
     skip_bad_rows: bool = False,
+    separator: str | None = None,
 ) -> list[Row]:
     """Read a .json, .jsonl, .csv, .tsv or .parquet file or, when `split` is given, a split of a dataset on the Hub.
 
     `columns` names the fields of a CSV or TSV file that has no header line; `skip_bad_rows` leaves out the lines of
-    one that have too many or too few cells.
+    one that have too many or too few cells; `separator` stands between its cells, found by looking where not given.
 
     Raises DataError for a file that is missing, empty, damaged or of another kind, and when the Hub cannot be reached.
     """
@@ -57,9 +77,10 @@ def read_rows(
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise DataError(f"{path}: unknown suffix {path.suffix!r}; use one of {', '.join(READERS)}")
-    if columns and path.suffix.lower() not in (".csv", ".tsv"):
-        raise DataError(f"{path}: columns are for .csv and .tsv files; this one names its own fields, remove columns")
-    rows = reader(path, columns, skip_bad_rows)
+    for name, given in (("columns", columns), ("separator", separator)):
+        if given and path.suffix.lower() not in (".csv", ".tsv"):
+            raise DataError(f"{path}: {name}: is for .csv and .tsv files; this one names its own fields, remove it")
+    rows = reader(path, columns, skip_bad_rows, separator)
     if not rows:
         raise DataError(f"{path}: the file holds no rows")
     return rows
@@ -146,8 +167,9 @@ def _json_lines(path: Path, text: str) -> list[Row]:
     return rows
 
 
-def _read_csv(path: Path, columns: Sequence[str] | None, skip: bool) -> list[Row]:
-    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
+def _read_csv(path: Path, columns: Sequence[str] | None, skip: bool, separator: str | None) -> list[Row]:
+    text = _text(path)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=separator or find_separator(text))
     lines: list[tuple[int, list[str]]] = []
     try:
         for cells in reader:
@@ -158,8 +180,26 @@ def _read_csv(path: Path, columns: Sequence[str] | None, skip: bool) -> list[Row
     return _table(path, lines, columns, skip)
 
 
-def _read_tsv(path: Path, columns: Sequence[str] | None, skip: bool) -> list[Row]:
-    """Tabs separate and quotes are plain characters, as in GLUE's files."""
+def find_separator(text: str) -> str:
+    """The first of a comma, a semicolon, a tab and a bar by which a CSV's first lines have as many cells; a comma."""
+    for separator in SEPARATORS:
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+        try:
+            counts = {len(cells) for cells in islice(reader, LOOKED_AT) if cells}
+        except csv.Error:
+            continue
+        if len(counts) == 1 and counts != {1}:
+            return separator
+    return SEPARATORS[0]
+
+
+SEPARATORS, LOOKED_AT = ",;\t|", 50
+
+
+def _read_tsv(path: Path, columns: Sequence[str] | None, skip: bool, separator: str | None) -> list[Row]:
+    """Tabs separate and quotes are plain characters, as in GLUE's files; with a separator of its own, it is a CSV."""
+    if separator not in (None, "\t"):
+        return _read_csv(path, columns, skip, separator)
     lines = enumerate((line.rstrip("\r").split("\t") for line in _text(path).split("\n")), 1)
     return _table(path, [(number, cells) for number, cells in lines if cells != [""]], columns, skip)
 
@@ -194,7 +234,7 @@ def _read_parquet(path: Path, *_: Any) -> list[Row]:
     return rows
 
 
-READERS: dict[str, Callable[[Path, Sequence[str] | None, bool], list[Row]]] = {
+READERS: dict[str, Callable[[Path, Sequence[str] | None, bool, str | None], list[Row]]] = {
     ".json": _read_json,
     ".jsonl": _read_jsonl,
     ".csv": _read_csv,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from trimtab.errors import DataError
-from trimtab.tasks.base import Head
+from trimtab.tasks.base import Example, Head
 from trimtab.tasks.classification import TextSpec, TextTask
 from trimtab.tasks.scores import NUMBER_SCORES
 from trimtab.tasks.spec import one_of
@@ -44,6 +44,11 @@ class RegressionTask(TextTask[RegressionSpec]):
                 f"{where}: {self.spec.label} is {str(value)[:60]!r}, not a finite number; mend it or remove the row"
             )
         return number
+
+    def census(self, examples: Sequence[Example]) -> tuple[str, list[str]]:
+        """The range of the numbers."""
+        numbers = [float(e.label or 0) for e in examples]
+        return f"{min(numbers):g} to {max(numbers):g}, {sum(numbers) / len(numbers):.3g} on average", []
 
     def read(self, outputs: Sequence[Sequence[float]]) -> list[float]:
         return [values[0] for values in outputs]

@@ -111,6 +111,11 @@ class DataSpec(Section):
     config: str | None = None
     columns: Names | None = None
     """The field names of a CSV or TSV file that has no header line."""
+    separator: Annotated[str, Field(min_length=1, max_length=1)] | None = None
+    """What stands between the cells of a CSV or TSV file; without it, found by looking: a comma, ';', a tab or '|'."""
+    conversation: str | None = None
+    """The field that holds a conversation of one turn (`messages`, or ShareGPT's `conversations`); its texts become the
+    fields `system`, `user` and `assistant`."""
     skip_bad_rows: bool = False
     """Leave out lines of a CSV or TSV file with too many or too few cells, and rows of train that cannot be used."""
     limit: Limits = Limits()
@@ -121,6 +126,8 @@ class DataSpec(Section):
             raise ValueError("config goes with a Hub dataset; add name, or remove config")
         if self.columns is not None and self.name is not None:
             raise ValueError("columns are for files without a header; remove it, or name")
+        if self.separator is not None and self.name is not None:
+            raise ValueError("separator is for files; remove it, or name")
         if self.validation is False and self.test is None:
             raise ValueError("validation: false leaves nothing to score; give test, or remove it")
         return self

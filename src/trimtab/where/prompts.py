@@ -134,7 +134,7 @@ def has_several_turns(labels: Tensor, owner: Tensor | None, columns: Tensor | No
         labels = labels[owner.to(labels.device)]
     supervised = labels != -100
     if columns is not None:
-        supervised = supervised & columns.to(labels.device)
+        supervised = supervised & columns[:, -labels.shape[1] :].to(labels.device)  # which also cover what is kept
     starts = supervised & ~torch.nn.functional.pad(supervised, (1, -1))
     return bool((starts.sum(1) > 1).any())
 

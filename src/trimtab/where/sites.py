@@ -29,11 +29,11 @@ class Site(NamedTuple):
     """Size of the last dimension of its output."""
 
 
-def find_sites(model: nn.Module, site: str, layers: str | list[int]) -> list[Site]:
+def find_sites(model: nn.Module, site: str, layers: str | list[int], r: int | None = None) -> list[Site]:
     """The modules that a config's `site` and `layers` mean on this model, in the order of the forward pass.
 
     Raises:
-        ValueError: there is no such module; says what there is.
+        ValueError: there is no such module; says what there is. Or one is narrower than the rank `r`.
     """
     if site in ("block", "attention", "mlp"):
         modules = blocks = find_blocks(model)
@@ -49,7 +49,11 @@ def find_sites(model: nn.Module, site: str, layers: str | list[int]) -> list[Sit
                 f"expression, for example site=r'{re.escape(name)}\\.\\d+'."
             )
         _check_batch_first(model, name, module)
-    return [Site(name, module, _width(model, name, module)) for name, module in chosen]
+    sites = [Site(name, module, _width(model, name, module)) for name, module in chosen]
+    for one in sites:
+        if r is not None and r > one.width:
+            raise ValueError(f"r={r}: larger than the width {one.width} of {one.name}; use a rank well below it.")
+    return sites
 
 
 def _check_batch_first(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -29,13 +29,12 @@ class Lora(Format):
                 "which would be lost: a LoRA has none without lora_bias. Exact: a target that takes lora_bias, as PEFT "
                 "does; trimtab merge where the model's layers have a bias; or edits with b = 0."
             )
-        rank = int(adapter.config.r or 0)
         config = LoraConfig(
             task_type=adapter.base.task,
             base_model_name_or_path=adapter.base.name,
             inference_mode=True,
-            r=rank,
-            lora_alpha=rank,
+            r=adapter.rank,
+            lora_alpha=adapter.rank,
             target_modules=_targets(adapter, changes),
             lora_bias=bool(needed),
             fan_in_fan_out=changes[0].transposed,

@@ -226,7 +226,7 @@ class Pyreft(Format):
             "intervention_dimensions": [width] * len(keys),
             "intervention_types": [f"<class 'pyreft.interventions.{kind}'>"] * len(keys),
             "mode": "parallel",
-            "representations": [[indices[m], component, "pos", 1, config.r, *[None] * 9] for m, _ in ordered],
+            "representations": [[indices[m], component, "pos", 1, adapter.rank, *[None] * 9] for m, _ in ordered],
             "sorted_keys": keys,
         }
         (path / "config.json").write_text(json.dumps(saved, indent=2) + "\n")
@@ -332,7 +332,7 @@ def _interventions(adapter: Adapter) -> tuple[str, dict[tuple[str, str], dict[st
     if write is not None:
         return kinds[adapter.config.method], {key: write(tensors) for key, tensors in adapter.tensors.items()}, []
     note = (
-        f"{adapter.config.method} is written as the LoreftIntervention that computes the same: pyreft 0.1.0 saves its "
-        "own kind and cannot load it"
+        f"{adapter.config.method} is written as the LoreftIntervention that computes the same: pyreft 0.1.0 has "
+        "no kind for it that it can load"
     )
     return "LoreftIntervention", {k: _WRITE["loreft"](as_loreft(*form)) for k, form in adapter.affine().items()}, [note]

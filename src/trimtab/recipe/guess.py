@@ -1,0 +1,194 @@
+"""What a file of rows seems to be for: the task that `init` writes, to be checked by whoever reads it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from trimtab.errors import DataError
+from trimtab.tasks.classification import label_name
+from trimtab.tasks.conversations import one_turn
+from trimtab.tasks.files import Row, is_missing, locate, read_rows
+
+LOOKED_AT, CLASSES = 2000, 50
+"""Rows that are read, and the most values of a column that names classes."""
+SHORT = 40
+"""Characters of an answer that can be expected word for word."""
+ID = re.compile(r"(?i)(^|[^a-z])(id|idx|index|uuid|guid|nr|no|key)$|[a-z]I[dD]$")
+DATE = re.compile(r"\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}([ T].*)?|\d{1,2}:\d{2}(:\d{2})?")
+CONVERSATIONS = ("messages", "conversations", "conversation")
+INSTRUCTIONS = (("instruction", "input"), ("instruction", "context"))
+PROMPTS = ("prompt", "question", "input", "instruction", "query", "source")
+ANSWERS = ("output", "completion", "answer", "response", "chosen", "target")
+LABELS = ("label", "labels", "class", "category", "sentiment", "intent", "topic", "score", "rating")
+PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence"))
+
+
+@dataclass(frozen=True)
+class Guess:
+    """A task's type, and its keys in a recipe."""
+
+    type: str
+    keys: dict[str, Any]
+    data: dict[str, Any] = field(default_factory=dict)
+    """Keys of its data, beside the files."""
+    said: str = ""
+    """What whoever reads the recipe should know."""
+
+
+UNKNOWN = {
+    True: Guess(
+        "generation", {"prompt": "{input}", "answer": "{output}", "score": "exact_match", "max_new_tokens": 32}
+    ),
+    False: Guess("classification", {"text": "sentence", "label": "label", "score": "accuracy"}),
+}
+"""Without a file, for a model that generates and one that does not."""
+
+
+def guess(path: str, generates: bool) -> Guess:
+    """The task of a file for a model that writes text, or one that only reads it.
+
+    Raises:
+        DataError: the file cannot be read, or no task can be made of it.
+    """
+    rows = read_rows(locate(path))[:LOOKED_AT]
+    if talk := next((name for name in CONVERSATIONS if isinstance(rows[0].get(name), list)), None):
+        found: Guess | None = _conversation(path, rows, talk)
+    else:
+        columns = _columns(rows)
+        found = _asked(columns) or _labelled(columns) or _two_texts(columns)
+        if not generates:
+            found = _labelled(columns)
+    if found is None or (found.type == "generation" and not generates):
+        kind = "a prompt and an answer, or a text and a label" if generates else "a text and a label"
+        model = "" if generates else "the model writes no text, and "
+        raise DataError(f"{path}: {model}no columns look like {kind}; the fields are {', '.join(map(str, rows[0]))}")
+    for name in _fields_of(found):
+        if found.type == "generation" and set(name) & set("{}!:"):
+            raise DataError(f"{path}: the field {name!r} cannot stand in a template; rename it, without {{ }} ! and :")
+    return found
+
+
+class Column:
+    """A field's values, and what they look like."""
+
+    def __init__(self, name: str, values: Sequence[Any]) -> None:
+        self.name, self.rows = name, len(values)
+        there = [value for value in values if not is_missing(value)]
+        self.nested = any(isinstance(value, list | dict) for value in there)
+        self.texts = [label_name(value) for value in there]
+        self.distinct = len(set(self.texts))
+        self.full = len(there) == len(values)
+
+    @cached_property
+    def is_number(self) -> bool:
+        return all(re.fullmatch(r"[-+]?\d*\.?\d+([eE][-+]?\d+)?", text) for text in self.texts)
+
+    @cached_property
+    def is_name_of_row(self) -> bool:
+        """An id, a date, or always the same: nothing to learn from."""
+        numbered = self.distinct == self.rows > 2 and all(re.fullmatch(r"\S*\d\S*", text) for text in self.texts)
+        fractions = self.is_number and any("." in text for text in self.texts)
+        dated = all(DATE.fullmatch(text) for text in self.texts)
+        return self.distinct < 2 or dated or bool(ID.search(self.name)) or (numbered and not fractions)
+
+    @cached_property
+    def is_text(self) -> bool:
+        return not (self.nested or self.is_number or self.is_name_of_row)
+
+    @property
+    def length(self) -> float:
+        return sum(map(len, self.texts)) / max(1, len(self.texts))
+
+    @property
+    def longest(self) -> int:
+        return max(map(len, self.texts), default=0)
+
+    @property
+    def names_classes(self) -> bool:
+        few = 2 <= self.distinct <= min(CLASSES, self.rows // 4)
+        return few and not self.is_name_of_row and not self.nested and self.longest <= SHORT
+
+
+def _columns(rows: list[Row]) -> dict[str, Column]:
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: Column(name, [row.get(name) for row in rows]) for name in names}
+
+
+def _fields_of(found: Guess) -> list[str]:
+    texts = [text for value in found.keys.values() for text in ([value] if isinstance(value, str) else [])]
+    return [name for text in texts for name in re.findall(r"\{(.*)\}", text)]
+
+
+def _conversation(path: str, rows: list[Row], name: str) -> Guess:
+    turns, flaw = [], None
+    for number, row in enumerate(rows, 1):
+        try:
+            turns.append(one_turn(row, name, f"{path}, row {number}"))
+        except DataError as error:
+            flaw = flaw or error
+    if not turns and flaw:
+        raise flaw
+    columns = _columns(turns)
+    systems = set(columns["system"].texts)
+    prompt: Any = "{user}" if len(systems) < 2 else ["{system}\n\n{user}", "{user}"]
+    made = _generation(prompt, columns["assistant"])
+    if len(systems) == 1 and columns["system"].full:
+        made.keys["system"] = systems.pop()
+    left_out = len(rows) - len(turns)
+    made.data.update({"conversation": name, **({"skip_bad_rows": True} if left_out else {})})
+    said = f"{left_out} of {len(rows)} conversations have several turns and are left out" if left_out else made.said
+    return Guess(made.type, made.keys, made.data, said)
+
+
+def _asked(columns: dict[str, Column]) -> Guess | None:
+    """By the names that files of prompts and answers have."""
+    columns = {name: column for name, column in columns.items() if column.texts and not column.nested}
+    answer = next((columns[name] for name in ANSWERS if name in columns), None)
+    if answer is None:
+        return None
+    for first, second in INSTRUCTIONS:
+        if first in columns and second in columns:
+            both = f"{{{first}}}\n\n{{{second}}}"
+            return _generation(both if columns[second].full else [both, f"{{{first}}}"], answer)
+    prompt = next((name for name in PROMPTS if name in columns and name != answer.name), None)
+    return _generation(f"{{{prompt}}}", answer) if prompt else None
+
+
+def _generation(prompt: Any, answer: Column, said: str = "") -> Guess:
+    score = "exact_match" if answer.longest <= SHORT else "overlap"
+    most = min(256, max(16, answer.longest // 2))
+    keys = {"prompt": prompt, "answer": f"{{{answer.name}}}", "score": score, "max_new_tokens": most}
+    return Guess("generation", keys, {}, said)
+
+
+def _labelled(columns: dict[str, Column]) -> Guess | None:
+    """A text and a class or a number: by the label's name, else the last column with few different values."""
+    named = [c for c in columns.values() if c.name.lower() in LABELS and c.distinct > 1 and not c.nested]
+    others = [c for c in reversed(columns.values()) if c.names_classes]
+    words_first = sorted(others, key=lambda c: c.is_number)
+    label = next(iter([*named, *words_first]), None)
+    texts = [c for c in columns.values() if c.is_text and c is not label]
+    if label is None or not texts:
+        return None
+    pair = next((list(p) for p in PAIRS if set(p) <= {c.name for c in texts}), None)
+    longest = max(texts, key=lambda c: c.length).name
+    keys = {"text": pair or longest, "label": label.name}
+    if label.is_number and not label.names_classes:
+        return Guess("regression", {**keys, "score": "correlation"})
+    others = [c for c in others if c is not label and c.name not in (pair or [longest])]
+    said = f"{', '.join(c.name for c in others)} could be labels too" if others and not named else ""
+    return Guess("classification", {**keys, "score": "accuracy"}, {}, said)
+
+
+def _two_texts(columns: dict[str, Column]) -> Guess | None:
+    """The two longest texts, in the file's order."""
+    texts = [c for c in columns.values() if c.is_text]
+    longest = sorted(texts, key=lambda c: -c.length)[:2]
+    if len(longest) < 2:
+        return None
+    prompt, answer = (c for c in texts if c in longest)
+    return _generation(f"{{{prompt.name}}}", answer, "a guess: the two longest texts; swap them if need be")

@@ -1,0 +1,168 @@
+"""What a run would train on: its rows, its tokens and the first of them, checked and said before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from trimtab.adapter.config import ReftConfig
+from trimtab.errors import ModelError, RunError
+from trimtab.runs.models import load_tokenizer, skeleton
+from trimtab.runs.predict import check_context, context_of
+from trimtab.runs.trial import Experiment
+from trimtab.tasks.tokens import Encoded
+from trimtab.where.plan import edited
+from trimtab.where.positions import parse_positions
+from trimtab.where.sites import find_sites
+
+SHOWN = 24
+"""Tokens of an unbroken stretch that are shown at each of its ends."""
+Trained = tuple[list[Encoded], int]
+"""Training examples as tokens, and how many were too long."""
+
+
+def checked_summary(
+    experiment: Experiment,
+    tokenizer: PreTrainedTokenizerBase,
+    trained: Trained | None = None,
+    *,
+    placed: bool = True,
+) -> str:
+    """The summary, once the adapter is known to have its place and the examples to fit the model.
+
+    Args:
+        placed: False where other adapters than the recipe's are tried, each of which is checked when it is built.
+
+    Raises:
+        DataError: the data cannot be used, or an example is longer than the model reads.
+        RunError: the model has no such layers or modules, or is narrower than the rank.
+    """
+    name, config = experiment.name, ReftConfig(**experiment.adapter.model_dump())
+    trained = trained or experiment.encode(tokenizer, experiment.task.examples("train"), training=True)
+    model = skeleton(experiment.source.name, experiment.task.head)
+    try:
+        if placed:
+            find_sites(model, config.site, config.layers, config.r)
+    except ValueError as error:
+        raise RunError(f"{name}: adapter: {error}") from None
+    remedy = f"set training: max_length: {context_of(model)} (it is {experiment.training.max_length})"
+    check_context(model, trained[0], 0, lambda i: f"{name}: a training example", remedy)
+    _check_prompts(experiment, tokenizer, model)
+    return summary(experiment, tokenizer, model, trained)
+
+
+def _check_prompts(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> None:
+    task, new = experiment.task, experiment.task.decoding().get("max_new_tokens", 0)
+    if not new:
+        return
+    scored = [
+        split for split in ("validation", "test") if experiment.spec.data.validation is not False or split == "test"
+    ]
+    examples = [example for split in scored for example in task.examples(split)]
+    prompts, _ = experiment.encode(tokenizer, examples, training=False)
+    where, remedy = f"{experiment.name}: a row to be scored", "shorten its prompt, or lower max_new_tokens:"
+    check_context(model, prompts, new, lambda i: where, remedy)
+
+
+def summary(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, model: nn.Module, trained: Trained) -> str:
+    """Some lines on rows, tokens and edits, then what is odd about them. Raises DataError."""
+    task, adapter = experiment.task, experiment.adapter
+    census, odd = task.census(task.examples("train"))
+    rank = f", rank {adapter.r}" if adapter.r else ""
+    lines = {
+        "train": ": ".join(filter(None, [_rows(experiment, "train"), census])),
+        "validation": _rows(experiment, "validation"),
+        "test": _rows(experiment, "test"),
+        "tokens": _tokens(trained[0], model),
+        "edited": f"{adapter.method}{rank}, positions {adapter.positions}, layers {adapter.layers}, {adapter.site}",
+        "first row": _first(experiment, tokenizer),
+    }
+    text = "".join(f"\n  {key:<11}{value}" for key, value in lines.items())
+    remarks = "".join(f"\n  ! {said}" for said in [*_left_out(experiment, trained), *odd])
+    return f"{experiment.name} ({experiment.spec.type}, {task.score.name}){text}{remarks}"
+
+
+def _rows(experiment: Experiment, split: str) -> str:
+    task, data = experiment.task, experiment.spec.data
+    if split == "validation" and data.validation is False:
+        return "none"
+    if split == "test" and task.test_is_validation:
+        return "the rows of validation, since no test data is given"
+    count = f"{len(task.examples(split))} rows"
+    if split == "validation" and task.validation_is_cut:
+        return f"{count} drawn from train by the seed"
+    if split == "test" and data.sets:
+        return f"{count} in {len(data.sets)} sets, {', '.join(data.sets)}"
+    return f"{count} of {task.source(split)}"
+
+
+def _tokens(encoded: Sequence[Encoded], model: nn.Module) -> str:
+    lengths = [len(e.input_ids) for e in encoded]
+    room = context_of(model)
+    context = f"; the model reads {room}" if room else ""
+    return f"{median(lengths):g} at the median, {max(lengths)} at most{context}"
+
+
+def _left_out(experiment: Experiment, trained: Trained) -> list[str]:
+    task, training, (_, too_long) = experiment.task, experiment.training, trained
+    said = []
+    if too_long:
+        done = "cut" if training.too_long == "cut" or not task.generates else "left out"
+        of = len(task.examples("train"))
+        said.append(
+            f"{too_long} of {of} rows are longer than {training.max_length} tokens and {done}; training: max_length:"
+        )
+    if task.skipped:
+        said.append(f"{task.skipped} rows cannot be used and are left out, first {task.first_flaw}")
+    return said
+
+
+def _first(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> str:
+    example = experiment.task.examples("train")[0]
+    (encoded,), _ = experiment.encode(tokenizer, [example], training=False)
+    answer = example.answer if len(example.answer) < 200 else f"{example.answer[:200]} ..."
+    return f"{marked(tokenizer, encoded, experiment.adapter.positions)} -> {answer}".replace("\n", "\\n")
+
+
+def first_row(experiment: Experiment) -> str:
+    """The first training row as the model will read it, the edited tokens in «»; then its answer. Raises DataError."""
+    try:
+        shown = _first(experiment, load_tokenizer(experiment.source.name))
+    except ModelError:
+        shown = "not shown, since the model has no tokenizer here"
+    return f"{experiment.name} ({experiment.spec.type}), first row, «edited tokens»:\n  {shown}"
+
+
+def result_remarks(metrics: dict[str, Any]) -> list[str]:
+    """What is wrong with a finished run's metrics, and what to try."""
+    untuned, tuned = (metrics[which][metrics["score"]] for which in ("untuned", "tuned"))
+    said = []
+    if tuned < untuned:
+        said.append(f"{tuned:.3f} is worse than untuned, {untuned:.3f}: lower training: learning_rate:, or more rows")
+    start, end = metrics.get("loss_at_start"), metrics.get("loss_at_end")
+    if start is not None and end is not None and end > start:
+        said.append(f"the loss rose from {start:.3f} to {end:.3f}: lower training: learning_rate:, or try trimtab tune")
+    return said
+
+
+def marked(tokenizer: PreTrainedTokenizerBase, encoded: Encoded, positions: str) -> str:
+    """A prompt's text with the edited tokens in «», long stretches without an edit shortened."""
+    ids, prompt = encoded.input_ids, encoded.prompt_length
+    chosen = set(edited(parse_positions(positions), prompt, 0, prompt))
+    text, at = "", 0
+    while at < prompt:
+        end = next((i for i in range(at, prompt) if (i in chosen) != (at in chosen)), prompt)
+        shown = _decoded(tokenizer, ids[at:end])
+        text += f"«{shown}»" if at in chosen else shown
+        at = end
+    return text
+
+
+def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    if len(ids) > 2 * SHOWN:
+        return f"{tokenizer.decode(ids[:SHOWN])} ... {tokenizer.decode(ids[-SHOWN:])}"
+    return str(tokenizer.decode(ids))

@@ -1,0 +1,126 @@
+"""What `init` takes a file for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Command
+
+from trimtab.errors import DataError
+from trimtab.recipe.guess import guess
+from trimtab.recipe.load import load_recipe
+
+MODEL = Path(__file__).parents[2] / "models/tiny-llama"
+Rows = list[dict[str, Any]]
+
+
+def of(count: int = 24, **columns: Any) -> Rows:
+    """Rows whose fields are functions of their number, or always the same."""
+    return [{name: c(i) if callable(c) else c for name, c in columns.items()} for i in range(count)]
+
+
+def sentence(i: int) -> str:
+    return f"{'a rather long ' * (i % 3)}sentence of its own, {'xyz' * (i + 1)}"
+
+
+def talk(*roles: str, name: str = "role", text: str = "content") -> Any:
+    return lambda i: [{name: role, text: f"{role} says {i}"} for role in roles]
+
+
+TICKETS: dict[str, Any] = {
+    "Ticket ID": lambda i: f"TCK-{i:05}",
+    "opened": lambda i: f"2026-03-{i + 1:02}",
+    "channel": "mail",
+    "title": lambda i: f"title {chr(97 + i)}",
+    "body": sentence,
+    "queue": lambda i: ["billing", "returns"][i // 12],
+}
+ALPACA: dict[str, Any] = {"instruction": sentence, "input": lambda i: "" if i % 2 else "this", "output": sentence}
+# What a file holds, then the type and keys that are made of it.
+FILES: dict[str, tuple[Rows, str, dict[str, Any]]] = {
+    "tickets": (of(**TICKETS), "classification", {"text": "body", "label": "queue"}),
+    "alpaca": (
+        of(**ALPACA),
+        "generation",
+        {"prompt": ["{instruction}\n\n{input}", "{instruction}"], "answer": "{output}", "score": "overlap"},
+    ),
+    "alpaca without input": (of(**{**ALPACA, "input": ""}), "generation", {"prompt": "{instruction}"}),
+    "prompt, completion": (
+        of(id=lambda i: i, prompt=sentence, completion=lambda i: "yes" if i % 2 else "no"),
+        "generation",
+        {"prompt": "{prompt}", "answer": "{completion}", "score": "exact_match", "max_new_tokens": 16},
+    ),
+    "question, answer": (of(answer=sentence, question=sentence), "generation", {"prompt": "{question}"}),
+    "text, label": (of(label=lambda i: i % 3, text=sentence), "classification", {"text": "text", "label": "label"}),
+    "a pair": (
+        of(idx=lambda i: i, premise=sentence, hypothesis=sentence, label=lambda i: ["yes", "no"][i % 2]),
+        "classification",
+        {"text": ["premise", "hypothesis"]},
+    ),
+    "numbers": (of(text=sentence, score=lambda i: f"{i / 7:.3f}"), "regression", {"text": "text", "label": "score"}),
+    "two texts": (of(id=lambda i: i, french=sentence, english=sentence), "generation", {"prompt": "{french}"}),
+    "messages": (
+        of(messages=talk("user", "assistant")),
+        "generation",
+        {"prompt": "{user}", "answer": "{assistant}"},
+    ),
+    "sharegpt": (of(conversations=talk("human", "gpt", name="from", text="value")), "generation", {"prompt": "{user}"}),
+}
+
+
+def write(folder: Path, rows: Rows) -> str:
+    file = folder / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_is_taken_for_what_people_mean(name: str, tmp_path: Path) -> None:
+    rows, kind, keys = FILES[name]
+    found = guess(write(tmp_path, rows), generates=True)
+    assert (found.type, {key: found.keys[key] for key in keys}) == (kind, keys)
+
+
+def test_turns_of_a_system_are_kept_and_long_conversations_left_out(tmp_path: Path) -> None:
+    one, more = talk("user", "assistant"), talk("user", "assistant", "user", "assistant")
+    same = of(messages=lambda i: [{"role": "system", "content": "Be brief."}, *(one(i) if i else more(i))])
+    found = guess(write(tmp_path, same), generates=True)
+    assert found.keys["system"] == "Be brief." and found.keys["prompt"] == "{user}"
+    assert found.data == {"conversation": "messages", "skip_bad_rows": True}
+    assert found.said.startswith("1 of 24 conversations have several turns")
+    differing = of(messages=lambda i: [{"role": "system", "content": f"Be {i}."}, *one(i)])
+    assert guess(write(tmp_path, differing), generates=True).keys["prompt"] == ["{system}\n\n{user}", "{user}"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "generates", "said"),
+    [
+        (of(a=lambda i: i, b="x"), True, "no columns look like a prompt and an answer, or a text and a label"),
+        (
+            of(question=sentence, answer=sentence),
+            False,
+            "the model writes no text, and no columns look like a text and",
+        ),
+        (of(messages=talk("user", "assistant")), False, "the model writes no text"),
+        (of(messages=talk("user", "assistant", "user", "assistant")), True, "one user turn and one answer"),
+        (of(**{"a:b": sentence, "c": sentence}), True, "the field 'a:b' cannot stand in a template; rename it"),
+    ],
+)
+def test_what_no_task_can_be_made_of(rows: Rows, generates: bool, said: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=said):
+        guess(write(tmp_path, rows), generates)
+
+
+def test_init_shows_a_row_and_what_is_wrong(trimtab: Command, tmp_path: Path) -> None:
+    file, out = tmp_path / "Jo's tickets (März).csv", tmp_path / "recipe.yaml"
+    rows = of(**TICKETS)
+    file.write_text("\ufeff" + "\n".join(";".join(line) for line in [rows[0], *(row.values() for row in rows)]))
+    code, text = trimtab("init", MODEL, "--task", file, "-o", out)
+    assert code == 0 and "«s»entence of its own" in text and "-> billing" in text, text
+    ((name, task),) = load_recipe(out).tasks.items()
+    assert (name, task.type) == ("Jo_s_tickets_M_rz_", "classification")
+    code, text = trimtab("init", MODEL, "--task", f"a={tmp_path / 'rows.csv'}", "-o", tmp_path / "other.yaml")
+    assert code == 2 and "no file" in text and not (tmp_path / "other.yaml").exists()

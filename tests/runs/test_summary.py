@@ -1,0 +1,135 @@
+"""What is said, and checked, before the first step; and of a result afterwards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Command
+from transformers import AutoTokenizer
+
+from trimtab.errors import DataError, RunError, TrimtabError
+from trimtab.recipe.load import load_recipe
+from trimtab.runs.summary import checked_summary, marked, result_remarks
+from trimtab.runs.trial import Experiment
+from trimtab.tasks.tokens import encode
+
+MODEL = Path(__file__).parents[2] / "models/tiny-llama"
+MOOD = {"type": "classification", "text": "text", "label": "label"}
+PLURAL = {"type": "generation", "prompt": "{text}", "answer": "{label}"}
+SIZE = {"type": "regression", "text": "text", "label": "label"}
+Rows = list[dict[str, Any]]
+Make = Callable[..., Experiment]
+
+
+def rows(*labels: Any, text: str = "a day") -> Rows:
+    return [{"text": f"{text} {i}", "label": label} for i, label in enumerate(labels)]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    def build(task: dict[str, Any], train: Rows, data: dict[str, Any] | None = None, **sections: Any) -> Experiment:
+        (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in train))
+        entry = {**task, "data": {"train": "train.jsonl", **(data or {})}}
+        recipe = {"model": str(MODEL), "output": str(tmp_path / "runs"), "tasks": {"a": entry}, **sections}
+        (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+        return load_recipe(tmp_path / "recipe.yaml").experiments()["a"]
+
+    return build
+
+
+def said(experiment: Experiment) -> str:
+    return checked_summary(experiment, AutoTokenizer.from_pretrained(MODEL))
+
+
+def test_rows_are_counted_and_told_from_where(make: Make) -> None:
+    text = said(make(MOOD, rows(*["Refund", "late"] * 10)))
+    assert "18 rows of " in text and ": Refund (9), late (9)" in text
+    assert "2 rows drawn from train" in text and "the rows of validation, since no test data" in text
+    assert "the model reads 512" in text and "!" not in text
+    given = said(make(MOOD, rows("x", "y"), {"validation": "train.jsonl", "test": {"b": "train.jsonl"}}))
+    assert "2 rows in 1 sets, b" in given and "validation 2 rows of" in given
+    assert "0 to 9, 4.5 on average" in said(make(SIZE, rows(*range(10)), {"validation": "train.jsonl"}))
+
+
+@pytest.mark.parametrize(
+    ("task", "train", "sections", "remark"),
+    [
+        (MOOD, rows(*["Refund", "refund", "late"] * 8), {}, "'Refund' and 'refund' are classes apart"),
+        (
+            MOOD,
+            rows(*["a", "b"] * 8),
+            {"training": {"max_length": 2}},
+            "15 of 15 rows are longer than 2 tokens and cut",
+        ),
+        (
+            PLURAL,
+            [*rows(*"ab" * 8), *rows(*"cd" * 8, text="word " * 60)],
+            {"training": {"max_length": 40}},
+            " rows are longer than 40 tokens and left out; training: max_length:",
+        ),
+    ],
+)
+def test_what_is_odd_is_remarked(make: Make, task: Any, train: Rows, sections: Any, remark: str) -> None:
+    assert remark in said(make(task, train, **sections)).split("  ! ", 1)[1]
+
+
+def test_rows_left_out_say_why(make: Make) -> None:
+    bad = [*rows(*"ab" * 8), {"text": "", "label": "a"}]
+    text = said(make(PLURAL, bad, {"skip_bad_rows": True, "validation": "train.jsonl", "limit": {"validation": 4}}))
+    assert "! 1 rows cannot be used and are left out, first " in text and "row 17: the prompt" in text
+
+
+def test_edited_tokens_are_marked() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    encoded = encode(tokenizer, "cat dog")
+    assert marked(tokenizer, encoded, "f1+l2") == "«<|bos|>»<|user|>cat« dog<|assistant|>»"
+    assert marked(tokenizer, encoded, "prompt") == "«<|bos|><|user|>cat dog<|assistant|>»"
+    assert marked(tokenizer, encoded, "generated") == "<|bos|><|user|>cat dog<|assistant|>"
+    assert " ... " in marked(tokenizer, encode(tokenizer, "cat " * 99), "l1")
+
+
+@pytest.mark.parametrize(
+    ("sections", "train", "kind", "message"),
+    [
+        ({"adapter": {"layers": [9]}}, rows(*"ab" * 4), RunError, r"a: adapter: layers"),
+        ({"adapter": {"r": 500}}, rows(*"ab" * 4), RunError, r"a: adapter: r=500: larger than the width 192"),
+        ({"adapter": {"site": "nowhere"}}, rows(*"ab" * 4), RunError, r"a: adapter: site='nowhere'"),
+        (
+            {"training": {"max_length": 900}},
+            rows(*"ab" * 4, text="word " * 600),
+            DataError,
+            r"the model reads 512 in all; set training: max_length: 512 \(it is 900\)",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_said_before_anything_is_trained(
+    make: Make, sections: Any, train: Rows, kind: type[TrimtabError], message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        said(make(MOOD, train, **sections))
+
+
+def test_prompts_that_leave_no_room_for_an_answer_are_refused(make: Make) -> None:
+    with pytest.raises(DataError, match=r"a row to be scored: .* up to 510 new ones, but the model reads 512"):
+        said(make({**PLURAL, "max_new_tokens": 510}, rows(*"ab" * 4)))
+
+
+def test_a_dry_run_does_nothing_else(make: Make, trimtab: Command, tmp_path: Path) -> None:
+    make(MOOD, rows(*["x", "y"] * 8))
+    code, text = trimtab("train", tmp_path / "recipe.yaml", "--dry-run")
+    assert (code == 0 and "x (7), y (8)" in text) or "y (7), x (8)" in text or "(8)" in text
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_bad_result_is_remarked() -> None:
+    good = {"score": "f1", "untuned": {"f1": 0.4}, "tuned": {"f1": 0.6}, "loss_at_start": 2.0, "loss_at_end": 1.0}
+    assert result_remarks(good) == []
+    assert result_remarks({key: value for key, value in good.items() if "loss" not in key}) == []
+    (worse,) = result_remarks({**good, "tuned": {"f1": 0.3}})
+    assert "0.300 is worse than untuned, 0.400" in worse and "learning_rate" in worse
+    (risen,) = result_remarks({**good, "loss_at_end": 3.0})
+    assert "rose from 2.000 to 3.000" in risen
