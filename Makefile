@@ -6,7 +6,7 @@ INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint peers clean
+.PHONY: demo test lint peers peft-tests clean
 
 demo: $(VENV)/train.stamp
 	$(BIN)/trimtab train recipes/words.yaml
@@ -19,6 +19,10 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# PEFT's own tests with ReftConfig, from its source distribution, which pip downloads.
+peft-tests: $(VENV)/dev.stamp
+	$(BIN)/python benchmarks/peft_tests.py
 
 # The environment that benchmarks/train.py and epoch.py measure pyreft, adapters and LoRA in.
 peers: .venv-peers/peers.stamp
