@@ -26,8 +26,9 @@ METHODS = {"loreft": {"positions": "f2+l2", "tied": False}, "red": {"positions":
 
 
 @pytest.fixture(params=METHODS)
-def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, torch.Tensor]:
+def saved(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, torch.Tensor]:
     """A folder with a base, an adapter trained on it, and the logits of both together."""
+    monkeypatch.chdir(tmp_path)  # PEFT writes what is on disk anew, below the working directory
     tiny("llama").save_pretrained(tmp_path / "base")
     config = ReftConfig(task_type="CAUSAL_LM", method=request.param, init_weights="paper", **METHODS[request.param])
     model = get_peft_model(tiny("llama"), config)
