@@ -96,7 +96,8 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
                 "modules_to_save is missing from the config. Copy both files from one save."
             )
         try:
-            check_dtype(f"{folder / WEIGHTS}: {key}", others[key])
+            if key.endswith((".weight", ".bias")):  # not a buffer, which may hold counts
+                check_dtype(f"{folder / WEIGHTS}: {key}", others[key])
         except ValueError as error:
             raise AdapterError(str(error)) from None
     if not edits:

@@ -330,7 +330,8 @@ class ReftModel(BaseTuner):
                 f"Missing: {_some(missing)}. Without a place here: {_some(left_over)}. "
                 "It was saved from another base model, under another config, or incompletely."
             )
-        for key in own & set(mapped):
+        places = dict(model.named_parameters())
+        for key in own & set(mapped) & places.keys():  # buffers may hold counts
             check_dtype(key, mapped[key])
         for at, edit, layer in edits:
             keys = {tensor: f"{at}.{adapter_name}.{tensor}" for tensor, _ in edit.named_parameters()}
