@@ -95,6 +95,7 @@ def test_reused_steps_have_the_loss_of_plain_ones(scripts: Any, run: Any, method
     assert rows[method]["loss_with_given_edits"] == pytest.approx(rows[plain]["loss_with_given_edits"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_peak_memory_is_reported_beside_the_floors(scripts: Any, run: Any) -> None:
     rows = run(arguments(scripts, "--methods", "trimtab", "--memory-repeats", "1"))["methods"]
     assert [row["method"] for row in rows] == ["floor", "trimtab"]

@@ -169,6 +169,7 @@ assert "trimtab" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_lora_by_stock_peft(make: Make, bases: Bases, tmp_path: Path) -> None:
     """Greedy tokens and logits of a left-padded batch, in a process without trimtab."""
     ids = torch.randint(3, VOCAB, (2, 9))

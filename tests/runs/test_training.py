@@ -182,7 +182,7 @@ def test_a_classifier_takes_the_attention_and_the_padding_of_the_recipe(tmp_path
     torch.testing.assert_close(torch.tensor(together), torch.tensor(alone))
 
 
-@pytest.mark.parametrize("positions", ["f1+l2", "l2"])
+@pytest.mark.parametrize("positions", [pytest.param("f1+l2", marks=pytest.mark.slow), "l2"])
 def test_after_kill_9_a_resumed_run_ends_in_the_same_adapter(positions: str, tmp_path: Path) -> None:
     (tmp_path / "whole").mkdir()
     (tmp_path / "killed").mkdir()

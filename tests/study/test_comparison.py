@@ -45,7 +45,7 @@ from trimtab.tasks.tokens import encode
 
 ROOT = Path(__file__).parents[2]
 QUICK = ("loreft", "lora", "prefix", "prompt", "bitfit", "ln", "head", "full", "untuned")
-"""One method of each kind; the others on an encoder are slow tests, since they differ in PEFT's code alone."""
+"""One method of each kind; the others are slow tests, which differ in PEFT's code alone or have tests of theirs."""
 WORDS = [("cat", "cats"), ("dog", "dogs"), ("box", "boxes"), ("city", "cities"), ("man", "men"), ("leaf", "leaves")]
 
 
@@ -103,7 +103,9 @@ def study(
     return made.run(jobs, watch)
 
 
-@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize(
+    "name", [n if n in (*QUICK, "few-shot") else pytest.param(n, marks=pytest.mark.slow) for n in WAYS]
+)
 def test_every_method_trains_a_decoder_or_says_why_not(name: str, models: Path, tmp_path: Path) -> None:
     recipe = load_recipe(write_recipe(models, tmp_path))
     result = run_trial(trial(recipe, name), tmp_path / "trials")
@@ -271,7 +273,11 @@ def test_a_report_is_whole(models: Path, tmp_path: Path, inline: None, monkeypat
 
 @pytest.mark.parametrize(
     ("kind", "score"),
-    [("classification", "mcc"), ("classification", "f1"), ("regression", None), ("regression", "pearson")],
+    [
+        ("classification", "mcc"),
+        ("regression", None),
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in (("classification", "f1"), ("regression", "pearson"))),
+    ],
 )
 def test_scores_that_are_no_means_get_a_verdict(
     kind: str, score: str | None, models: Path, tmp_path: Path, inline: None
@@ -406,6 +412,7 @@ def test_solved_examples_that_the_model_cannot_read_are_left_out(models: Path, t
     )
 
 
+@pytest.mark.slow
 def test_a_trial_leaves_nothing_in_memory(models: Path, tmp_path: Path) -> None:
     recipe = load_recipe(write_recipe(models, tmp_path))
 

@@ -241,7 +241,8 @@ def test_too_large_a_rank_names_the_site() -> None:
         edited("llama", r=33)
 
 
-def test_a_pattern_that_never_ends_is_refused() -> None:
+def test_a_pattern_that_never_ends_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trimtab.where.sites.PATTERN_SECONDS", 0.1)
     model = nn.ModuleDict({"a" * 40: nn.Linear(2, 2)})
     with pytest.raises(ValueError, match="takes too long to match"):
         find_sites(model, r"(a|a|aa)+$b", "all")
