@@ -42,7 +42,7 @@ $(VENV)/train.stamp: pyproject.toml constraints.txt | $(BIN)/python
 	touch $@
 
 $(VENV)/dev.stamp: pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) -e '.[train,dev,bench,lm-eval]'
+	$(INSTALL) -e '.[train,serve,dev,bench,lm-eval]'
 	touch $(VENV)/train.stamp $@
 
 $(BIN)/python:

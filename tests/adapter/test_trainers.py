@@ -214,7 +214,7 @@ def takes_away(folder: Path, collate: Any, name: str, positions: str, special: d
 
 
 @pytest.mark.parametrize("special", TAKES_AWAY)
-@pytest.mark.parametrize("positions", ["f2+l2", "generated"])
+@pytest.mark.parametrize("positions", ["f2+l2", pytest.param("generated", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("name", "collate"), [("llama", pad), ("llama", pad_free), ("t5", seq2seq), ("bart", seq2seq)])
 def test_labels_that_are_taken_away(tmp_path: Path, name: str, collate: Any, positions: str, special: str) -> None:
     """Told by the collator, the model edits as with labels: the same losses, in training and evaluation."""
