@@ -234,6 +234,7 @@ BAD = [
     (FIRST_DATA, "name: x, tran: y}\n    prompt", ["line 9", "data.tran", "'train'", "is missing"]),
     (FIRST_DATA, "train: rows.jsonl, config: a}\n    prompt", ["line 9", "config goes with a Hub"]),
     ('"{input}"', '"{input"', ["line 10, tasks.plural.prompt", "'{input'", "doubled"]),
+    ('"{input}"', "{input}", ["line 10, tasks.plural.prompt", "not a mapping", "quotes"]),
     ('"{input}"', '"{input!r}"', ["line 10, tasks.plural.prompt", "no conversion"]),
     ('    answer: "{output}"\n', "", ["line 7, tasks.plural.answer", "is missing", '"{output}"']),
     ("answer:", "score: exact\n    answer:", ["line 11, tasks.plural.score", "'exact'", "'exact_match', 'number'"]),

@@ -61,7 +61,9 @@ RecipeModel = Annotated[str | None, typer.Option("--model", help="The base model
 DataFolder = Annotated[
     Path | None, typer.Option("--data", help="The folder that relative data files are in, instead of the recipe's.")
 ]
-OutputFolder = Annotated[str | None, typer.Option("--output", help="Where runs go, instead of where the recipe says.")]
+OutputFolder = Annotated[
+    str | None, typer.Option("--output", "-o", help="Where runs go, instead of where the recipe says.")
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", help="key.path=value, instead of what the recipe says (training.epochs=3); may be repeated."),

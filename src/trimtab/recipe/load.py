@@ -201,6 +201,8 @@ def _explain(error: ErrorDetails) -> str:
         return f"type must be {_any_of(ENTRIES)}, not {error['input'].get('type')!r}"
     if kind in ("model_type", "dict_type", "model_attributes_type"):
         return "must be a mapping of keys to values"
+    if kind == "string_type" and isinstance(error["input"], dict):
+        return 'must be text, not a mapping, as YAML reads braces without quotes: write "{input}" with them'
     if kind == "too_short" and loc == ("tasks",):
         return "has no task: give at least one"
     text = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
