@@ -11,8 +11,11 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
 import pytest
 import torch
+from hypothesis import settings
 
 torch.set_num_threads(1)
+settings.register_profile("project", deadline=None, derandomize=True)  # no failure by chance or by a busy machine
+settings.load_profile("project")
 
 
 @pytest.fixture(autouse=True)

@@ -72,7 +72,7 @@ def test_keys_are_equal_only_where_the_blocks_are_and_of_one_adapter_wherever_th
 ) -> None:
     keys, meanings = [], []
     for tokens, raw, prompt in (one, other):
-        # A digest covers the positions too. Two adapters in another order may miss each other's blocks: slower, not wrong.
+        # A digest covers the positions too. In another order adapters may miss shared blocks: slower, not wrong.
         edits = [Edited(digest + text.encode(), scale, parse_positions(text)) for digest, scale, text in raw]
         keys.append(list(block_keys(tokens, edits, prompt, block)))
         meanings.append([meaning(tokens, edits, prompt, (k + 1) * block) for k in range(len(tokens) // block)])
