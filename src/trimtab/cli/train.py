@@ -77,8 +77,9 @@ def train(
     recipe = read_recipe(file, model, data, output, settings, task)
     experiments = recipe.experiments(task)
     if dry_run:
+        tokenizer = load_tokenizer(recipe.model)
         for experiment in experiments.values():
-            console.print(checked_summary(experiment, load_tokenizer(recipe.model)))
+            console.print(checked_summary(experiment, tokenizer))
         return
     rows = {name: Progress(name) for name in experiments}
     live = Live(console=console, refresh_per_second=4)

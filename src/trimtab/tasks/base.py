@@ -208,10 +208,7 @@ class Task(ABC, Generic[SpecT]):
         if not parts:
             truth = self.truth(examples)
             return lambda predictions, weights: self.score.weighted(predictions, truth, weights)
-        each = [
-            (places, self.sets[name].weighted([replace(examples[i], set=None) for i in places]))
-            for name, places in parts.items()
-        ]
+        each = [(places, self.sets[name].weighted([examples[i] for i in places])) for name, places in parts.items()]
 
         def mean(predictions: Sequence[Any], weights: Array) -> Array:
             found = [of([predictions[i] for i in places], weights[:, places]) for places, of in each]
