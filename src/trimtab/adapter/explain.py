@@ -61,6 +61,8 @@ def explain(model: PeftModel, ids: Tensor) -> Explanation:
     layers = [m for m in model.modules() if isinstance(m, ReftLayer)]
     if not layers:
         raise ValueError("explain: the model has no ReFT adapter.")
+    if any(any(layer.loras.values()) for layer in layers):
+        raise ValueError("explain: the adapter has a LoRA too, which changes every token at once; there is no picture.")
     moved: dict[str, Any] = {}
 
     def look(name: str, h: Tensor, before: Tensor) -> Tensor:

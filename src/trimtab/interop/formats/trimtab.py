@@ -41,6 +41,8 @@ class Trimtab(Format):
         """Checked as `trimtab show` does."""
         config = inspect_adapter(path).config
         given.need("positions", "", config.positions)
+        if config.lora is not None:
+            raise ConversionError(f"{path}: has a LoRA beside its edits, and no other format holds both.")
         edits: dict[tuple[str, str], dict[str, Tensor]] = {}
         modules = {}
         for key, tensor in load_file(path / WEIGHTS).items():
