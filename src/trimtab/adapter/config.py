@@ -73,8 +73,8 @@ class ReftConfig(PeftConfig):
     site: str = field(
         default="block",
         metadata={
-            "help": "Whose output is edited: block, attention, mlp, or a regular expression that matches module names "
-            "whole, as target_modules does elsewhere in PEFT."
+            "help": "Whose output is edited: block, attention, mlp, heads (attention's, before their projection), or a "
+            "regular expression that matches module names whole, as target_modules does elsewhere in PEFT."
         },
     )
     tied: bool = field(
@@ -130,7 +130,8 @@ class ReftConfig(PeftConfig):
         )
         if isinstance(self.layers, list):
             self._check(len(set(self.layers)) == len(self.layers), "layers", "each block once")
-        self._check(isinstance(self.site, str) and self.site != "", "site", "block, attention, mlp or a module pattern")
+        allowed = "block, attention, mlp, heads or a module pattern"
+        self._check(isinstance(self.site, str) and self.site != "", "site", allowed)
         self._check(isinstance(self.tied, bool), "tied", "true or false")
         if not self.tied and not (positions.first and positions.last):
             raise ValueError(

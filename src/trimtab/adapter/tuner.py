@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import accumulate
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn, cast, get_args
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from trimtab.adapter.config import ReftConfig
 from trimtab.adapter.forward import BASE, Pass
+from trimtab.adapter.hooks import hook
 from trimtab.adapter.joint import as_lora, check_lora, inject, lora_keys, loras, remove
 from trimtab.adapter.loading import as_saved, own_modules, resized_embeddings, saved_twice, take_over_loading
 from trimtab.adapter.offloading import bring_back, execution_device
@@ -68,7 +69,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self.loaded: dict[Edit, dict[str, Tensor]] = {}
         """What loading found for edits of an offloaded block, until PEFT is done with it."""
         # Before other hooks, which then see what the next block reads, such as those that record hidden states.
-        self.hook = site.module.register_forward_hook(self._edit_output, prepend=True)
+        self.hook = hook(site, self.edited, first=True)
 
     @property
     def site(self) -> Site:
@@ -117,23 +118,18 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             if adapter in named:
                 named[new] = named.pop(adapter)
 
-    def _edit_output(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """The forward hook: the block's output with the rows of this pass edited; None leaves it as it is."""
+    def edited(self, hidden: Tensor) -> Tensor:
+        """Hidden states (B, T, d) with the rows of this pass edited; themselves where there are none."""
         if self.disable_adapters or not self.positions:
-            return None
+            return hidden
         running = self._passes.current()
         names = self.active_adapters if running is None or running.adapter_names is None else running.adapter_names
         names = [n for n in dict.fromkeys(names) if n in self.positions and self.scaling[n] != 0]
-        if not names:
-            return None
-        if running is None:
+        if names and running is None:
             raise RuntimeError(OUTSIDE.format(self.site.name))
-        hidden = before = output if isinstance(output, Tensor) else output[0]
         for name in names:
-            hidden = self._edited(hidden, name, running)
-        if hidden is before:
-            return None
-        return hidden if isinstance(output, Tensor) else type(output)((hidden, *output[1:]))
+            hidden = self._edited(hidden, name, cast(Pass, running))
+        return hidden
 
     def _edited(self, hidden: Tensor, adapter: str, running: Pass) -> Tensor:
         check_states(self.site, hidden)
@@ -223,6 +219,9 @@ class ReftModel(BaseTuner):
         for site in sites:
             there = getattr(host(site.module), "reft", None)
             _check_saved_modules(config, site.name)
+            if isinstance(there, ReftLayer) and there.site.module is site.module and there.site != site:
+                side = "output" if site.of_input else "input"
+                raise ValueError(f"{site.name}: an adapter edits its {side} already; use a model of its own.")
             if there is not None and not (isinstance(there, ReftLayer) and there.site.module is site.module):
                 raise ValueError(f"{site.name} already has a submodule called 'reft'; choose another site.")
         return {site.name: site for site in sites}

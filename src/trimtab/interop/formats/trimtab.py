@@ -52,7 +52,10 @@ class Trimtab(Format):
             else:
                 modules[key.removeprefix(_PREFIX)] = tensor
         base = given.open(config.base_model_name_or_path, config.task_type, _labels(modules))
-        names = {_host_name(base.skeleton, site.module): site.name for site in base.sites(config.site, config.layers)}
+        sites = base.sites(config.site, config.layers)
+        if any(site.of_input for site in sites):
+            raise ConversionError(f"site={config.site!r}: no other format edits what attention's heads give.")
+        names = {_host_name(base.skeleton, site.module): site.name for site in sites}
         unknown = sorted({name for name, _ in edits} ^ set(names))
         unknown += sorted(set(modules) - set(base.skeleton.state_dict()))
         if unknown:
