@@ -1,22 +1,24 @@
-"""Steering, measured: adapters from pairs of prompts, without training, on words that were in none of the pairs.
+"""Steering, measured: adapters without training, from pairs of prompts and of texts.
 
-A pair is a word with a skill's instruction and the bare word. The table says how often the steered model answers bare
-test words by that skill, and how likely the base model finds what it answers.
+Skills: a pair is a word with a skill's instruction and the bare word. The table says how often the steered model
+answers bare test words, which are in no pair, by that skill, and how likely the base model finds what it answers.
+Concepts (`concepts.py`): a pair is a text that has one and a text that lacks it; a classifier trained on other texts
+says how often the steered model's continuations have it.
 
-    python benchmarks/steering.py --out benchmarks/results/steering.json
+    python benchmarks/steering.py --out benchmarks/results/steering.json --data DIR
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-import transformers
+from common import described_machine
+from concepts import concepts, erased
+from concepts import steered as towards_concept
 
 import trimtab
 from trimtab.adapter.steering import Steering, steer
@@ -66,43 +68,42 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--pairs", type=int, default=24)
+    parser.add_argument("--data", type=Path, required=True, help="holds text/ and axbench/, as concepts.py says")
     options = parser.parse_args()
     torch.set_num_threads(1)
     tokenizer, model = load_tokenizer(str(MODEL)), load_model(ModelSource(str(MODEL), "float32")).eval()
-    skills = json.loads((ROOT / "models/pretrain/skills.json").read_text())["skills"]
-    lines = []
-    for task in ("plural", "french", "kind"):
-        folder, instruction = ROOT / "recipes/data" / task, skills[task]["instructions"][0]
-        words = [row["input"] for row in read_rows(folder / "train.jsonl")][: options.pairs]
-        rows = read_rows(folder / "test.jsonl")
-        encoded = [encode(tokenizer, row["input"]) for row in rows]
-        asked = answered(model, tokenizer, rows, [encode(tokenizer, f"{instruction}\n{r['input']}") for r in rows])
-        ids = [
-            [torch.tensor(encode(tokenizer, t.format(w)).input_ids) for w in words]
-            for t in (f"{instruction}\n{{}}", "{}")
-        ]
-        for positions in ("l1", "all"):
-            found = steer(model, *ids, positions=positions)
-            sweep = [steered(model, tokenizer, found, times, rows, encoded) for times in TIMES]
-            layers = [{"block": o.number, "accuracy": o.accuracy, "gap_closed": o.gap_closed} for o in found.layers]
-            line = {"task": task, "positions": positions, "block": found.chosen[0], "instructed": asked["exact"]}
-            lines.append({**line, "test_words": len(rows), "pairs": len(words), "sweep": sweep, "layers": layers})
-            print(
-                task,
-                positions,
-                "block",
-                found.chosen[0],
-                *(f"{s['times']:g}: {s['exact']:.2f} ({s['surprise']:.2f})" for s in sweep),
-            )
-    versions = {m.__name__: m.__version__ for m in (torch, transformers, peft, trimtab)}
-    command = f"python benchmarks/steering.py --out {options.out} --pairs {options.pairs}"
-    written = {
-        "command": command,
-        "machine": platform.processor() or platform.machine(),
-        "versions": versions,
-        "lines": lines,
-    }
+    lines = [line for task in ("plural", "french", "kind") for line in skill(model, tokenizer, task, options.pairs)]
+    found = concepts(options.data, tokenizer)
+    towards = [towards_concept(model, tokenizer, own, p, TIMES) for own in found for p in ("prompt", "all")]
+    for line in towards:
+        said = (f"{s['times']:g}: {s['success']:.2f} ({s['loss']:.2f})" for s in line["sweep"])
+        print(line["concept"], line["positions"], "block", line["block"], *said)
+    without = [erased(model, own) for own in found]
+    print(*without, sep="\n")
+    written = {**described_machine(), "lines": lines, "concepts": towards, "erased": without}
     options.out.write_text(json.dumps(written, indent=1) + "\n")
+
+
+def skill(model: Any, tokenizer: Any, task: str, pairs: int) -> list[dict[str, Any]]:
+    """Lines of one skill."""
+    skills = json.loads((ROOT / "models/pretrain/skills.json").read_text())["skills"]
+    folder, instruction, lines = ROOT / "recipes/data" / task, skills[task]["instructions"][0], []
+    words = [row["input"] for row in read_rows(folder / "train.jsonl")][:pairs]
+    rows = read_rows(folder / "test.jsonl")
+    encoded = [encode(tokenizer, row["input"]) for row in rows]
+    asked = answered(model, tokenizer, rows, [encode(tokenizer, f"{instruction}\n{r['input']}") for r in rows])
+    ids = [
+        [torch.tensor(encode(tokenizer, t.format(w)).input_ids) for w in words] for t in (f"{instruction}\n{{}}", "{}")
+    ]
+    for positions in ("l1", "all"):
+        found = steer(model, *ids, positions=positions)
+        sweep = [steered(model, tokenizer, found, times, rows, encoded) for times in TIMES]
+        layers = [{"block": o.number, "accuracy": o.accuracy, "gap_closed": o.gap_closed} for o in found.layers]
+        line = {"task": task, "positions": positions, "block": found.chosen[0], "instructed": asked["exact"]}
+        lines.append({**line, "test_words": len(rows), "pairs": len(words), "sweep": sweep, "layers": layers})
+        said = (f"{s['times']:g}: {s['exact']:.2f} ({s['surprise']:.2f})" for s in sweep)
+        print(task, positions, "block", found.chosen[0], *said)
+    return lines
 
 
 if __name__ == "__main__":

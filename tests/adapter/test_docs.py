@@ -31,11 +31,41 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trimtab:
             assert code == 0, said
 
 
-def test_the_table_is_the_committed_one() -> None:
-    found = json.loads((ROOT / "benchmarks/results/steering.json").read_text())
-    lines = [line for line in PAGE.splitlines() if line.startswith(("| plural", "| french", "| kind"))]
-    assert len(lines) == len(found["lines"])
-    for line, own in zip(lines, found["lines"], strict=True):
-        cells = [f"{s['exact']:.2f} ({s['surprise']:.2f})" for s in own["sweep"]]
-        cells = [own["task"], f"`{own['positions']}`", str(own["block"]), *cells, f"{own['instructed']:.2f}"]
-        assert line == f"| {' | '.join(cells)} |"
+def table(*starts: str) -> list[str]:
+    """Lines of the page's tables that begin so."""
+    return [line for line in PAGE.splitlines() if line.startswith(tuple(f"| {start} |" for start in starts))]
+
+
+def read(name: str) -> Any:
+    return json.loads((ROOT / "benchmarks/results" / name).read_text())
+
+
+def row(*cells: object) -> str:
+    return f"| {' | '.join(f'{cell:.2f}' if isinstance(cell, float) else str(cell) for cell in cells)} |"
+
+
+def test_the_tables_of_steering_are_the_committed_ones() -> None:
+    found = read("steering.json")
+    assert table("plural", "french", "kind") == [
+        row(
+            own["task"],
+            f"`{own['positions']}`",
+            own["block"],
+            *(f"{s['exact']:.2f} ({s['surprise']:.2f})" for s in own["sweep"]),
+            own["instructed"],
+        )
+        for own in found["lines"]
+    ]
+    concepts = [
+        row(
+            own["concept"],
+            f"`{own['positions']}`",
+            own["block"],
+            *(f"{s['success']:.2f} ({s['loss']:.2f})" for s in (*own["sweep"], own["real"])),
+            own["judge"],
+        )
+        for own in found["concepts"]
+    ]
+    ends = [(of, at) for of in ("probe", "loss") for at in ("before", "after")]
+    erased = [row(own["concept"], *(own[of][at] for of, at in ends)) for own in found["erased"]]
+    assert table("novel", "speech", "communism") == concepts + erased

@@ -47,12 +47,6 @@ def trained(**fields: Any) -> Any:
     return model.eval()
 
 
-def loss_of(model: Any) -> Tensor:
-    """In float64, unlike that of the model itself."""
-    logits = model(input_ids=batch()["input_ids"], prompt_lengths=[5] * 3).logits[:, 4:-1].double()
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch()["input_ids"][:, 5:].flatten())
-
-
 def test_both_are_trained_and_nothing_else() -> None:
     untouched = outputs_of(tiny("llama"), "llama")
     model = get_peft_model(tiny("llama"), config())
@@ -66,45 +60,10 @@ def test_both_are_trained_and_nothing_else() -> None:
     assert set(before) == set(after)
 
 
-@pytest.mark.parametrize("part", ["lora_B", "reft_edit.default.weight", "reft_edit.default.bias", "halved"])
-def test_the_gradient_of_each_is_that_of_the_loss(part: str) -> None:
-    """Against differences of the loss along the gradient; of R along the manifold, on which it was projected."""
-    model = trained().double()
-    model.zero_grad()
-    loss_of(model).backward()
-    parameters = [p for name, p in model.named_parameters() if part in name and p.requires_grad]
-    slopes: list[Tensor] = [p.grad for p in parameters]
-    before, ends = [p.detach().clone() for p in parameters], []
-    for step in (1e-2, -1e-2):
-        with torch.no_grad():
-            for p, value, slope in zip(parameters, before, slopes, strict=True):
-                p.copy_(value + step * slope)
-            ends.append(float(loss_of(model)))
-    squares = float(sum(slope.square().sum() for slope in slopes))
-    assert (ends[0] - ends[1]) / 2e-2 == pytest.approx(squares, rel=5e-3) and squares > 0
-
-
-def test_a_reload_is_bit_identical_and_mixes_with_others(tmp_path: Path) -> None:
+def test_what_is_said_of_a_saved_one(tmp_path: Path) -> None:
     model = trained()
-    model.save_pretrained(tmp_path / "joint")
-    expected = outputs_of(model, "llama")
-    plain = get_peft_model(tiny("llama"), ReftConfig(task_type="CAUSAL_LM", r=1, positions="l1", init_weights="paper"))
-    plain.save_pretrained(tmp_path / "plain")
-    loaded: Any = PeftModel.from_pretrained(tiny("llama"), tmp_path / "plain", adapter_name="plain").eval()
-    alone = outputs_of(loaded, "llama")
-    loaded.load_adapter(tmp_path / "joint", "joint")
-    assert torch.equal(outputs_of(loaded, "llama"), alone)
-    loaded.set_adapter("joint")
-    assert torch.equal(outputs_of(loaded, "llama"), expected)
-    ids = batch()["input_ids"]
-    names = ["joint", "plain", "__base__"]
-    how = {"max_new_tokens": 3, "do_sample": False, "num_beams": 2}
-    mixed = loaded.generate(ids, adapter_names=names, **how)
-    for i, name in enumerate(names):
-        assert torch.equal(mixed[i], loaded.generate(ids[i : i + 1], adapter_names=[name], **how)[0])
-    loaded.set_adapter("plain")
-    assert torch.equal(outputs_of(loaded, "llama"), alone)
-    info = inspect_adapter(tmp_path / "joint")
+    model.save_pretrained(tmp_path)
+    info = inspect_adapter(tmp_path)
     assert info.config.method_text == "loreft, rank 2, with a LoRA of rank 2"
     assert info.parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
 

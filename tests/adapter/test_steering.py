@@ -23,10 +23,10 @@ MARK = 5
 MODEL = str(Path(__file__).parents[2] / "models/tiny-llama")
 
 
-def pairs(count: int = 8) -> tuple[list[Tensor], list[Tensor]]:
+def pairs(count: int = 8, lengths: int = 3) -> tuple[list[Tensor], list[Tensor]]:
     """Positives end in one token, negatives in another."""
     random = torch.Generator().manual_seed(0)
-    bodies = [torch.randint(10, 96, (4 + i % 3,), generator=random) for i in range(count)]
+    bodies = [torch.randint(10, 96, (4 + i % lengths,), generator=random) for i in range(count)]
     return [torch.cat([b, torch.tensor([MARK])]) for b in bodies], [torch.cat([b, torch.tensor([6])]) for b in bodies]
 
 
@@ -79,7 +79,7 @@ def test_what_is_written_is_what_was_found(positions: str, action: str, tmp_path
 
 
 def states_at(model: Any, texts: list[Tensor], block: int, positions: str) -> Tensor:
-    """(tokens, d) that leave a block at these positions, whatever edits it."""
+    """(tokens, d) that leave a block at these positions, whatever edits it, of texts of one length."""
     seen: list[Tensor] = []
 
     def look(h: Tensor) -> Tensor:
@@ -87,8 +87,7 @@ def states_at(model: Any, texts: list[Tensor], block: int, positions: str) -> Te
         return h
 
     with torch.no_grad(), trimtab.edit(model, look, layers=[block], positions=positions):
-        for text in texts:
-            model(input_ids=text[None], prompt_lengths=[len(text)])
+        model(input_ids=torch.stack(texts), prompt_lengths=[len(text) for text in texts])
     return torch.cat(seen)
 
 
@@ -109,8 +108,8 @@ def test_no_linear_probe_finds_what_was_erased(positions: str, tmp_path: Path) -
     is near chance, where one found them all before."""
     model = tiny("llama")
     planted(model)
-    plus, minus = pairs(80)
-    fitted = [i for i in range(80) if i % 4 != 3]
+    plus, minus = pairs(40, 1)
+    fitted = [i for i in range(40) if i % 4 != 3]
     steer(model, plus, minus, action="erase", layers=[0], positions=positions).save(model, tmp_path / "it")
     loaded = PeftModel.from_pretrained(model, str(tmp_path / "it")).eval()
     edited = [states_at(loaded, [kind[i] for i in fitted], 0, positions) for kind in (plus, minus)]
@@ -118,23 +117,24 @@ def test_no_linear_probe_finds_what_was_erased(positions: str, tmp_path: Path) -
     if positions == "all":
         return  # where most tokens say nothing of their kind
     with loaded.disable_adapter():
-        before = [states_at(loaded, kind, 0, positions) for kind in pairs(140)]
-    after = [states_at(loaded, kind, 0, positions) for kind in pairs(140)]
-    assert told_apart(*before, slice(80, 110)) == 1  # type: ignore[misc]
-    assert told_apart(*after, slice(80, 110)) < 0.65  # type: ignore[misc]
+        before = [states_at(loaded, kind, 0, positions) for kind in pairs(200, 1)]
+    after = [states_at(loaded, kind, 0, positions) for kind in pairs(200, 1)]
+    assert told_apart(*before, slice(40, 120)) == 1  # type: ignore[misc]
+    assert told_apart(*after, slice(40, 120)) < 0.65  # type: ignore[misc]
 
 
 def test_a_clamped_coordinate_is_where_it_was_told(tmp_path: Path) -> None:
     model = tiny("llama")
-    found = steer(model, *pairs(), action="clamp", layers=[1], positions="l1", strength=0.5)
+    texts = pairs(8, 1)
+    found = steer(model, *texts, action="clamp", layers=[1], positions="l1", strength=0.5)
     layer = found.layers[0]
     (unit,), (value,) = layer.plan.tensors["rotation"], layer.plan.tensors["bias"]
     h = 5 * torch.randn(7, WIDTH)
     changed = layer.change(h)
     torch.testing.assert_close(changed @ unit, value.expand(7))
     torch.testing.assert_close(changed - (changed @ unit)[:, None] * unit, h - (h @ unit)[:, None] * unit)
-    by_itself = steer(model, *pairs(), action="clamp", layers=[1], positions="l1").layers[0].plan
-    plus = states_at(model, [text for i, text in enumerate(pairs()[0]) if i % 4 != 3], 1, "l1")
+    by_itself = steer(model, *texts, action="clamp", layers=[1], positions="l1").layers[0].plan
+    plus = states_at(model, [text for i, text in enumerate(texts[0]) if i % 4 != 3], 1, "l1")
     torch.testing.assert_close(by_itself.tensors["bias"][0], (plus @ unit).mean())
 
 

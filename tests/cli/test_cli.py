@@ -1,6 +1,7 @@
 """The commands as a person runs them: what they print, and what they say of wrong input."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -55,6 +56,9 @@ def test_init_writes_a_recipe_that_loads_and_compares_with_lora(trimtab: Command
     before = out.read_text()
     code, text = trimtab("init", MODEL, "-o", out)
     assert code == 2 and "there already" in text and out.read_text() == before
+    (tmp_path / "all.yaml").write_text(re.sub(r"  # (site|lora):", r"  \1:", before))
+    adapter = load_recipe(tmp_path / "all.yaml").tasks["a"].adapter
+    assert (adapter.site, adapter.lora) == ("block", {"r": 8})
 
 
 def test_init_quotes_what_yaml_would_misread(trimtab: Command, tmp_path: Path) -> None:
