@@ -69,3 +69,14 @@ def test_the_tables_of_steering_are_the_committed_ones() -> None:
     ends = [(of, at) for of in ("probe", "loss") for at in ("before", "after")]
     erased = [row(own["concept"], *(own[of][at] for of, at in ends)) for own in found["erased"]]
     assert table("novel", "speech", "communism") == concepts + erased
+
+
+def test_the_tables_of_parts_are_the_committed_ones() -> None:
+    found = read("parts.json")
+    ways = dict.fromkeys(own["way"] for own in found["lines"])
+    tasks = ("opposite", "past")
+    means = [[o["way"], o["used"], *(sum(o[t]) / len(o[t]) for t in tasks)] for o in found["lines"]]
+    assert table(*ways) == [row(*cells) for cells in means]
+    names = ("novels", "textbooks", "judged_novel", "loss_under_base")
+    scales = [f"{own['scale']:g}" for own in found["style"]]
+    assert table(*scales) == [row(s, *(own[n] for n in names)) for s, own in zip(scales, found["style"], strict=True)]

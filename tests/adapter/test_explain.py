@@ -26,12 +26,13 @@ def after(model: Any) -> Tensor:
     return whole
 
 
-def test_tokens_distances_and_layers() -> None:
-    model = adapted(a={"r": 2, "positions": "f2+l1", "layers": [0, 2]})
+@pytest.mark.parametrize(("site", "within"), [("block", ""), ("heads", ".self_attn.o_proj")])
+def test_tokens_distances_and_layers(site: str, within: str) -> None:
+    model = adapted(a={"r": 2, "positions": "f2+l1", "layers": [0, 2], "site": site})
     before = anatomy(model)
     found = explain(model, IDS)
     assert anatomy(model) == before
-    assert [place.module for place in found.places] == ["model.layers.0", "model.layers.2"]
+    assert [place.module for place in found.places] == [f"model.layers.{i}{within}" for i in (0, 2)]
     for place in found.places:
         assert [value is not None for value in place.moved] == [i in (0, 1, len(IDS) - 1) for i in range(len(IDS))]
     assert torch.equal(found.edited, after(model))
@@ -39,9 +40,10 @@ def test_tokens_distances_and_layers() -> None:
         assert torch.equal(found.base, after(model))
     layers = model.base_model.model.model.layers
     for place, i in zip(found.places, (0, 2), strict=True):
-        layers[i].reft.scaling["a"] = 0.0
+        reft = layers[i].get_submodule(f"{within[1:]}.reft".lstrip("."))
+        reft.scaling["a"] = 0.0
         torch.testing.assert_close(place.without, after(model))
-        layers[i].reft.scaling["a"] = 1.0
+        reft.scaling["a"] = 1.0
         assert place.matters > 0
     assert set(found.top(3)) >= {int(found.edited.argmax()), int(found.base.argmax())}
 

@@ -687,3 +687,17 @@ def test_every_model_of_the_helpers_is_a_base(bases: Bases) -> None:
     for name in ("bert_seq_cls", "llama_seq_cls", "roberta_token_cls", "t5", "bert"):
         base = Base(str(bases(name)))
         assert (base.task, type(base.skeleton)) == (MODELS[name].task_type, type(tiny(name)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"site": "heads", "positions": "all"}, "no other format edits what attention's heads give"),
+        ({"lora": {"r": 2, "target_modules": ["q_proj"]}}, "has a LoRA beside its edits"),
+    ],
+)
+def test_what_only_our_own_format_holds(make: Make, tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+    ours = make(r=2, **fields)
+    for target in ("lora", "pyreft", "trimtab"):
+        with pytest.raises(ConversionError, match=message):
+            convert(ours, tmp_path / target, target)
