@@ -234,7 +234,7 @@ class Run:
                 progress.state = "tuned score"
                 watch(progress)
                 tuned = experiment.evaluate(adapted, tokenizer, "test")
-                text = card(self.experiment, self.folder.path, tokenizer, model)
+                text = card(self.experiment, self.folder.path, tokenizer, model, untuned.main, tuned.main)
                 processes.once(save_adapter, adapted, self.folder.path, text)
                 parameters = trained_parameters(adapted)
             finally:
@@ -247,9 +247,8 @@ class Run:
             "input": ["\n".join(e.texts) for e in examples],
             "expected": [e.answer if e.label is None else e.label for e in examples],
         }
-        processes.once(
-            self.folder.finish, metrics, {**asked, "untuned": untuned.predictions, "tuned": tuned.predictions}
-        )
+        answers = {"untuned": untuned.predictions, "tuned": tuned.predictions}
+        processes.once(self.folder.finish, metrics, {**asked, **answers})
 
     def _metrics(
         self, progress: Progress, fit: Fit, untuned: Evaluation, tuned: Evaluation, parameters: int
