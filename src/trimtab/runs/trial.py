@@ -243,7 +243,8 @@ def _trained(
     encoded, _ = trial.experiment.encode(tokenizer, examples, training=True)
     progress = Progress(trial.experiment.name)
     with tempfile.TemporaryDirectory() as folder:
-        fit = Fit(trial, model, tokenizer, encoded, Path(folder), progress, measured=True)
+        measured = "test" in trial.splits  # a search does not report what training takes
+        fit = Fit(trial, model, tokenizer, encoded, Path(folder), progress, measured=measured)
         fit.run()
     return fit.reuse, {
         "seconds": round(progress.seconds, 3),
