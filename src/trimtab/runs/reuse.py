@@ -283,7 +283,7 @@ def choose_reuse(model: PeftModel, config: ReftConfig, store: Store, checkpointi
     positions = config.parsed_positions
     if positions.last and not positions.first and not checkpointing and _plain_cache(base.config):
         return PrefixReuse(model, store, positions)
-    if config.site in ("block", "attention", "mlp") and config.layers != "all":
+    if config.site in ("block", "attention", "mlp", "heads") and config.layers != "all":
         blocks = [block for _, block in find_blocks(base)]
         lowest = find_sites(base, "block", config.layers)[0].module
         below = next(i for i, block in enumerate(blocks) if block is lowest)
