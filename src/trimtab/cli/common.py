@@ -100,6 +100,16 @@ def extra(name: str) -> Iterator[None]:
         raise ValueError(f"this command needs {error.name}: pip install 'trimtab[{name}]'") from None
 
 
+@contextmanager
+def resumable(said: str) -> Iterator[None]:
+    """Around work that may be gone on with: at Ctrl-C, one line that says so, and how."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print(f"\nStopped. {said}")
+        raise typer.Exit(130) from None
+
+
 def read_recipe(
     file: Path,
     model: str | None,

@@ -22,10 +22,14 @@ from trimtab.cli.common import (
     extra,
     must_be_new,
     read_recipe,
+    resumable,
 )
 
 if TYPE_CHECKING:
     from trimtab.runs.trial import Experiment
+
+
+KEPT = "What is done is kept; the same command goes on from there."
 
 
 @command()
@@ -80,7 +84,8 @@ def compare(
     _say(experiments)
     jobs = jobs or room_for(recipe.model)
     console.print(f"{len(study.groups)} comparisons, {jobs} trials at a time; what is done already is read.")
-    study.run(jobs, watch)
+    with resumable(KEPT):
+        study.run(jobs, watch)
     name = "-".join(["ablation"] * bool(ablate) + ["few-shot"] * bool(few_shot)) or "report"
     command = " ".join(["trimtab", *sys.argv[1:]])
     report = write_report(study.groups, chosen, folder, name, command)
@@ -126,7 +131,8 @@ def tune(
             said = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in tried.items())
             console.print(f"{name} {number}: validation {found.validation:.3f} with {said}")
 
-        best[name] = search(experiment, recipe.tune, folder, blocks, trials, watch)
+        with resumable(KEPT):
+            best[name] = search(experiment, recipe.tune, folder, blocks, trials, watch)
     table = Table("task", "validation", "r", "positions", "layers", "learning rate")
     for name, found in best.items():
         shown = (str(found.settings[k]) for k in ("r", "positions", "layers"))

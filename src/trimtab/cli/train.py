@@ -20,6 +20,7 @@ from trimtab.cli.common import (
     joint_command,
     must_be_new,
     read_recipe,
+    resumable,
     size_of,
 )
 from trimtab.cli.tables import indented, progress_table, results_table, score_name
@@ -90,13 +91,14 @@ def train(
         live.start()  # not before, so that a mistake in the recipe or its data is told without a table
         live.update(progress_table(rows))
 
-    try:
-        metrics = train_all(experiments, recipe.output, resume=resume, watch=watch, say=console.print)
-    finally:
-        if live.is_started:
-            live.stop()
-            if not console.is_terminal:
-                console.print()  # Live ends without a line break there
+    with resumable("The same command goes on from the last checkpoint, and skips the tasks that are done."):
+        try:
+            metrics = train_all(experiments, recipe.output, resume=resume, watch=watch, say=console.print)
+        finally:
+            if live.is_started:
+                live.stop()
+                if not console.is_terminal:
+                    console.print()  # Live ends without a line break there
     console.print(results_table(metrics))
     for name, m in metrics.items():
         for said in result_remarks(m):

@@ -60,7 +60,7 @@ def load_recipe(
     if data is not None and not Path(data).is_dir():
         raise RecipeError(f"the data folder {str(data)!r} is no folder.")
     try:
-        raw, node = parse_yaml(path.read_text(encoding="utf-8-sig"), settings)
+        raw, node = parse_yaml(path.read_text(encoding="utf-8-sig"), [*_put_aside(settings), *settings])
     except OSError as error:
         shipped = f"; the recipes that go by a name are {', '.join(SHIPPED)}"
         raise RecipeError(f"cannot read the recipe {path}: {error.strerror}{shipped}") from None
@@ -83,6 +83,17 @@ def load_recipe(
     if problems:
         raise RecipeError(_report(path, node, problems) + looked)
     return recipe
+
+
+REPLACED = {"epochs": "max_steps", "max_steps": "epochs"}
+"""Keys of which a recipe has one, so that one given on the command line puts the file's other aside."""
+
+
+def _put_aside(settings: Sequence[str]) -> list[str]:
+    given = dict(setting.partition("=")[::2] for setting in settings)
+    paths = [(path.rpartition("."), value) for path, value in given.items()]
+    others = [f"{section}.{REPLACED[key]}" for (section, _, key), value in paths if key in REPLACED and value != "null"]
+    return [f"{other}=null" for other in others if other not in given]
 
 
 def _section(raw: Any, key: str) -> dict[Any, Any]:

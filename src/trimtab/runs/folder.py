@@ -166,8 +166,10 @@ def _complete(checkpoint: Path) -> bool:
         return False
     try:
         with safe_open(checkpoint / ADAPTER, framework="pt"):  # which reads how long the file must be
-            return zipfile.is_zipfile(checkpoint / "optimizer.pt")
-    except (OSError, SafetensorError):
+            pass
+        states = [checkpoint / "optimizer.pt", *checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]
+        return all(zipfile.ZipFile(state).testzip() is None for state in states)
+    except (OSError, SafetensorError, zipfile.BadZipFile):
         return False
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -309,11 +310,14 @@ class Fit:
 
         Raises:
             DivergedError: the loss became NaN.
-            RunError: a checkpoint could not be written.
+            RunError: a checkpoint could not be read or written.
         """
         try:
             self.trainer.train(resume_from_checkpoint=resume_from)
-        except (OSError, RuntimeError, SafetensorError) as error:
+        except (OSError, EOFError, RuntimeError, KeyError, SafetensorError, pickle.UnpicklingError) as error:
+            if resume_from and not self.trainer.progress.step and not isinstance(error, torch.OutOfMemoryError):
+                remedy = f"remove it, or start over: --no-resume --task {self.trainer.progress.task}"
+                raise RunError(f"{resume_from}: this checkpoint cannot be read; {remedy}") from error
             folder = Path(str(self.trainer.args.output_dir))
             if folder.parent.exists() and shutil.disk_usage(folder.parent).free > ROOM:
                 raise
