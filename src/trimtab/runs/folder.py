@@ -18,11 +18,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from trimtab.errors import RunError
+from trimtab.runs.earlier import SECTIONS, completed
 from trimtab.tasks import TASKS, Task, build_task
 
 ADAPTER, LOCK = "adapter_model.safetensors", ".lock"
-SETTINGS = ("adapter", "training")
-"""What `run.json` says of a task beside its spec."""
 
 
 class RunFolder:
@@ -35,7 +34,7 @@ class RunFolder:
 
     @property
     def run(self) -> dict[str, Any]:
-        """What was run.
+        """What was run, in this version's keys.
 
         Raises:
             RunError: trimtab left no run there.
@@ -43,8 +42,7 @@ class RunFolder:
         found = self._read("run.json")
         if not isinstance(found, dict) or not isinstance(found.get("run"), dict):
             raise RunError(f"{self.path}: no run of trimtab there (run.json); give the folder of one task")
-        run: dict[str, Any] = found["run"]
-        return run
+        return completed(found["run"])
 
     @property
     def content(self) -> dict[str, str] | None:
@@ -89,7 +87,7 @@ class RunFolder:
         """
         run = self.run
         settled = self._read("run.json").get("settled") or run["task"]  # in runs of earlier versions as the recipe was
-        spec = {key: value for key, value in settled.items() if key not in SETTINGS}
+        spec = {key: value for key, value in settled.items() if key not in SECTIONS}
         return build_task(run["name"], TASKS[spec["type"]].spec_class.model_validate(spec), run["seed"])
 
     def predictions(self, which: str) -> list[Any]:

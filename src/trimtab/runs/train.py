@@ -170,9 +170,7 @@ class Run:
         if not resume or not folder.is_started:
             return
         remedy = f"Give another output: to keep it, or --no-resume --task {self.experiment.name} to replace it."
-        if changed := differing(
-            earlier, described(self.experiment)
-        ):  # a key that earlier versions did not have is null
+        if changed := differing(earlier, described(self.experiment)):
             raise RunError(f"{folder.path} holds a run with other settings ({', '.join(changed)}). {remedy}")
         if folder.content is not None and folder.content != self.content:
             files = ", ".join(differing(folder.content, self.content))

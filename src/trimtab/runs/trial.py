@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
 
 from trimtab.errors import DataError, NotPossible, RunError
 from trimtab.runs import processes
+from trimtab.runs.earlier import completed_trial
 from trimtab.runs.folder import versions, write_json
 from trimtab.runs.measures import thinned, training_memory, window_loss, windows
 from trimtab.runs.models import Base, ModelSource
@@ -193,8 +194,8 @@ def run_trial(trial: Trial, folder: Path, content: dict[str, str] | None = None)
     """
     described = trial.described(content or fingerprints(trial.experiment, trial.held_out))
     file = folder / trial.experiment.name / trial.way.name / f"{digest(described)}.json"
-    if file.exists():
-        return Outcome.read(file)
+    if found := _done(file, described):
+        return found
     try:
         outcome, lasting = _run(trial), True
     except NotPossible as error:
@@ -208,6 +209,14 @@ def run_trial(trial: Trial, folder: Path, content: dict[str, str] | None = None)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, outcome.as_dict())
     return outcome
+
+
+def _done(file: Path, described: dict[str, Any]) -> Outcome | None:
+    """The outcome in its file, or in one that an earlier version named, which knew fewer keys."""
+    if file.exists():
+        return Outcome.read(file)
+    others = map(Outcome.read, file.parent.glob("*.json"))
+    return next((outcome for outcome in others if completed_trial(outcome.run) == described), None)
 
 
 def _run(trial: Trial) -> Outcome:
