@@ -13,8 +13,9 @@ from pydantic import ValidationError
 from trimtab.runs.trainer import TrainingSpec
 from trimtab.runs.ways import AdapterSpec, as_way
 from trimtab.tasks import TASKS
+from trimtab.tasks.spec import Section
 
-SECTIONS = {"adapter": AdapterSpec, "training": TrainingSpec}
+SECTIONS: dict[str, type[Section]] = {"adapter": AdapterSpec, "training": TrainingSpec}
 """What is said of a task beside its spec."""
 SOURCE = {"dtype": "auto", "attention": "auto"}
 _NO_DATA = {"train": ""}
