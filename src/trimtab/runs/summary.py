@@ -148,8 +148,6 @@ def result_remarks(metrics: dict[str, Any]) -> list[str]:
         always = f"always answering {majority['answer']!r} would score {majority['score']:.3f}"
         remedy = "more training: epochs:, or a higher learning_rate:"
         said.append(f"{tuned:.3f} is no better than a constant, since {always}: {remedy}")
-            f"{tuned:.3f} is no better than a constant, since {always}: more training: epochs:, or a higher rate"
-        )
     start, end = metrics.get("loss_at_start"), metrics.get("loss_at_end")
     if start is not None and end is not None and end > start:
         said.append(f"the loss rose from {start:.3f} to {end:.3f}: lower training: learning_rate:, or try trimtab tune")

@@ -236,7 +236,7 @@ class Run:
                 progress.state = "tuned score"
                 watch(progress)
                 tuned = experiment.evaluate(adapted, tokenizer, "test")
-                text = card(self.experiment, self.folder.path, tokenizer, model)
+                text = card(self.experiment, self.folder.path, tokenizer, model, untuned.main, tuned.main)
                 processes.once(save_adapter, adapted, self.folder.path, text)
                 parameters = trained_parameters(adapted)
             finally:
