@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import hashlib
 import json
+import pickle
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
 
 from trimtab.errors import DataError, NotPossible, RunError
+from trimtab.runs.earlier import completed_trial
 from trimtab.runs.folder import versions, write_json
 from trimtab.runs.measures import thinned, training_memory, window_loss, windows
 from trimtab.runs.models import Base, ModelSource
@@ -192,8 +194,8 @@ def run_trial(trial: Trial, folder: Path, content: dict[str, str] | None = None)
     """
     described = trial.described(content or fingerprints(trial.experiment, trial.held_out))
     file = folder / trial.experiment.name / trial.way.name / f"{digest(described)}.json"
-    if file.exists():
-        return Outcome.read(file)
+    if found := _done(file, described):
+        return found
     try:
         outcome, lasting = _run(trial), True
     except NotPossible as error:
@@ -207,6 +209,14 @@ def run_trial(trial: Trial, folder: Path, content: dict[str, str] | None = None)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, outcome.as_dict())
     return outcome
+
+
+def _done(file: Path, described: dict[str, Any]) -> Outcome | None:
+    """The outcome in its file, or in one that an earlier version named, which knew fewer keys."""
+    if file.exists():
+        return Outcome.read(file)
+    others = map(Outcome.read, file.parent.glob("*.json"))
+    return next((outcome for outcome in others if completed_trial(outcome.run) == described), None)
 
 
 def _run(trial: Trial) -> Outcome:
@@ -339,11 +349,14 @@ class Fit:
 
         Raises:
             DivergedError: the loss became NaN.
-            RunError: a checkpoint could not be written.
+            RunError: a checkpoint could not be read or written.
         """
         try:
             self.trainer.train(resume_from_checkpoint=resume_from)
-        except (OSError, RuntimeError, SafetensorError) as error:
+        except (OSError, EOFError, RuntimeError, KeyError, SafetensorError, pickle.UnpicklingError) as error:
+            if resume_from and not self.trainer.progress.step and not isinstance(error, torch.OutOfMemoryError):
+                remedy = f"remove it, or start over: --no-resume --task {self.trainer.progress.task}"
+                raise RunError(f"{resume_from}: this checkpoint cannot be read; {remedy}") from error
             folder = Path(str(self.trainer.args.output_dir))
             if folder.parent.exists() and shutil.disk_usage(folder.parent).free > ROOM:
                 raise

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from trimtab.errors import DataError
-from trimtab.tasks.base import Example, Head, Task
+from trimtab.tasks.base import Example, Head, Task, crossed
 from trimtab.tasks.files import Row, as_text, field, is_missing, needed
 from trimtab.tasks.scores import CLASS_SCORES, Score, Truth
 from trimtab.tasks.spec import FieldNames, Names, TaskSpec, one_of
@@ -147,6 +147,13 @@ class ClassificationTask(TextTask[ClassificationSpec]):
 
     def read(self, outputs: Sequence[Sequence[float]]) -> list[int]:
         return [max(range(len(logits)), key=logits.__getitem__) for logits in outputs]
+
+    def readable(self, prediction: int) -> str:
+        return self.labels[prediction]
+
+    def confusion(self, predictions: Sequence[Any], examples: Sequence[Example]) -> dict[str, dict[str, int]]:
+        wanted = map(self.readable, self.truth(examples).wanted)
+        return crossed(zip(wanted, map(self.readable, predictions), strict=True))
 
     def census(self, examples: Sequence[Example]) -> tuple[str, list[str]]:
         """The classes with their counts; names that differ by case or punctuation alone."""
