@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trimtab.errors import DataError
 from trimtab.tasks import Example, Task
-from trimtab.tasks.tokens import Collator, Encoded
+from trimtab.tasks.tokens import IGNORED, Collator, Encoded
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,8 @@ def predict(
 ) -> list[Any]:
     """Greedy continuations as texts, or, where `max_new_tokens` is None, the logits of a classifier's head as lists.
 
+    Of a head that reads tokens they are those of the tokens with a label.
+
     Args:
         adapter_names: one adapter (or `__base__`) for each example.
         equal_lengths: batches of examples of one length, so that nothing is padded.
@@ -81,10 +83,12 @@ def predict(
     results: list[Any] = [None] * len(encoded)
     with evaluating(model):
         for chosen in _batches(order, batch_size, [len(e.input_ids) for e in encoded] if equal_lengths else None):
-            batch = {k: v.to(device) for k, v in collate([encoded[i] for i in chosen]).items() if k != "labels"}
+            batch = {k: v.to(device) for k, v in collate([encoded[i] for i in chosen]).items()}
+            labels = batch.pop("labels", None)
             extra = {"adapter_names": [adapter_names[i] for i in chosen]} if adapter_names else {}
             if max_new_tokens is None:
-                outputs = model(**batch, **extra).logits.float().tolist()
+                batch.pop("prompt_lengths", None)  # to a head the whole text is the prompt
+                outputs = _logits(model(**batch, **extra).logits.float(), labels)
             else:
                 how = {"max_new_tokens": max_new_tokens, "pad_token_id": collate.pad_id, **repetition}
                 outputs = _generate(model, tokenizer, batch, **how, **extra)
@@ -98,6 +102,13 @@ def _batches(order: list[int], size: int, lengths: list[int] | None) -> Iterator
     for run in runs:
         for at in range(0, len(run), size):
             yield run[at : at + size]
+
+
+def _logits(logits: Tensor, labels: Tensor | None) -> list[Any]:
+    """As lists: (B, C), or of (B, T, C) those at tokens that have a label."""
+    if logits.dim() == 2 or labels is None:
+        return list(logits.tolist())
+    return [row[real].tolist() for row, real in zip(logits, labels != IGNORED, strict=True)]
 
 
 def _generate(model: Any, tokenizer: PreTrainedTokenizerBase, batch: dict[str, Tensor], **how: Any) -> list[str]:

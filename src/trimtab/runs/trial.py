@@ -294,7 +294,7 @@ class Fit:
             arguments,
             encoded,
             self._reuse,
-            supervised=not way.adds_tokens,
+            supervised=trial.experiment.task.generates and not way.adds_tokens,
             takes_prompts=way.takes_prompts,
             progress=progress,
             data_collator=collate,

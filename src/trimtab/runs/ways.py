@@ -143,6 +143,8 @@ class PeftWay(Way):
             raise ValueError(f"{self.name}: {self.kind.__name__}: {str(error).partition('() ')[2] or error}") from None
         if extra := heads_beyond_peft(new):
             config.modules_to_save = [*(config.modules_to_save or []), *extra]
+        if task_type == "TOKEN_CLS" and getattr(config, "target_modules", None) == "all-linear":
+            config.exclude_modules = [*new]  # which PEFT knows by itself of a classifier of whole texts alone
         if hasattr(config, "projection_prng_key") and "projection_prng_key" not in self.settings:
             config.projection_prng_key = seed
         return config
@@ -151,8 +153,10 @@ class PeftWay(Way):
         self.config("CAUSAL_LM")
 
     def build(self, model: nn.Module, task_type: str, new: Sequence[str] = (), seed: int = 0) -> nn.Module:
-        if task_type == "SEQ_CLS" and self.moves_last_token and hasattr(model, "score"):
+        if self.moves_last_token and task_type == "SEQ_CLS" and hasattr(model, "score"):
             raise NotPossible("virtual tokens move the last token, which a decoder's classifier reads")
+        if self.moves_last_token and task_type == "TOKEN_CLS":
+            raise NotPossible("virtual tokens move the words whose tags are read")
         try:
             adapted: nn.Module = get_peft_model(model, self.config(task_type, new, seed))
         except (ValueError, TypeError, AttributeError, NotImplementedError) as error:  # PEFT's, of a model it lacks
@@ -173,9 +177,9 @@ class PartWay(Way):
 
     def build(self, model: nn.Module, task_type: str, new: Sequence[str] = (), seed: int = 0) -> nn.Module:
         part = self.settings["trains"]
-        if self.shots and task_type == "SEQ_CLS":
+        if self.shots and task_type != "CAUSAL_LM":
             raise NotPossible("a classifier takes no solved examples")
-        if part == "head" and task_type != "SEQ_CLS":
+        if part == "head" and task_type == "CAUSAL_LM":
             raise NotPossible("a model that generates has no new head")
         names = [name for name, _ in model.named_parameters()]
         head = {name for name in names if any(name.startswith(f"{module}.") for module in new)}
@@ -248,6 +252,6 @@ def _made(name: str, settings: dict[str, Any], adapter: AdapterSpec) -> Way:
 def applicable(task_type: str) -> list[str]:
     """The ways to try when a recipe names none: all but the relatives of LoReFT that differ by a term."""
     left_out = {"noreft", "consreft", "lobireft", "direft_orthonormal"}
-    left_out |= {"few-shot"} if task_type == "SEQ_CLS" else {"head"}
+    left_out |= {"head"} if task_type == "CAUSAL_LM" else {"few-shot"}
     names = [name for name in WAYS if name not in left_out]
     return ["loreft", *(name for name in names if name != "loreft")]  # the reference comes first

@@ -23,6 +23,8 @@ from trimtab.tasks.tokens import Encoded
 SpecT = TypeVar("SpecT", bound=TaskSpec)
 CUT, CUT_MOST = 0.1, 500
 """The share of train, and at most how many rows, that validate when no validation data is given."""
+Label = int | float | tuple[int, ...] | None
+"""A class, a number, or several classes: all that a text has, or one a word; None of a text to write."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Example:
 
     texts: tuple[str, ...]
     answer: str
-    label: int | float | None
+    label: Label
     row: Row
     set: str | None = None
     """Which of several test sets it is from."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -26,8 +27,8 @@ class Encoded:
 
     input_ids: list[int]
     prompt_length: int
-    labels: list[int] | int | float | None
-    """One label a token, or a class, or a number; None for a prompt to generate from."""
+    labels: list[int] | tuple[float, ...] | int | float | None
+    """One label a token, or a class, 0 or 1 for each class, or a number; None for a prompt to generate from."""
     token_type_ids: list[int] | None = None
     """Which text of a pair each token is from, for the models that ask."""
 
@@ -83,13 +84,41 @@ def encode_messages(
 
 
 def encode_texts(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], label: int | float | None, max_length: int
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], label: Any, max_length: int
 ) -> tuple[Encoded, bool]:
     """Tokenise a text or a pair for classification; also say whether it was cut to `max_length`."""
     kept = tokenizer(*texts, truncation=True, max_length=max_length)
     ids, types = list(kept["input_ids"]), list(kept.get("token_type_ids", []))
     cut = len(ids) == max_length and len(tokenizer(*texts)["input_ids"]) > max_length
     return Encoded(ids, len(ids), label, types if any(types) else None), cut
+
+
+def encode_words(
+    tokenizer: PreTrainedTokenizerBase, words: Sequence[str], labels: Sequence[int], max_length: int
+) -> tuple[Encoded, bool]:
+    """Tokenise words with blanks between them, each one's label at its first token; also whether they were cut.
+
+    Raises DataError where a word becomes no token, or the tokenizer does not say which token is whose.
+    """
+    if not tokenizer.is_fast:
+        raise DataError("the tokenizer does not say which word a token is of; give the model a tokenizer.json")
+    text, starts = " ".join(words), list(accumulate((len(word) + 1 for word in words), initial=0))
+    kept = tokenizer(text, truncation=True, max_length=max_length, return_offsets_mapping=True)
+    ids, first, word = list(kept["input_ids"]), dict[int, int](), 0
+    for token, (start, end) in enumerate(kept["offset_mapping"]):
+        while word < len(words) and starts[word + 1] - 1 <= start:
+            word += 1
+        if word < len(words) and end > max(start, starts[word]):
+            first.setdefault(word, token)
+    was_cut = len(ids) == max_length and len(tokenizer(text)["input_ids"]) > max_length
+    reached = max(first, default=-1) + 1 if was_cut else len(words)
+    if lost := [words[i] for i in range(reached) if i not in first]:
+        raise DataError(f"the word {lost[0]!r} in {text[:60]!r} becomes no token of this model; leave it out")
+    placed = [IGNORED] * len(ids)
+    for word, token in first.items():
+        placed[token] = labels[word]
+    types = list(kept.get("token_type_ids", []))
+    return Encoded(ids, len(ids), placed, types if any(types) else None), was_cut
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -144,7 +173,8 @@ class Collator:
             out["labels"] = _pad(labels, IGNORED, left)
             out["prompt_lengths"] = torch.tensor([e.prompt_length for e in batch])
         elif labels[0] is not None:
-            out["labels"] = torch.tensor(labels, dtype=torch.float if isinstance(labels[0], float) else torch.long)
+            whole = isinstance(labels[0], int)
+            out["labels"] = torch.tensor(labels, dtype=torch.long if whole else torch.float)
         return out
 
 
