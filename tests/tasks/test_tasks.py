@@ -67,6 +67,7 @@ def prompts(task: Task[Any], split: str) -> list[str]:
 def test_every_type_of_a_recipe_has_a_task() -> None:
     assert set(TASKS) == {
         "generation",
+        "conversation",
         "classification",
         "multi_label_classification",
         "token_classification",

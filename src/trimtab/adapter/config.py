@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, cast, get_args
 
 from peft import PeftConfig, PeftType
 
 from trimtab.adapter.card import complete_card
 from trimtab.edits import ACTIVATIONS, METHODS
 from trimtab.where.plan import Part
-from trimtab.where.positions import Positions, parse_positions
+from trimtab.where.positions import Positions, Turns, parse_positions
 
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 NO_PICKLES = "a pickle, which can run code when opened; it was not opened. Ask for safetensors."
@@ -66,6 +66,13 @@ class ReftConfig(PeftConfig):
             "randomN, a control."
         },
     )
+    edit_turns: Turns = field(
+        default="each",
+        metadata={
+            "help": "What the prompt is in a conversation: of each answer all that comes before it, or for all of them "
+            "what comes before the 'first' answer."
+        },
+    )
     layers: Literal["all"] | list[int] = field(
         default="all", metadata={"help": "Edited blocks: 'all' or a list of indices, negative from the end."}
     )
@@ -112,6 +119,7 @@ class ReftConfig(PeftConfig):
                 isinstance(self.r, int) and _is_int(self.r) and self.r >= 1, "r", "a whole number of at least 1"
             )
         positions = parse_positions(self.positions)
+        self._check_choice("edit_turns", get_args(Turns))
         if isinstance(self.layers, tuple | set | range):
             self.layers = list(cast(Any, self.layers))
         if isinstance(self.modules_to_save, tuple | set):
@@ -177,7 +185,7 @@ class ReftConfig(PeftConfig):
 
     @property
     def parsed_positions(self) -> Positions:
-        return parse_positions(self.positions)
+        return replace(parse_positions(self.positions), turns=self.edit_turns)
 
     @property
     def method_text(self) -> str:

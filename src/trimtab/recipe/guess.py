@@ -10,8 +10,8 @@ from typing import Any
 
 from trimtab.errors import DataError
 from trimtab.tasks.classification import label_name
-from trimtab.tasks.conversations import one_turn
 from trimtab.tasks.files import Row, is_missing, locate, read_rows
+from trimtab.tasks.messages import one_turn
 from trimtab.tasks.scores import BIO
 
 LOOKED_AT, CLASSES = 2000, 50

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from trimtab.adapter.running import takes_prompts
 from trimtab.errors import DataError
 from trimtab.tasks import Example, Task
 from trimtab.tasks.tokens import IGNORED, Collator, Encoded
@@ -85,9 +86,10 @@ def predict(
         for chosen in _batches(order, batch_size, [len(e.input_ids) for e in encoded] if equal_lengths else None):
             batch = {k: v.to(device) for k, v in collate([encoded[i] for i in chosen]).items()}
             labels = batch.pop("labels", None)
+            if max_new_tokens is None or not takes_prompts(model):  # to a head the whole text is the prompt
+                batch.pop("prompt_lengths", None)
             extra = {"adapter_names": [adapter_names[i] for i in chosen]} if adapter_names else {}
             if max_new_tokens is None:
-                batch.pop("prompt_lengths", None)  # to a head the whole text is the prompt
                 outputs = _logits(model(**batch, **extra).logits.float(), labels)
             else:
                 how = {"max_new_tokens": max_new_tokens, "pad_token_id": collate.pad_id, **repetition}

@@ -210,6 +210,8 @@ def run_trial(trial: Trial, folder: Path, content: dict[str, str] | None = None)
 
 def _run(trial: Trial) -> Outcome:
     experiment, way, task = trial.experiment, trial.way, trial.experiment.task
+    if way.shots and not task.takes_shots:
+        raise NotPossible("the task takes no solved examples")
     base = Base(experiment.source)
     model, new = base.load(task.head, trial.seed)
     texts = windows(trial.held_out, base.tokenizer) if task.generates else []
@@ -220,7 +222,7 @@ def _run(trial: Trial) -> Outcome:
     examples = drawn(task.examples("train"), trial.examples, trial.seed)
     shots = drawn(task.examples("train"), trial.examples or way.shots, trial.seed) if way.shots else []
     set_seed(trial.seed)
-    adapted = way.build(model, task.task_type, new, trial.seed)
+    adapted = way.build(model, task.task_type, new, trial.seed, task.edit_turns)
     trained = _trained(trial, adapted, base.tokenizer, examples) if way.trains else {}
     found = {split: _scored(trial, adapted, base.tokenizer, split, shots) for split in trial.splits}
     lost = window_loss(adapted, texts, takes_prompts=way.takes_prompts) - _base_losses[key] if texts else None

@@ -23,6 +23,7 @@ from trimtab.errors import NotPossible
 from trimtab.runs.models import heads_beyond_peft
 from trimtab.runs.reuse import Reuse, Store, choose_reuse
 from trimtab.tasks.spec import Section
+from trimtab.where.positions import Turns
 
 _LINEAR = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 WAYS: dict[str, dict[str, Any]] = {
@@ -78,12 +79,15 @@ class Way(ABC):
     """Whether the adapted model takes `prompt_lengths`."""
 
     @abstractmethod
-    def build(self, model: nn.Module, task_type: str, new: Sequence[str] = (), seed: int = 0) -> nn.Module:
+    def build(
+        self, model: nn.Module, task_type: str, new: Sequence[str] = (), seed: int = 0, edit_turns: Turns = "each"
+    ) -> nn.Module:
         """The model with this way's parameters trainable and all others frozen.
 
         Args:
             new: the model's modules without pretrained weights, which every way trains.
             seed: of what a method draws outside the global generator.
+            edit_turns: what the prompt is in a conversation, to a way that counts in it.
         Raises:
             NotPossible: the model has no such parameters, or PEFT does not know where to put them.
         """
@@ -102,15 +106,18 @@ class ReftWay(Way):
 
     takes_prompts = True
 
-    def config(self, task_type: str, new: Sequence[str] = ()) -> ReftConfig:
-        return ReftConfig(task_type=task_type, modules_to_save=heads_beyond_peft(new) or None, **self.settings)
+    def config(self, task_type: str, new: Sequence[str] = (), edit_turns: Turns = "each") -> ReftConfig:
+        whole = heads_beyond_peft(new) or None
+        return ReftConfig(task_type=task_type, modules_to_save=whole, edit_turns=edit_turns, **self.settings)
 
     def check(self) -> None:
         self.config("CAUSAL_LM")
 
-    def build(self, model: nn.Module, task_type: str, new: Sequence[str] = (), seed: int = 0) -> nn.Module:
+    def build(
+        self, model: nn.Module, task_type: str, new: Sequence[str] = (), seed: int = 0, edit_turns: Turns = "each"
+    ) -> nn.Module:
         try:
-            adapted: nn.Module = get_peft_model(model, self.config(task_type, new))
+            adapted: nn.Module = get_peft_model(model, self.config(task_type, new, edit_turns))
         except ValueError as error:
             raise NotPossible(_first_line(error)) from error
         return adapted
@@ -152,7 +159,9 @@ class PeftWay(Way):
     def check(self) -> None:
         self.config("CAUSAL_LM")
 
-    def build(self, model: nn.Module, task_type: str, new: Sequence[str] = (), seed: int = 0) -> nn.Module:
+    def build(
+        self, model: nn.Module, task_type: str, new: Sequence[str] = (), seed: int = 0, edit_turns: Turns = "each"
+    ) -> nn.Module:
         if self.moves_last_token and task_type == "SEQ_CLS" and hasattr(model, "score"):
             raise NotPossible("virtual tokens move the last token, which a decoder's classifier reads")
         if self.moves_last_token and task_type == "TOKEN_CLS":
@@ -175,10 +184,10 @@ class PartWay(Way):
     def shots(self) -> int:  # type: ignore[override]
         return int(self.settings.get("shots", 0))
 
-    def build(self, model: nn.Module, task_type: str, new: Sequence[str] = (), seed: int = 0) -> nn.Module:
+    def build(
+        self, model: nn.Module, task_type: str, new: Sequence[str] = (), seed: int = 0, edit_turns: Turns = "each"
+    ) -> nn.Module:
         part = self.settings["trains"]
-        if self.shots and task_type != "CAUSAL_LM":
-            raise NotPossible("a classifier takes no solved examples")
         if part == "head" and task_type == "CAUSAL_LM":
             raise NotPossible("a model that generates has no new head")
         names = [name for name, _ in model.named_parameters()]

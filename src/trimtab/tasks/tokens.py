@@ -19,6 +19,8 @@ from trimtab.errors import DataError
 
 IGNORED = -100  # the label of a token that the loss skips
 Chat = Literal[True, False, "auto"]
+Turns = Literal["each", "first"]
+"""What the prompt is in a conversation: of each answer all before it, or for all of them what is before the first."""
 
 
 @dataclass(frozen=True)
@@ -48,19 +50,21 @@ def encode(
     text, special = rendered(tokenizer, prompt, chat=chat, system=system)
     ids = list(tokenizer(text, add_special_tokens=special)["input_ids"])
     ends = (tokenizer.eos_token_id, tokenizer.sep_token_id)
-    if special and ids and ids[-1] in ends and ids != _ids(tokenizer, prompt):
+    if special and ids and ids[-1] in ends and ids != token_ids(tokenizer, prompt):
         ids.pop()  # the tokenizer closes whole texts; a prompt goes on
     if answer is None:
         return Encoded(ids, len(ids), None)
-    end = _ids(tokenizer, tokenizer.eos_token or "") if special else _turn_end(tokenizer)
-    answer_ids = _ids(tokenizer, answer) + end
+    end = tokenizer.eos_token or "" if special else turn_end(tokenizer)
+    answer_ids = token_ids(tokenizer, answer) + token_ids(tokenizer, end)
     return Encoded(ids + answer_ids, len(ids), [IGNORED] * len(ids) + answer_ids)
 
 
 def rendered(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: Chat, system: str | None) -> tuple[str, bool]:
     """The text that a prompt becomes, and whether the tokenizer adds its special tokens to that; raises DataError."""
     if is_templated(tokenizer, chat):
-        return _render_messages(tokenizer, [*_system(system), {"role": "user", "content": prompt}]), False
+        messages = with_system(system, [{"role": "user", "content": prompt}])
+        remedy = "remove system: or set chat: false"
+        return render_messages(tokenizer, messages, remedy, add_generation_prompt=True), False
     return prompt, True
 
 
@@ -73,14 +77,6 @@ def cut(encoded: Encoded, length: int) -> Encoded:
     """The example's first `length` tokens, of a prompt with an answer."""
     labels = encoded.labels[:length] if isinstance(encoded.labels, list) else encoded.labels
     return replace(encoded, input_ids=encoded.input_ids[:length], labels=labels)
-
-
-def encode_messages(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], system: str | None = None
-) -> Encoded:
-    """Tokenise a conversation up to where the next answer starts; raises DataError without a chat template."""
-    ids = _ids(tokenizer, _render_messages(tokenizer, [*_system(system), *messages]))
-    return Encoded(ids, len(ids), None)
 
 
 def encode_texts(
@@ -121,38 +117,43 @@ def encode_words(
     return Encoded(ids, len(ids), placed, types if any(types) else None), was_cut
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The tokens of a text alone, without those that the tokenizer would add around it."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _system(text: str | None) -> list[dict[str, str]]:
-    return [] if text is None else [{"role": "system", "content": text}]
+def with_system(text: str | None, messages: Sequence[Any]) -> list[Any]:
+    """Messages behind one of the system, where there is a text for it."""
+    return [*([] if text is None else [{"role": "system", "content": text}]), *messages]
 
 
-def _render_messages(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
+def render_messages(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Any], remedy: str, **how: Any) -> str:
+    """What the chat template makes of messages; `how` as `apply_chat_template` takes it.
+
+    Raises DataError, ending with `remedy`, where there is no template or it refuses them.
+    """
     if tokenizer.chat_template is None:
         raise DataError("the tokenizer has no chat template; in a recipe set chat: false or auto")
     try:
-        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **how))
     except Exception as error:  # jinja's errors, whose package need not be imported here
-        raise DataError(
-            f"the tokenizer's chat template refuses the prompt ({error}); remove system: or set chat: false"
-        ) from None
+        raise DataError(f"the tokenizer's chat template refuses the prompt ({error}); {remedy}") from None
 
 
-def _turn_end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def turn_end(tokenizer: PreTrainedTokenizerBase) -> str:
     """What the chat template writes after an answer, up to the token that ends it; eos where it writes nothing."""
     mark = "[answer]"
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
     _, _, rest = str(tokenizer.apply_chat_template(messages, tokenize=False)).rpartition(mark)
     eos = str(tokenizer.eos_token or "")
-    return _ids(tokenizer, rest[: rest.index(eos)] + eos if eos and eos in rest else rest.rstrip() or eos)
+    return rest[: rest.index(eos)] + eos if eos and eos in rest else rest.rstrip() or eos
 
 
 class Collator:
     """Pads encoded examples into a batch, on the right; prompts to generate from, which end together, on the left.
 
-    Training examples also get `prompt_lengths` (B,). Without a pad token eos fills, and the mask tells them apart.
+    Training examples, and prompts that end before their tokens do, get `prompt_lengths` (B,). Without a pad token eos
+    fills, and the mask tells them apart.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -169,9 +170,10 @@ class Collator:
         if any(e.token_type_ids for e in batch):
             out["token_type_ids"] = _pad([e.token_type_ids or [0] * len(e.input_ids) for e in batch], 0, left)
         labels: list[Any] = [e.labels for e in batch]
+        if isinstance(labels[0], list) or any(e.prompt_length < len(e.input_ids) for e in batch):
+            out["prompt_lengths"] = torch.tensor([e.prompt_length for e in batch])
         if isinstance(labels[0], list):
             out["labels"] = _pad(labels, IGNORED, left)
-            out["prompt_lengths"] = torch.tensor([e.prompt_length for e in batch])
         elif labels[0] is not None:
             whole = isinstance(labels[0], int)
             out["labels"] = torch.tensor(labels, dtype=torch.long if whole else torch.float)
