@@ -215,7 +215,7 @@ class Run:
         model, new = base.load(self.task.head, experiment.seed)
         untuned = experiment.evaluate(model, tokenizer, "test")
         set_seed(experiment.seed)
-        adapted: Any = self.trial.way.build(model, self.task.task_type, new)
+        adapted: Any = self.trial.way.build(model, self.task.task_type, new, edit_turns=self.task.edit_turns)
 
         def look() -> float:
             some = self.task.examples("validation")[:LOOKED_AT]

@@ -171,7 +171,7 @@ class NumberedCollator(Collator):
 
 
 def pack(examples: Sequence[Encoded]) -> Batch:
-    """One row of examples: input_ids, position_ids and labels (1, total). Each example's prompt has its own end.
+    """One row of examples: input_ids, position_ids and labels (1, total). Each example's prompt has its own length.
 
     Without a cache, since transformers tells packed examples apart only then.
     """
@@ -181,7 +181,7 @@ def pack(examples: Sequence[Encoded]) -> Batch:
         "labels": [e.labels for e in examples],
     }
     tensors = {name: torch.tensor([[i for part in parts for i in part]]) for name, parts in columns.items()}
-    return {**tensors, "use_cache": False}
+    return {**tensors, "prompt_lengths": torch.tensor([e.prompt_length for e in examples]), "use_cache": False}
 
 
 @dataclass

@@ -221,6 +221,8 @@ def _done(file: Path, described: dict[str, Any]) -> Outcome | None:
 
 def _run(trial: Trial) -> Outcome:
     experiment, way, task = trial.experiment, trial.way, trial.experiment.task
+    if way.shots and not task.takes_shots:
+        raise NotPossible("the task takes no solved examples")
     base = Base(experiment.source)
     model, new = base.load(task.head, trial.seed)
     texts = windows(trial.held_out, base.tokenizer) if task.generates else []
@@ -231,7 +233,7 @@ def _run(trial: Trial) -> Outcome:
     examples = drawn(task.examples("train"), trial.examples, trial.seed)
     shots = drawn(task.examples("train"), trial.examples or way.shots, trial.seed) if way.shots else []
     set_seed(trial.seed)
-    adapted = way.build(model, task.task_type, new, trial.seed)
+    adapted = way.build(model, task.task_type, new, trial.seed, task.edit_turns)
     reuse, trained = _trained(trial, adapted, base.tokenizer, examples) if way.trains else (None, {})
     found = {split: _scored(trial, adapted, base.tokenizer, split, shots, reuse) for split in trial.splits}
     lost = window_loss(adapted, texts, takes_prompts=way.takes_prompts) - _base_losses[key] if texts else None
@@ -327,7 +329,7 @@ class Fit:
             arguments,
             encoded,
             self._reuse,
-            supervised=not way.adds_tokens,
+            supervised=trial.experiment.task.generates and not way.adds_tokens,
             takes_prompts=way.takes_prompts,
             progress=progress,
             data_collator=collate,
