@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, cast, get_args
 
 from peft import PeftConfig, PeftType
 
@@ -14,7 +14,7 @@ from trimtab.adapter.card import complete_card
 from trimtab.adapter.joint import as_lora
 from trimtab.edits import ACTIVATIONS, METHODS
 from trimtab.where.plan import Part
-from trimtab.where.positions import Positions, parse_positions
+from trimtab.where.positions import Positions, Turns, parse_positions
 
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 NO_PICKLES = "a pickle, which can run code when opened; it was not opened. Ask for safetensors."
@@ -65,6 +65,13 @@ class ReftConfig(PeftConfig):
         metadata={
             "help": "Edited tokens: fN, lN, fN+lM (first N and last M of the prompt), prompt, generated or all; "
             "randomN, a control."
+        },
+    )
+    edit_turns: Turns = field(
+        default="each",
+        metadata={
+            "help": "What the prompt is in a conversation: of each answer all that comes before it, or for all of them "
+            "what comes before the 'first' answer."
         },
     )
     layers: Literal["all"] | list[int] = field(
@@ -118,6 +125,7 @@ class ReftConfig(PeftConfig):
                 isinstance(self.r, int) and _is_int(self.r) and self.r >= 1, "r", "a whole number of at least 1"
             )
         positions = parse_positions(self.positions)
+        self._check_choice("edit_turns", get_args(Turns))
         if isinstance(self.layers, tuple | set | range):
             self.layers = list(cast(Any, self.layers))
         if isinstance(self.modules_to_save, tuple | set):
@@ -186,7 +194,7 @@ class ReftConfig(PeftConfig):
 
     @property
     def parsed_positions(self) -> Positions:
-        return parse_positions(self.positions)
+        return replace(parse_positions(self.positions), turns=self.edit_turns)
 
     @property
     def method_text(self) -> str:

@@ -240,7 +240,8 @@ def _terms(config: ReftConfig, module: str, tensors: dict[str, Tensor]) -> tuple
 
 def _digest(saved: SavedAdapter) -> bytes:
     config = saved.config
-    whole = hashlib.sha256(repr((config.method, config.r, config.activation, config.positions, config.tied)).encode())
+    said = (config.method, config.r, config.activation, config.positions, config.edit_turns, config.tied)
+    whole = hashlib.sha256(repr(said).encode())
     for (module, part), tensors in sorted(saved.edits.items()):
         for name, tensor in sorted(tensors.items()):
             whole.update(repr((module, part, name, tensor.dtype, tuple(tensor.shape))).encode())
