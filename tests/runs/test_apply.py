@@ -109,6 +109,17 @@ def test_a_classifier_says_names_and_probabilities(runs: Path, asked: Path, trim
     assert code == 0 and text == output.read_text()
 
 
+def test_the_files_own_columns_stand_beside_the_prediction(runs: Path, tmp_path: Path) -> None:
+    rows = [{"id": "A-1", "text": "cat", "row": 7, "tags": ["a", "b"]}, {"text": "dog", "note": "x,y"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Applied(runs / "mood").write(tmp_path / "rows.jsonl", tmp_path / "out.csv")
+    first, second = read(tmp_path / "out.csv")
+    names = ["row", "id", "text", "row (given)", "tags", "note", "prediction", "p(tame)", "p(wild)"]
+    assert list(first) == names
+    assert (first["id"], first["row"], first["row (given)"], first["tags"]) == ("A-1", "1", "7", '["a", "b"]')
+    assert (second["id"], second["text"], second["note"]) == ("", "dog", "x,y")
+
+
 @pytest.mark.parametrize("left", ["", '{"row": 17, "inp'])
 def test_an_interrupted_file_is_gone_on_with(left: str, runs: Path, asked: Path, tmp_path: Path) -> None:
     whole, output = tmp_path / "whole.csv", tmp_path / "out.csv"

@@ -142,7 +142,7 @@ BAD: list[tuple[str, bytes, list[str]]] = [
     ("a.jsonl", b'{"a": 1}\n{"a": "cu', ["a.jsonl, line 2", "cut short", "remove the line"]),
     ("a.json", b'[{"a": 1},\n{"a"', ["a.json, line 2", "cut short"]),
     ("a.json", b'{"rows": 3}', ["a.json", '{"data": [...]}', "dict"]),
-    ("a.json", b"[[1]]", ["a.json, item 1", "named fields", "list"]),
+    ("a.json", b"[[1]]", ["a.json, row 1", "named fields", "list"]),
     ("a.jsonl", b"[1]", ["a.jsonl, line 1", "named fields", "list"]),
     ("a.csv", b"name,b\n\xe9t\xe9,1\n", ["a.csv, line 2", "not UTF-8", "iconv"]),
     ("a.json", pickle.dumps([{"a": 1}]), ["a.json", "pickle", "export", ".jsonl"]),

@@ -56,7 +56,7 @@ def compose(
         _check_same(name, folders, adapters)
     for folder, adapter in zip(folders, adapters, strict=True):
         if adapter.extras:
-            raise AdapterError(f"{folder}: carries {adapter.extras[0]}, trained whole, which has no place in a sum.")
+            raise AdapterError(f"{folder}: carries {adapter.extras[0]} beside its edits, which no sum has a place for.")
     tied = all(adapter.config.tied for _, adapter in used)
     modules = dict.fromkeys(module for _, adapter in used for module, _ in adapter.edits)
     parts: tuple[Part, ...] = ("edit",) if tied else ("prefix", "suffix")

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, cast, get_args
 from peft import PeftConfig, PeftType
 
 from trimtab.adapter.card import complete_card
+from trimtab.adapter.joint import as_lora
 from trimtab.edits import ACTIVATIONS, METHODS
 from trimtab.where.plan import Part
 from trimtab.where.positions import Positions, Turns, parse_positions
@@ -79,8 +80,8 @@ class ReftConfig(PeftConfig):
     site: str = field(
         default="block",
         metadata={
-            "help": "Whose output is edited: block, attention, mlp, or a regular expression that matches module names "
-            "whole, as target_modules does elsewhere in PEFT."
+            "help": "Whose output is edited: block, attention, mlp, heads (attention's, before their projection), or a "
+            "regular expression that matches module names whole, as target_modules does elsewhere in PEFT."
         },
     )
     tied: bool = field(
@@ -98,6 +99,11 @@ class ReftConfig(PeftConfig):
     )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules trained and saved whole beside the edits, such as a classifier."}
+    )
+
+    lora: dict[str, Any] | None = field(
+        default=None,
+        metadata={"help": "A LoRA trained with the edits and saved with them: fields of peft.LoraConfig, or null."},
     )
 
     requires: str = field(
@@ -132,7 +138,8 @@ class ReftConfig(PeftConfig):
         )
         if isinstance(self.layers, list):
             self._check(len(set(self.layers)) == len(self.layers), "layers", "each block once")
-        self._check(isinstance(self.site, str) and self.site != "", "site", "block, attention, mlp or a module pattern")
+        allowed = "block, attention, mlp, heads or a module pattern"
+        self._check(isinstance(self.site, str) and self.site != "", "site", allowed)
         self._check(isinstance(self.tied, bool), "tied", "true or false")
         if not self.tied and not (positions.first and positions.last):
             raise ValueError(
@@ -159,6 +166,8 @@ class ReftConfig(PeftConfig):
             "modules_to_save",
             "null or a list of module names such as ['classifier']",
         )
+        if self.lora is not None:
+            as_lora(self.lora)
         self._check(
             self.base_model_name_or_path is None or isinstance(self.base_model_name_or_path, str | PathLike),
             "base_model_name_or_path",
@@ -190,7 +199,8 @@ class ReftConfig(PeftConfig):
     @property
     def method_text(self) -> str:
         """The method and its rank, if it has one, for people."""
-        return self.method if self.r is None else f"{self.method}, rank {self.r}"
+        text = self.method if self.r is None else f"{self.method}, rank {self.r}"
+        return text if self.lora is None else f"{text}, with a LoRA of rank {as_lora(self.lora).r}"
 
     def edit_names(self) -> tuple[Part, ...]:
         """The edits of one block: `edit` where prefix and suffix share one, else `prefix` and `suffix`."""

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from trimtab.adapter.running import takes_prompts
 from trimtab.errors import DataError
 from trimtab.runs import processes
+from trimtab.runs.reuse import Reuse
 from trimtab.tasks import Example, Task
 from trimtab.tasks.tokens import IGNORED, Collator, Encoded
 
@@ -44,6 +45,7 @@ def evaluate(
     *,
     equal_lengths: bool = False,
     until: str | None = None,
+    reuse: Reuse | None = None,
 ) -> Evaluation:
     """Score the model on examples of the task; processes that train together share them out.
 
@@ -51,8 +53,9 @@ def evaluate(
         encoded: the examples as tokens, without answers.
         equal_lengths: batches without padding, for a model whose answers it would change.
         until: a generated text ends before this.
+        reuse: what of the model's work on the prompts is kept.
     """
-    how = {"equal_lengths": equal_lengths, **task.decoding()}
+    how = {"equal_lengths": equal_lengths, "reuse": reuse, **task.decoding()}
     outputs = processes.shared(lambda part: predict(model, tokenizer, part, batch_size, **how), encoded)
     if until is not None:
         outputs = [text.lstrip().partition(until)[0] for text in outputs]
@@ -70,6 +73,7 @@ def predict(
     max_new_tokens: int | None = None,
     adapter_names: Sequence[str] | None = None,
     equal_lengths: bool = False,
+    reuse: Reuse | None = None,
     **repetition: Any,
 ) -> list[Any]:
     """Greedy continuations as texts, or, where `max_new_tokens` is None, the logits of a classifier's head as lists.
@@ -79,6 +83,7 @@ def predict(
     Args:
         adapter_names: one adapter (or `__base__`) for each example.
         equal_lengths: batches of examples of one length, so that nothing is padded.
+        reuse: what of the model's work on the prompts is kept.
         repetition: `repetition_penalty` and `no_repeat_ngram_size`, as transformers' `generate` takes them.
     """
     collate, device = Collator(tokenizer), next(model.parameters()).device
@@ -94,7 +99,8 @@ def predict(
             if max_new_tokens is None:
                 outputs = _logits(model(**batch, **extra).logits.float(), labels)
             else:
-                how = {"max_new_tokens": max_new_tokens, "pad_token_id": collate.pad_id, **repetition}
+                kept = reuse.started(batch["input_ids"], batch["attention_mask"]) if reuse is not None else {}
+                how = {"max_new_tokens": max_new_tokens, "pad_token_id": collate.pad_id, **repetition, **kept}
                 outputs = _generate(model, tokenizer, batch, **how, **extra)
             for i, output in zip(chosen, outputs, strict=True):
                 results[i] = output

@@ -142,6 +142,11 @@ def result_remarks(metrics: dict[str, Any]) -> list[str]:
     said = []
     if tuned < untuned:
         said.append(f"{tuned:.3f} is worse than untuned, {untuned:.3f}: lower training: learning_rate:, or more rows")
+    majority = metrics.get("majority", {"answer": "", "score": 0.0})  # runs of earlier versions do not say
+    if 0 < tuned <= majority["score"]:
+        always = f"always answering {majority['answer']!r} would score {majority['score']:.3f}"
+        remedy = "more training: epochs:, or a higher learning_rate:"
+        said.append(f"{tuned:.3f} is no better than a constant, since {always}: {remedy}")
     start, end = metrics.get("loss_at_start"), metrics.get("loss_at_end")
     if start is not None and end is not None and end > start:
         said.append(f"the loss rose from {start:.3f} to {end:.3f}: lower training: learning_rate:, or try trimtab tune")

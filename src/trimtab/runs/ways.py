@@ -30,6 +30,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "untuned": {"trains": "nothing"},
     "few-shot": {"trains": "nothing", "shots": 8},
     **{name: {"method": name} for name in METHODS},
+    "joint": {"method": "loreft", "lora": {k: v for k, v in _LINEAR.items() if k != "peft_type"}},
     "lora": _LINEAR,
     "lora-qv": {"peft_type": "LORA", "r": 8, "lora_alpha": 16},
     "dora": {**_LINEAR, "use_dora": True},
@@ -60,6 +61,8 @@ class AdapterSpec(Section):
     dropout: float = 0.0
     activation: str | None = None
     init_weights: bool | str = True
+    lora: dict[str, Any] | None = None
+    """A LoRA trained and saved with the edits: fields of `peft.LoraConfig`."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,10 @@ class ReftWay(Way):
         return adapted
 
     def reuse(self, model: Any, store: Store, checkpointing: bool) -> Reuse | str:
-        return choose_reuse(model, model.peft_config[model.active_adapter], store, checkpointing)
+        config = model.peft_config[model.active_adapter]
+        if config.lora is not None:
+            return super().reuse(model, store, checkpointing)
+        return choose_reuse(model, config, store, checkpointing)
 
 
 class PeftWay(Way):
@@ -255,7 +261,9 @@ def _made(name: str, settings: dict[str, Any], adapter: AdapterSpec) -> Way:
         if more := settings.keys() - {"trains", "shots"}:
             raise ValueError(f"{name}: {sorted(more)[0]!r} does not go with trains:")
         return PartWay(name, settings)
-    return ReftWay(name, AdapterSpec.model_validate({**adapter.model_dump(), **settings}).model_dump())
+    merged = AdapterSpec.model_validate({**adapter.model_dump(), **settings})
+    # A field that came later is left out where it says nothing, so that outcomes from before are found again.
+    return ReftWay(name, merged.model_dump(exclude=None if merged.lora else {"lora"}))
 
 
 def applicable(task_type: str) -> list[str]:

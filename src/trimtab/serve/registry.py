@@ -160,8 +160,8 @@ class Registry:
         saved = read_adapter(folder)
         if saved.config.modules_to_save or len(saved.shapes) > sum(map(len, saved.edits.values())):
             raise AdapterError(
-                f"{folder}: saves modules beside its edits (modules_to_save), which would change the model for every "
-                "request; serve it on a model of its own."
+                f"{folder}: saves more than its edits (modules_to_save, a LoRA), which would change the model for "
+                "every request; serve it on a model of its own."
             )
         try:
             self._check_places(saved)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -227,6 +227,39 @@ class Task(ABC, Generic[SpecT]):
             found[name] = one.score.value([predictions[i] for i in places], truth)
         return {self.score.name: sum(found.values()) / len(found), **found}
 
+    def readable(self, prediction: Any) -> Any:
+        """A prediction, or what was wanted, as people read it: a text, a number, the name of a class."""
+        return prediction
+
+    def faults(self, predictions: Sequence[Any], examples: Sequence[Example]) -> list[float]:
+        """How far each prediction is from right, which is 0."""
+        if parts := self._by_set(examples):
+            faults = [0.0] * len(examples)
+            for name, places in parts.items():
+                own = self.sets[name].faults([predictions[i] for i in places], [examples[i] for i in places])
+                for place, fault in zip(places, own, strict=True):
+                    faults[place] = fault
+            return faults
+        truth = self.truth(examples)
+        if self.score.item is not None:
+            return [1 - value for value in self.score.per_item(predictions, truth)]
+        pairs = zip(predictions, truth.wanted, strict=True)
+        return [float(self.readable(p) != self.readable(w)) for p, w in pairs]
+
+    def confusion(self, predictions: Sequence[Any], examples: Sequence[Example]) -> dict[str, dict[str, int]]:
+        """How often which class was predicted where which was expected, `{expected: {predicted: count}}`.
+
+        Empty where there are no classes.
+        """
+        return {}
+
+    def majority(self, examples: Sequence[Example]) -> tuple[Any, float]:
+        """The commonest answer of train, and the main score of giving it to each of the examples."""
+        wanted = self.truth(self.examples("train")).wanted
+        (common, _), *_ = Counter(repr(self.readable(one)) for one in wanted).most_common(1)
+        answer = next(one for one in wanted if repr(self.readable(one)) == common)
+        return self.readable(answer), self.scores([answer] * len(examples), examples)[self.score.name]
+
     def weighted(self, examples: Sequence[Example]) -> Callable[[Sequence[Any], Array], Array]:
         """The main score for resampled items: (predictions (n,), weights (B, n)) -> (B,)."""
         parts = self._by_set(examples)
@@ -303,6 +336,14 @@ class Task(ABC, Generic[SpecT]):
     def _where(self, split: str, number: int) -> str:
         source = self.source("train" if split == "validation" and self.validation_is_cut else split)
         return f"{source}, row {number}"
+
+
+def crossed(pairs: Iterable[tuple[str, str]]) -> dict[str, dict[str, int]]:
+    """Pairs of an expected and a predicted class, counted."""
+    found: dict[str, dict[str, int]] = {}
+    for (expected, predicted), count in sorted(Counter(pairs).items()):
+        found.setdefault(expected, {})[predicted] = count
+    return found
 
 
 def share(strata: Sequence[str], count: int, seed: int) -> list[int]:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from trimtab.errors import DataError
-from trimtab.tasks.base import Example, Head, Label, Task
+from trimtab.tasks.base import Example, Head, Label, Task, crossed
 from trimtab.tasks.files import Row, as_text, field, is_missing, needed
 from trimtab.tasks.scores import CLASS_SCORES, Score, Truth
 from trimtab.tasks.spec import FieldNames, Names, TaskSpec, one_of
@@ -150,6 +150,9 @@ class LabelledTask(TextTask[LabelledSpecT]):
     def truth(self, examples: Sequence[Example]) -> Truth:
         return Truth([e.label for e in examples], classes=len(self.labels), choices=self.labels)
 
+    def readable(self, prediction: Any) -> str:
+        return self.joined([self.labels[place] for place in self.places(prediction)])
+
     def census(self, examples: Sequence[Example]) -> tuple[str, list[str]]:
         """The classes with their counts; names that differ by case or punctuation alone."""
         counts = Counter(self.labels[place] for e in examples for place in self.places(e.label))
@@ -194,6 +197,10 @@ class ClassificationTask(LabelledTask[ClassificationSpec]):
 
     def read(self, outputs: Sequence[Sequence[float]]) -> list[int]:
         return [max(range(len(logits)), key=logits.__getitem__) for logits in outputs]
+
+    def confusion(self, predictions: Sequence[Any], examples: Sequence[Example]) -> dict[str, dict[str, int]]:
+        wanted = map(self.readable, self.truth(examples).wanted)
+        return crossed(zip(wanted, map(self.readable, predictions), strict=True))
 
     def told(self, outputs: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
         """The class's name, and each class's probability."""

@@ -13,9 +13,9 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from trimtab.errors import DataError
-from trimtab.tasks.base import Example, Head, Task
+from trimtab.tasks.base import Example, Head, Task, crossed
 from trimtab.tasks.files import Row
-from trimtab.tasks.scores import GENERATION_SCORES, Truth
+from trimtab.tasks.scores import GENERATION_SCORES, Truth, named_choice
 from trimtab.tasks.spec import Names, TaskSpec, one_of
 from trimtab.tasks.templates import Template, Templates, chosen_template, render
 from trimtab.tasks.tokens import Encoded, encode, rendered
@@ -91,6 +91,17 @@ class WritingTask(Task[WritingSpecT]):
 
     def read(self, outputs: Sequence[str]) -> list[str]:
         return list(outputs)
+
+    def confusion(self, predictions: Sequence[Any], examples: Sequence[Example]) -> dict[str, dict[str, int]]:
+        choices = self.spec.choices or ()
+        if not choices:
+            return {}
+
+        def named(text: str) -> str:
+            place = named_choice(text, choices)
+            return "none of them" if place is None else choices[place]
+
+        return crossed((named(e.answer), named(p)) for e, p in zip(examples, predictions, strict=True))
 
     def truth(self, examples: Sequence[Example]) -> Truth:
         return Truth([e.answer for e in examples], choices=self.spec.choices or ())

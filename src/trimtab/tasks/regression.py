@@ -56,5 +56,8 @@ class RegressionTask(TextTask[RegressionSpec]):
         numbers = [value for e in examples if isinstance(value := e.label, float)]
         return f"{min(numbers):g} to {max(numbers):g}, {sum(numbers) / len(numbers):.3g} on average", []
 
+    def faults(self, predictions: Sequence[Any], examples: Sequence[Example]) -> list[float]:
+        return [abs(p - w) for p, w in zip(predictions, self.truth(examples).wanted, strict=True)]
+
     def read(self, outputs: Sequence[Sequence[float]]) -> list[float]:
         return [values[0] for values in outputs]
