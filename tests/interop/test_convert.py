@@ -687,3 +687,11 @@ def test_every_model_of_the_helpers_is_a_base(bases: Bases) -> None:
     for name in ("bert_seq_cls", "llama_seq_cls", "roberta_token_cls", "t5", "bert"):
         base = Base(str(bases(name)))
         assert (base.task, type(base.skeleton)) == (MODELS[name].task_type, type(tiny(name)))
+
+
+def test_formats_that_know_no_turns_refuse_the_first_alone() -> None:
+    config, formats = ReftConfig(positions="f1+l1", edit_turns="first"), all_formats()
+    with pytest.raises(ConversionError, match="edit_turns='first': easysteer takes all that comes before an answer"):
+        formats["easysteer"].check_turns(config)
+    formats["trimtab"].check_turns(config)
+    formats["easysteer"].check_turns(ReftConfig(positions="all", edit_turns="first"))
