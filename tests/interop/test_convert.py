@@ -701,3 +701,11 @@ def test_what_only_our_own_format_holds(make: Make, tmp_path: Path, fields: dict
     for target in ("lora", "pyreft", "trimtab"):
         with pytest.raises(ConversionError, match=message):
             convert(ours, tmp_path / target, target)
+
+
+def test_formats_that_know_no_turns_refuse_the_first_alone() -> None:
+    config, formats = ReftConfig(positions="f1+l1", edit_turns="first"), all_formats()
+    with pytest.raises(ConversionError, match="edit_turns='first': easysteer takes all that comes before an answer"):
+        formats["easysteer"].check_turns(config)
+    formats["trimtab"].check_turns(config)
+    formats["easysteer"].check_turns(ReftConfig(positions="all", edit_turns="first"))

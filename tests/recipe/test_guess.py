@@ -99,15 +99,19 @@ def test_a_file_is_taken_for_what_people_mean(name: str, tmp_path: Path) -> None
     assert (found.type, {key: found.keys[key] for key in keys}) == (kind, keys)
 
 
-def test_turns_of_a_system_are_kept_and_long_conversations_left_out(tmp_path: Path) -> None:
+def test_turns_of_a_system_are_kept_and_several_turns_are_a_conversation(tmp_path: Path) -> None:
     one, more = talk("user", "assistant"), talk("user", "assistant", "user", "assistant")
-    same = of(messages=lambda i: [{"role": "system", "content": "Be brief."}, *(one(i) if i else more(i))])
+    same = of(messages=lambda i: [{"role": "system", "content": "Be brief."}, *one(i)])
     found = guess(write(tmp_path, same), generates=True)
     assert found.keys["system"] == "Be brief." and found.keys["prompt"] == "{user}"
-    assert found.data == {"conversation": "messages", "skip_bad_rows": True}
-    assert found.said.startswith("1 of 24 conversations have several turns")
+    assert found.data == {"conversation": "messages"}
     differing = of(messages=lambda i: [{"role": "system", "content": f"Be {i}."}, *one(i)])
     assert guess(write(tmp_path, differing), generates=True).keys["prompt"] == ["{system}\n\n{user}", "{user}"]
+    mixed = of(messages=lambda i: one(i)[:1] if i == 3 else one(i) if i else more(i))
+    found = guess(write(tmp_path, mixed), generates=True)
+    assert (found.type, found.keys["train_turns"], found.keys["edit_turns"]) == ("conversation", "all", "each")
+    assert found.data == {"conversation": "messages", "skip_bad_rows": True}
+    assert found.said.startswith("1 of 24 rows are no conversation with an answer")
 
 
 @pytest.mark.parametrize(
@@ -120,7 +124,7 @@ def test_turns_of_a_system_are_kept_and_long_conversations_left_out(tmp_path: Pa
             "the model writes no text, and no columns look like a text and",
         ),
         (of(messages=talk("user", "assistant")), False, "the model writes no text"),
-        (of(messages=talk("user", "assistant", "user", "assistant")), True, "one user turn and one answer"),
+        (of(messages=talk("user", "user")), True, "no conversation has an answer"),
         (of(**{"a:b": sentence, "c": sentence}), True, "the field 'a:b' cannot stand in a template; rename it"),
     ],
 )

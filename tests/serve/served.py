@@ -37,17 +37,17 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 """Random edits, strong enough to change every answer."""
 
 
-def make_adapters(folder: Path, adapters: dict[str, dict[str, Any]] = ADAPTERS) -> None:
-    base = load_model(ModelSource(MODEL, "float32"))
+def make_adapters(folder: Path, adapters: dict[str, dict[str, Any]] = ADAPTERS, model: str = MODEL) -> None:
+    base = load_model(ModelSource(model, "float32"))
     for name, fields in adapters.items():
         torch.manual_seed(len(name))
         config = ReftConfig(task_type="CAUSAL_LM", init_weights="paper", **fields)
-        model = get_peft_model(base, config)
-        for key, parameter in model.named_parameters():
+        adapted = get_peft_model(base, config)
+        for key, parameter in adapted.named_parameters():
             if ".reft." in key and key.endswith(("weight", "bias")):
                 torch.nn.init.normal_(parameter, std=0.3)
-        model.save_pretrained(str(folder / name))
-        base = model.unload()
+        adapted.save_pretrained(str(folder / name))
+        base = adapted.unload()
 
 
 @dataclass

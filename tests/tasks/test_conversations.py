@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, get_args
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from talks import OWN, TOOLS, WITH_TOOLS, conversations, tokenizer_with
 
 from trimtab.errors import DataError
 from trimtab.tasks import TASKS, Task, build_task, tokens
@@ -19,47 +18,7 @@ from trimtab.tasks.messages import answers, messages_of
 from trimtab.tasks.turns import encode_answers, encode_messages, prompt_end, prompt_ids
 from trimtab.where import positions
 
-MODEL = Path(__file__).parents[2] / "models/tiny-llama"
-TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
-TEMPLATES = {
-    "tools": """{{ bos_token }}{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}{% for m in messages %}\
-{% if m.role == 'assistant' %}<|assistant|>{{ m.content }}{% for c in m.tool_calls or [] %}@{{ c.function.name }}\
-{{ c.function.arguments | tojson }}{% endfor %}<|end|>
-{% else %}<|user|>({{ m.role }}) {{ m.content }}
-{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}""",
-    "open": "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}",
-    "forgets thoughts": """{% for m in messages %}{% if m.role == 'assistant' %}<|assistant|>\
-{{ m.content if loop.last else m.content.split('</think>')[-1] }}<|end|>{% else %}<|user|>{{ m.content }}{% endif %}\
-{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}""",
-    "opens a thought": """{% for m in messages %}{% if m.role == 'assistant' %}<|assistant|>{{ m.content }}<|end|>\
-{% else %}<|user|>{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|><think>\
-{% endif %}""",
-}
 Make = Callable[..., Task[Any]]
-texts = st.text(st.characters(codec="ascii", exclude_characters="<"), min_size=1, max_size=12)
-
-
-def tokenizer_with(template: str | None) -> PreTrainedTokenizerBase:
-    made: PreTrainedTokenizerBase = copy.deepcopy(AutoTokenizer.from_pretrained(MODEL))
-    made.chat_template = TEMPLATES.get(template, template) if template else made.chat_template
-    return made
-
-
-OWN, WITH_TOOLS = tokenizer_with(None), tokenizer_with("tools")
-
-
-@st.composite
-def conversations(draw: st.DrawFn) -> list[dict[str, Any]]:
-    said = [{"role": "system", "content": draw(texts)}] * draw(st.integers(0, 1))
-    for _ in range(draw(st.integers(1, 4))):
-        said.append({"role": "user", "content": draw(texts)})
-        if draw(st.booleans()):
-            call = {"type": "function", "function": {"name": "weather", "arguments": {"in": draw(texts)}}}
-            said.append({"role": "assistant", "content": "", "tool_calls": [call]})
-            said.append({"role": "tool", "content": draw(texts)})
-        said.append({"role": "assistant", "content": draw(texts)})
-    return said
 
 
 @given(conversations(), st.sampled_from([None, TOOLS]))

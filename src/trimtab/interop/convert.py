@@ -217,6 +217,18 @@ class Format:
     file: ClassVar[str] = ""
     """Of a format that is one file: its name in a folder, and by its ending the file itself."""
 
+    keeps_turns: ClassVar[bool] = False
+    """Whether it says what the prompt is in a conversation."""
+
+    def check_turns(self, config: ReftConfig) -> None:
+        """Raises ConversionError where other tokens of a conversation would be edited than the config says."""
+        positions = config.parsed_positions
+        if positions.turns != "each" and positions.needs_prompt_end and not self.keeps_turns:
+            raise ConversionError(
+                f"edit_turns={positions.turns!r}: {self.name} takes all that comes before an answer for its prompt. "
+                "Exact: edit_turns 'each', or positions all."
+            )
+
     def recognises(self, path: Path) -> bool:
         """Whether a file or folder looks like this format."""
         return False
@@ -316,6 +328,7 @@ def convert(
     reader, writer = recognise(source), known[to]
     with fresh(writer.path_in(output)) as staging:
         adapter = reader.read(source, given)
+        writer.check_turns(adapter.config)
         notes = writer.write(adapter, staging, given)
         measured: Check | str = "not asked for"
         if check:

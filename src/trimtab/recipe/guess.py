@@ -11,7 +11,7 @@ from typing import Any
 from trimtab.errors import DataError
 from trimtab.tasks.classification import label_name
 from trimtab.tasks.files import Row, is_missing, locate, read_rows
-from trimtab.tasks.messages import one_turn
+from trimtab.tasks.messages import Message, answers, messages_of, one_turn
 from trimtab.tasks.scores import BIO
 
 LOOKED_AT, CLASSES = 2000, 50
@@ -127,14 +127,18 @@ def _fields_of(found: Guess) -> list[str]:
 
 
 def _conversation(path: str, rows: list[Row], name: str) -> Guess:
-    turns, flaw = [], None
+    turns, told, flaw = [], [], None
     for number, row in enumerate(rows, 1):
         try:
-            turns.append(one_turn(row, name, f"{path}, row {number}"))
+            where = f"{path}, row {number}"
+            told.append(messages_of(row, name, where))
+            turns.append(one_turn(row, name, where))
         except DataError as error:
             flaw = flaw or error
-    if not turns and flaw:
+    if not told and flaw:
         raise flaw
+    if len(turns) < len(told) or any(row.get("tools") for row in rows):
+        return _turns(path, name, told, len(rows))
     columns = _columns(turns)
     systems = set(columns["system"].texts)
     prompt: Any = "{user}" if len(systems) < 2 else ["{system}\n\n{user}", "{user}"]
@@ -145,6 +149,19 @@ def _conversation(path: str, rows: list[Row], name: str) -> Guess:
     made.data.update({"conversation": name, **({"skip_bad_rows": True} if left_out else {})})
     said = f"{left_out} of {len(rows)} conversations have several turns and are left out" if left_out else made.said
     return Guess(made.type, made.keys, made.data, said)
+
+
+def _turns(path: str, name: str, told: list[list[Message]], rows: int) -> Guess:
+    """Of conversations that are not all of one turn."""
+    said = [messages[place]["content"] for messages in told for place in answers(messages)]
+    if not said:
+        raise DataError(f"{path}: no conversation has an answer: an assistant's message behind a user's or a tool's")
+    made = _generation("", Column("assistant", said))
+    keys = {key: value for key, value in made.keys.items() if key not in ("prompt", "answer")}
+    left_out = rows - sum(bool(answers(messages)) for messages in told)
+    data = {"conversation": name, **({"skip_bad_rows": True} if left_out else {})}
+    note = f"{left_out} of {rows} rows are no conversation with an answer, and are left out" if left_out else ""
+    return Guess("conversation", {"train_turns": "all", "edit_turns": "each", **keys}, data, note)
 
 
 def _asked(columns: dict[str, Column]) -> Guess | None:

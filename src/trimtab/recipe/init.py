@@ -122,6 +122,8 @@ tasks:
 COMMENTS: dict[str, str | dict[str, str]] = {
     "type": {"classification": "or regression, for a number", "regression": "or classification"},
     "prompt": "the row's fields in braces, of several the first whose fields are filled; the chat template goes around",
+    "train_turns": "which answers are trained on and scored; or last",
+    "edit_turns": "the prompt is all before each answer; or first: what is before a conversation's first answer",
     "text": "a field, or [first, second] for a pair",
     "score": {
         "exact_match": "or number (the last one counts), choice with choices: [yes, no], overlap",

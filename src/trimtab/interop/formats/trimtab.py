@@ -28,6 +28,7 @@ class Trimtab(Format):
     """A folder with `adapter_config.json` (peft_type REFT) and `adapter_model.safetensors`."""
 
     name = "trimtab"
+    keeps_turns = True
 
     def recognises(self, path: Path) -> bool:
         """A config of any of PEFT's methods, so that another than ReFT is refused by name."""
