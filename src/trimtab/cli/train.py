@@ -74,17 +74,15 @@ def train(
     """Train an adapter for every task of a recipe."""
     from rich.live import Live
 
-    from trimtab.runs.models import load_tokenizer
-    from trimtab.runs.summary import checked_summary, result_remarks
+    from trimtab.runs.summary import result_remarks
+    from trimtab.runs.train import rehearse
     from trimtab.runs.train import train as train_all
     from trimtab.runs.trainer import Progress
 
     recipe = read_recipe(file, model, data, output, settings, task)
     experiments = recipe.experiments(task)
     if dry_run:
-        tokenizer = load_tokenizer(recipe.model)
-        for experiment in experiments.values():
-            console.print(checked_summary(experiment, tokenizer))
+        rehearse(experiments, recipe.output, console.print, resume=resume)
         return
     rows = {name: Progress(name) for name in experiments}
     live = Live(console=console, refresh_per_second=4)
