@@ -30,7 +30,6 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
-        self.reuse = self.path / "reuse"
 
     @property
     def run(self) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def forecast(experiment: Experiment, base: Base, encoded: Sequence[Encoded] | No
     try:
         model, new = base.load(task.head, experiment.seed)
         way = ReftWay(experiment.adapter.method, experiment.adapter.model_dump())
-        adapted = way.build(model, task.task_type, new, experiment.seed)
+        adapted = way.build(model, task.task_type, new, experiment.seed, task.edit_turns)
     except (ModelError, NotPossible):
         return None  # said when it is run
     few = experiment.training.model_copy(update={"epochs": None, "max_steps": STEPS})
@@ -118,10 +118,7 @@ def _timed(trial: Trial, adapted: nn.Module, base: Base, encoded: Sequence[Encod
             watch=lambda now: ends.append(now.seconds),
             measured=True,
         )
-        try:
-            fit.run()
-        finally:
-            fit.close()
+        fit.run()
     return ends, fit.memory
 
 

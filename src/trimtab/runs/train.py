@@ -31,7 +31,7 @@ from trimtab.runs.models import Base
 from trimtab.runs.predict import Evaluation
 from trimtab.runs.summary import checked_summary
 from trimtab.runs.trainer import Progress, Watch
-from trimtab.runs.trial import Experiment, Fit, Trial, fingerprints, trained_parameters
+from trimtab.runs.trial import Experiment, Fit, Trial, close_stores, fingerprints, trained_parameters
 from trimtab.runs.ways import ReftWay
 from trimtab.tasks import Example, Task
 from trimtab.tasks.failures import failures
@@ -78,7 +78,10 @@ def train(
         for run in runs:
             if not resume:
                 processes.once(run.folder.remove)
-        return {run.experiment.name: run.finish(base, watch) for run in runs}
+        try:
+            return {run.experiment.name: run.finish(base, watch) for run in runs}
+        finally:
+            close_stores()
 
 
 def rehearse(
@@ -250,11 +253,11 @@ class Run:
         model, new = base.load(self.task.head, experiment.seed)
         untuned = experiment.evaluate(model, tokenizer, "test")
         set_seed(experiment.seed)
-        adapted: Any = self.trial.way.build(model, self.task.task_type, new)
+        adapted: Any = self.trial.way.build(model, self.task.task_type, new, edit_turns=self.task.edit_turns)
 
         def look() -> float:
             some = self.task.examples("validation")[:LOOKED_AT]
-            return experiment.evaluate(adapted, tokenizer, "validation", examples=some).main
+            return experiment.evaluate(adapted, tokenizer, "validation", examples=some, reuse=fit.reuse).main
 
         try:
             fit = Fit(
@@ -268,17 +271,14 @@ class Run:
                 look=None if experiment.spec.data.validation is False else look,
                 checkpoints=self.folder.checkpoints,
             )
-            try:
-                progress.state = "training"
-                fit.run(self.folder.last_checkpoint())
-                progress.state = "tuned score"
-                watch(progress)
-                tuned = experiment.evaluate(adapted, tokenizer, "test")
-                text = card(self.experiment, self.folder.path, tokenizer, model, untuned.main, tuned.main)
-                processes.once(save_adapter, adapted, self.folder.path, text)
-                parameters = trained_parameters(adapted)
-            finally:
-                fit.close()
+            progress.state = "training"
+            fit.run(self.folder.last_checkpoint())
+            progress.state = "tuned score"
+            watch(progress)
+            tuned = experiment.evaluate(adapted, tokenizer, "test", reuse=fit.reuse)
+            text = card(self.experiment, self.folder.path, tokenizer, model, untuned.main, tuned.main)
+            processes.once(save_adapter, adapted, self.folder.path, text)
+            parameters = trained_parameters(adapted)
         finally:
             unload(adapted)
         metrics = self._metrics(progress, fit, untuned, tuned, parameters)

@@ -14,15 +14,17 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from trimtab.errors import DataError
-from trimtab.tasks.conversations import one_turn
 from trimtab.tasks.files import Row, read_rows
+from trimtab.tasks.messages import one_turn
 from trimtab.tasks.scores import Array, Score, Truth
 from trimtab.tasks.spec import SPLITS, TaskSpec
-from trimtab.tasks.tokens import Encoded
+from trimtab.tasks.tokens import Encoded, Turns
 
 SpecT = TypeVar("SpecT", bound=TaskSpec)
 CUT, CUT_MOST = 0.1, 500
 """The share of train, and at most how many rows, that validate when no validation data is given."""
+Label = int | float | tuple[int, ...] | None
+"""A class, a number, or several classes: all that a text has, or one a word; None of a text to write."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Example:
 
     texts: tuple[str, ...]
     answer: str
-    label: int | float | None
+    label: Label
     row: Row
     set: str | None = None
     """Which of several test sets it is from."""
@@ -58,6 +60,12 @@ class Task(ABC, Generic[SpecT]):
     """PEFT's name for it."""
     generates = False
     """Whether the model writes text, prompt first, instead of filling in a head's outputs."""
+    takes_shots = False
+    """Whether solved examples can stand before a prompt."""
+    unit = "rows"
+    """What its examples are called."""
+    prompt_said = ""
+    """What the prompt is, where that is not plain."""
 
     def __init__(self, name: str, spec: SpecT, seed: int = 0) -> None:
         """Nothing is read yet; `seed` draws the share of train that validates where no validation data is given."""
@@ -102,6 +110,10 @@ class Task(ABC, Generic[SpecT]):
     def example(self, row: Row, where: str) -> Example:
         """Make an example of a row; raises DataError starting with `where`."""
 
+    def examples_of(self, row: Row, where: str) -> list[Example]:
+        """All that a row gives; raises DataError starting with `where`."""
+        return [self.example(row, where)]
+
     @abstractmethod
     def question(self, row: Row, where: str) -> Example:
         """The example without its answer, which the row need not hold; raises DataError starting with `where`."""
@@ -115,6 +127,15 @@ class Task(ABC, Generic[SpecT]):
         """A file's rows, read as the task's own are. Raises DataError."""
         data = self.spec.data
         return read_rows(file, columns=data.columns, skip_bad_rows=skip_bad_rows, separator=data.separator)
+
+    def sample(self) -> Example:
+        """The question of a row that holds its fields' names."""
+        return self.question({name: f"<{name}>" for name in self.examples("train")[0].row}, "the sample")
+
+    @property
+    def edit_turns(self) -> Turns:
+        """What a prompt is in a conversation."""
+        return "each"
 
     @property
     def settled(self) -> SpecT:
@@ -144,6 +165,10 @@ class Task(ABC, Generic[SpecT]):
             max_length: in tokens.
             cut: what is longer is cut where the task allows it, instead of left out.
         """
+
+    def rendered(self, tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[str, bool]:
+        """The text that a prompt becomes, and whether the tokenizer adds its special tokens to that."""
+        raise NotImplementedError
 
     read_by: ClassVar[str] = ""
     """For a task that does not generate: the expression that a model card prints of `logits` and `base`."""
@@ -262,7 +287,7 @@ class Task(ABC, Generic[SpecT]):
         for number, row in self._limited(split):
             try:
                 where = self._where(split, number)
-                made.append(self.example(self.prepared(row, where), where))
+                made += self.examples_of(self.prepared(row, where), where)
             except DataError as error:
                 if not skip:
                     raise
