@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,9 +26,11 @@ from trimtab.cli.common import (
     read_recipe,
     resumable,
 )
+from trimtab.cli.tables import progress_said, shown
 
 if TYPE_CHECKING:
     from trimtab.runs.trial import Experiment
+    from trimtab.study.search import Found, Watch
 
 
 KEPT = "What is done is kept; the same command goes on from there."
@@ -56,6 +59,7 @@ def compare(
     from trimtab.runs.ways import as_way
     from trimtab.study.ablations import adapter_variants
     from trimtab.study.compare import Group, Study, choose_ways
+    from trimtab.study.progress import Standing
     from trimtab.study.tables import overview
     from trimtab.study.workers import room_for
 
@@ -72,21 +76,27 @@ def compare(
         }
     folder = Path(recipe.output) / "compare"
     study = Study(experiments, ways, chosen, folder / "trials", _numbers(few_shot) if few_shot else (None,))
-    left = list(study.groups)
+    standing, left = Standing(study.expected()), list(study.groups)
 
     def watch(group: Group) -> None:
         scores = [run.test[group.experiment.task.score.name] for run in group.seeds]
         found = ", ".join(f"{100 * s:.1f}" for s in scores) or group.impossible
         size = f" {group.examples} examples" if group.examples else ""
         left.remove(group)
-        text = f"{group.task}{size}, {group.way.name}: {found}"
-        console.print(f"{text} ({len(left)} left)")
+        console.print(f"{group.task}{size}, {group.way.name}: {found} ({len(left)} left)")
 
-    _say(experiments)
+    def board() -> Table:
+        table = Table("task", "comparisons left", title=progress_said(standing), title_justify="left")
+        for name in experiments:
+            ways = [group.way.name for group in left if group.task == name]
+            table.add_row(name, f"{len(ways)}: {', '.join(ways)}" if ways else "none")
+        return table
+
     jobs = jobs or room_for(recipe.model)
+    _say(experiments, standing.of, jobs)
     console.print(f"{len(study.groups)} comparisons, {jobs} trials at a time; what is done already is read.")
-    with resumable(KEPT):
-        study.run(jobs, watch)
+    with resumable(KEPT), shown(board):
+        study.run(jobs, watch, standing)
     name = "-".join(["ablation"] * bool(ablate) + ["few-shot"] * bool(few_shot)) or "report"
     command = " ".join(["trimtab", *sys.argv[1:]])
     report = write_report(study.groups, chosen, folder, name, command)
@@ -115,24 +125,18 @@ def tune(
         import optuna  # noqa: F401 (before anything is done)
     from trimtab.recipe.init import look_at
     from trimtab.recipe.write import write_tuned
-    from trimtab.study.search import Found
-    from trimtab.study.search import tune as search
+    from trimtab.study.search import tune as search_one
 
     recipe = read_recipe(file, model, data, None, settings, task)
     output = output or file.with_name(f"{file.stem}-tuned{file.suffix or '.yaml'}")
     must_be_new(output)
     blocks, folder = look_at(recipe.model).blocks, Path(recipe.output) / "tune"
+    experiments = recipe.experiments(task)
     best: dict[str, Found] = {}
-    _say(recipe.experiments(task))
-    for name, experiment in recipe.experiments(task).items():
-
-        def watch(number: int, found: Found, name: str = name) -> None:
-            tried = {**found.settings, "learning_rate": found.learning_rate}
-            said = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in tried.items())
-            console.print(f"{name} {number}: validation {found.validation:.3f} with {said}")
-
-        with resumable(KEPT):
-            best[name] = search(experiment, recipe.tune, folder, blocks, trials, watch)
+    _say(experiments, trials * len(experiments))
+    for name, experiment in experiments.items():
+        search = partial(search_one, experiment, recipe.tune, folder, blocks, trials)
+        best[name] = _searched(experiment, search, trials)
     table = Table("task", "validation", "r", "positions", "layers", "learning rate")
     for name, found in best.items():
         shown = (str(found.settings[k]) for k in ("r", "positions", "layers"))
@@ -145,13 +149,52 @@ def tune(
     console.print(f"Wrote {output}, whose runs go to {runs}. Train it: trimtab train {output}")
 
 
-def _say(experiments: Mapping[str, Experiment]) -> None:
-    """What each task is tried on, before the first trial."""
-    from trimtab.runs.models import load_tokenizer
-    from trimtab.runs.summary import checked_summary
+def _searched(experiment: Experiment, search: Callable[[Watch], Found], trials: int) -> Found:
+    """What a search of one task finds, its trials shown as they come."""
+    from trimtab.study.progress import Standing
 
+    standing = Standing(trials)
+    tried: list[Found] = []
+
+    def watch(number: int, found: Found) -> None:
+        standing.of = max(trials - number + len(tried), 1)  # those of an earlier search are not made again
+        standing.ended()
+        tried.append(found)
+        console.print(f"{experiment.name} {number}: validation {found.validation:.3f} with {_settings_said(found)}")
+
+    def board() -> Table:
+        table = Table("best so far", "validation", title=progress_said(standing), title_justify="left")
+        best = max(tried, key=lambda one: one.validation, default=None)
+        table.add_row(*([_settings_said(best), f"{best.validation:.3f}"] if best else ["", ""]))
+        return table
+
+    with resumable(KEPT), shown(board):
+        return search(watch)
+
+
+def _settings_said(found: Found) -> str:
+    tried = {**found.settings, "learning_rate": found.learning_rate}
+    said = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in tried.items())
+    return f"{said} (the recipe's own)" if found.own else said
+
+
+def _say(experiments: Mapping[str, Experiment], runs: int, jobs: int = 1) -> None:
+    """What each task is tried on, how many runs there are and about how long they take, before the first."""
+    from trimtab.runs.forecast import duration, forecast
+    from trimtab.runs.models import Base
+    from trimtab.runs.summary import checked_summary
+    from trimtab.runs.trial import close_stores
+
+    seconds = []
     for experiment in experiments.values():
-        console.print(checked_summary(experiment, load_tokenizer(experiment.source.name), placed=False))
+        base = Base(experiment.source)
+        console.print(checked_summary(experiment, base.tokenizer, placed=False))
+        found = forecast(experiment, base)
+        seconds += [found.training + found.scoring] if found else []
+    close_stores()
+    each = sum(seconds) / len(seconds) if seconds else None
+    about = f", about {duration(each * runs / jobs)} at {duration(each)} each" if each else ""
+    console.print(f"About {runs} runs{about}.")
 
 
 def _numbers(text: str) -> list[int]:

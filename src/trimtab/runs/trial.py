@@ -139,6 +139,10 @@ class Trial:
             "examples": self.examples,
         }
 
+    def file(self, folder: Path, described: dict[str, Any]) -> Path:
+        """Where the outcome lies, named by all that decides it."""
+        return folder / self.experiment.name / self.way.name / f"{digest(described)}.json"
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -193,7 +197,7 @@ def run_trial(trial: Trial, folder: Path, content: dict[str, str] | None = None)
         content: the task's `fingerprints`, where the caller has them; with them an outcome is found without the data.
     """
     described = trial.described(content or fingerprints(trial.experiment, trial.held_out))
-    file = folder / trial.experiment.name / trial.way.name / f"{digest(described)}.json"
+    file = trial.file(folder, described)
     if found := _done(file, described):
         return found
     try:
@@ -209,6 +213,12 @@ def run_trial(trial: Trial, folder: Path, content: dict[str, str] | None = None)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, outcome.as_dict())
     return outcome
+
+
+def is_done(trial: Trial, folder: Path, content: dict[str, str]) -> bool:
+    """Whether `run_trial` would read the outcome."""
+    described = trial.described(content)
+    return _done(trial.file(folder, described), described) is not None
 
 
 def _done(file: Path, described: dict[str, Any]) -> Outcome | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,8 +17,9 @@ from typing import Annotated, Any
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from trimtab.errors import DataError
-from trimtab.runs.trial import Experiment, Outcome, Trial, fingerprints, run_trial
+from trimtab.runs.trial import Experiment, Outcome, Trial, fingerprints
 from trimtab.runs.ways import Way, applicable, as_way
+from trimtab.study.progress import Counted, Standing
 from trimtab.study.workers import workers
 from trimtab.tasks.spec import Section
 
@@ -119,13 +120,20 @@ class Study:
         self.groups = [Group(experiments[task], way, n) for n in sizes for task, own in ways.items() for way in own]
         self.content = {task: fingerprints(experiments[task], settings.held_out) for task in ways}
 
-    def run(self, jobs: int, watch: Watch = lambda group: None) -> list[Group]:
+    def expected(self) -> int:
+        """About how many trials there will be."""
+        rates, seeds = len(self.rates), self.settings.seeds
+        ways = [group.way for group in self.groups]
+        return sum(rates + seeds - 1 if way.trains else seeds if way.shots else 1 for way in ways)
+
+    def run(self, jobs: int, watch: Watch = lambda group: None, standing: Standing | None = None) -> list[Group]:
         """Run what is missing, `jobs` at a time; returns the finished groups in the order of the recipe.
 
         Raises:
             DataError, RunError: a task cannot be read or trained; what was done until then is kept.
         """
-        with workers(jobs) as pool:
+        with workers(jobs) as processes:
+            pool = Counted(processes, standing or Standing(self.expected()))
             waiting: dict[Future[Outcome], Group] = {}
             for group in self.groups:
                 self._submit(pool, waiting, group, self._first_trials(group))
@@ -140,9 +148,9 @@ class Study:
                         watch(group)
         return self.groups
 
-    def _submit(self, pool: Executor, waiting: dict[Future[Outcome], Group], group: Group, trials: list[Trial]) -> None:
+    def _submit(self, pool: Counted, waiting: dict[Future[Outcome], Group], group: Group, trials: list[Trial]) -> None:
         for trial in trials:
-            waiting[pool.submit(run_trial, trial, self.folder, self.content[group.task])] = group
+            waiting[pool.submit(trial, self.folder, self.content[group.task])] = group
 
     def _first_trials(self, group: Group) -> list[Trial]:
         first = self._trial(group, None)

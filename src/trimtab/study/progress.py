@@ -1,0 +1,47 @@
+"""How far many runs are, and how long the rest takes."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from trimtab.runs.trial import Outcome, Trial, is_done, run_trial
+
+
+@dataclass
+class Standing:
+    """Runs that are there, of those there will be."""
+
+    of: int
+    done: int = 0
+    made: int = 0
+    """Those of them that were not there before."""
+    start: float = field(default_factory=time.perf_counter)
+
+    def ended(self, read: bool = False) -> None:
+        """One more is there."""
+        self.done += 1
+        self.made += not read
+        self.of = max(self.of, self.done)
+
+    @property
+    def left(self) -> float | None:
+        """About how many seconds the rest takes; None before the first was made."""
+        return (time.perf_counter() - self.start) / self.made * (self.of - self.done) if self.made else None
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Processes whose trials are counted as they end."""
+
+    pool: Executor
+    standing: Standing
+
+    def submit(self, trial: Trial, folder: Path, content: dict[str, str]) -> Future[Outcome]:
+        """Have a trial run, or read."""
+        read = is_done(trial, folder, content)
+        future = self.pool.submit(run_trial, trial, folder, content)
+        future.add_done_callback(lambda _: self.standing.ended(read))
+        return future
