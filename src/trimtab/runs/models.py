@@ -89,11 +89,14 @@ def loading(name: str) -> Iterator[None]:
     """Around a `from_pretrained` of `name`, with `trust_remote_code=False`: unset, transformers asks on the terminal.
 
     Raises:
-        ModelError: instead of what transformers raises for a damaged folder, a name known neither here nor there, or
-            one that brings code.
+        ModelError: instead of what transformers raises for a damaged folder, a name known neither here nor there, one
+            that brings code, or a package that is not there.
     """
     try:
         yield
+    except ImportError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"cannot load the model {name!r}: {reason} Install it, or set attention: auto") from error
     except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error):
             raise ModelError(
@@ -109,12 +112,13 @@ def loading(name: str) -> Iterator[None]:
         raise ModelError(f"cannot load the model {name!r}: {remedy}\n{reason}") from error
 
 
-def skeleton(name: str, head: Head) -> nn.Module:
+def skeleton(name: str, head: Head, attention: str = "auto") -> nn.Module:
     """The model with such a head, without its weights and in no memory. Raises ModelError."""
     with loading(name):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **head.config)
         with torch.device("meta"):
-            model: nn.Module = getattr(transformers, head.auto).from_config(config, trust_remote_code=False)
+            how = {"attn_implementation": as_attention(attention), "trust_remote_code": False}
+            model: nn.Module = getattr(transformers, head.auto).from_config(config, **how)
     return model
 
 

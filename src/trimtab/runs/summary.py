@@ -44,7 +44,7 @@ def checked_summary(
     """
     name, config = experiment.name, ReftConfig(**experiment.adapter.model_dump())
     trained = trained or experiment.encode(tokenizer, experiment.task.examples("train"), training=True)
-    model = skeleton(experiment.source.name, experiment.task.head)
+    model = skeleton(experiment.source.name, experiment.task.head, experiment.source.attention)
     try:
         if placed:
             find_sites(model, config.site, config.layers, config.r)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import hashlib
 import json
 import pickle
@@ -370,11 +371,10 @@ class Fit:
                 remedy = f"remove it, or start over: --no-resume --task {self.trainer.progress.task}"
                 raise RunError(f"{resume_from}: this checkpoint cannot be read; {remedy}") from error
             folder = Path(str(self.trainer.args.output_dir))
-            if folder.parent.exists() and shutil.disk_usage(folder.parent).free > ROOM:
+            if not _is_of_writing(error, folder):
                 raise
-            raise RunError(
-                f"{folder}: a checkpoint cannot be written: no space left, or the folder is gone."
-            ) from error
+            remedy = "make room, and the same command goes on from the last whole one"
+            raise RunError(f"{folder}: a checkpoint cannot be written, is the disk full? {remedy}") from error
 
     @property
     def steps(self) -> int:
@@ -394,6 +394,15 @@ class Fit:
     def reuse(self) -> Reuse | None:
         """What of the frozen model's work is kept, where that held."""
         return self.trainer.reuse
+
+
+def _is_of_writing(error: Exception, folder: Path) -> bool:
+    """Whether it came of a folder that is gone, a full disk or quota, or a limit on the size of files."""
+    if isinstance(error, SafetensorError) or "PytorchStreamWriter" in str(error):
+        return True
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    return not folder.parent.exists() or shutil.disk_usage(folder.parent).free < ROOM
 
 
 def _packs(spec: TrainingSpec, model: Any, way: Way) -> bool:

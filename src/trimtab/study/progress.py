@@ -43,5 +43,10 @@ class Counted:
         """Have a trial run, or read."""
         read = is_done(trial, folder, content)
         future = self.pool.submit(run_trial, trial, folder, content)
-        future.add_done_callback(lambda _: self.standing.ended(read))
+
+        def ended(one: Future[Outcome]) -> None:
+            if not one.cancelled() and one.exception() is None:
+                self.standing.ended(read)
+
+        future.add_done_callback(ended)
         return future
