@@ -69,7 +69,7 @@ def test_init_quotes_what_yaml_would_misread(trimtab: Command, tmp_path: Path) -
     assert code == 0, text
     tasks = load_recipe(out).tasks
     assert list(tasks) == ["two_words", "2024"] and tasks["2024"].training.max_length == 64
-    assert tasks["2024"].text == ["#1 String"] and tasks["2024"].label == "class"
+    assert tasks["2024"].text == ["#1 String", "#2 String"] and tasks["2024"].label == "class"
 
 
 def test_train_again_skips_and_prints_the_table(trimtab: Command, runs: Path) -> None:
@@ -95,7 +95,7 @@ def test_eval_shows_where_an_adapter_fails_and_writes_every_answer(
     command = ["eval", runs / "recipe.yaml", "--task", "kind", *settings, "--predictions", answers]
     code, text = trimtab(*command)
     assert code == 0 and "kind: the worst of 3 on test" in text and "kind: by class" in text, text
-    assert "│ dog" in text and "animal 1" in text and "50%" in text and "1 classes all right" in text
+    assert "│ dog" in text and "animal 1" in text and "50%" in text and "1 more without a mistake" in text
     found = json.loads(answers.read_text())["kind"]
     assert found["input"] == ["cat", "dog", "bread"] and found["expected"] == ["animal", "food", "food"]
     assert found["tuned"] == ["animal", "animal", "food"]

@@ -102,7 +102,7 @@ def failure_tables(name: str, result: dict[str, Any], most: int) -> Iterator[Tab
         table.add_row(expected, str(sum(of.values())), f"{right:.0%}", taken)
     if table.rows:
         all_right = len(classes) - len(missed)
-        rest = [f"{all_right} classes all right"] if all_right else []
+        rest = [f"{all_right} more without a mistake"] if all_right else []
         rest += [f"{len(missed) - CLASSES} more not shown"] if len(missed) > CLASSES else []
         table.caption = "; ".join(rest) or None
         yield table

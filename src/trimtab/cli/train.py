@@ -42,7 +42,8 @@ def init(
 
     must_be_new(output)
     facts = look_at(model)
-    text = recipe_text(facts, look_at_tasks(task or [], facts.generates))
+    tasks = look_at_tasks(task or [], facts.generates)
+    text = recipe_text(facts, tasks)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(text, encoding="utf-8")
     weight = adapter_parameters(facts, suggest(facts).r)
@@ -56,6 +57,8 @@ def init(
     console.print(f"Wrote {output}. {fill}, then: trimtab train {output}")
     for experiment in load_recipe(output).experiments().values() if task else ():
         console.print(first_row(experiment))
+        if said := tasks[experiment.name][1].said:
+            console.print(f"  ! {said}")
 
 
 @joint_command()
