@@ -222,3 +222,26 @@ def test_wrong_arguments(arguments: list[str], message: str, trimtab: Command, r
     code, text = trimtab(*(a.replace("{runs}", str(runs)) for a in arguments))
     assert code == 2 and message in text.replace("\n", " "), text
     assert text.startswith("error: ") and "Traceback" not in text  # no table before it
+
+
+@pytest.mark.parametrize(
+    ("command", "what", "said"),
+    [
+        (["train", "{runs}/recipe.yaml"], "trimtab.runs.train.train", "goes on from the last checkpoint"),
+        (["tune", "{runs}/recipe.yaml"], "trimtab.study.search.tune", "the same command goes on from there"),
+        (
+            ["predict", "{runs}/kind.jsonl", "-a", "{runs}/out/kind", "-o", "{runs}/new.csv"],
+            "trimtab.runs.apply.Applied.write",
+            "the same command goes on from there",
+        ),
+    ],
+)
+def test_ctrl_c_says_in_a_line_how_to_go_on(
+    command: list[str], what: str, said: str, trimtab: Command, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(what, stop)
+    code, text = trimtab(*(part.replace("{runs}", str(runs)) for part in command))
+    assert code == 130 and said in " ".join(text.split()) and "Aborted" not in text, text
