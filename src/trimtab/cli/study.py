@@ -26,7 +26,7 @@ from trimtab.cli.common import (
     read_recipe,
     resumable,
 )
-from trimtab.cli.tables import progress_said, shown
+from trimtab.cli.tables import elsewhere, progress_said, shown
 
 if TYPE_CHECKING:
     from trimtab.runs.trial import Experiment
@@ -83,7 +83,7 @@ def compare(
         found = ", ".join(f"{100 * s:.1f}" for s in scores) or group.impossible
         size = f" {group.examples} examples" if group.examples else ""
         left.remove(group)
-        console.print(f"{group.task}{size}, {group.way.name}: {found} ({len(left)} left)")
+        console.print(f"{group.task}{size}, {group.way.name}: {found} ({len(left)} left{elsewhere(standing)})")
 
     def board() -> Table:
         table = Table("task", "comparisons left", title=progress_said(standing), title_justify="left")
@@ -160,7 +160,9 @@ def _searched(experiment: Experiment, search: Callable[[Watch], Found], trials: 
         standing.of = max(trials - number + len(tried), 1)  # those of an earlier search are not made again
         standing.ended()
         tried.append(found)
-        console.print(f"{experiment.name} {number}: validation {found.validation:.3f} with {_settings_said(found)}")
+        console.print(
+            f"{experiment.name} {number}: validation {found.validation:.3f} with {_settings_said(found)}{elsewhere(standing)}"
+        )
 
     def board() -> Table:
         table = Table("best so far", "validation", title=progress_said(standing), title_justify="left")

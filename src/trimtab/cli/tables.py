@@ -51,6 +51,11 @@ def progress_said(standing: Standing) -> str:
     return f"{standing.done} of about {standing.of} runs{left}"
 
 
+def elsewhere(standing: Standing) -> str:
+    """The same behind a line, where there is no terminal to show it in."""
+    return "" if console.is_terminal else f"; {progress_said(standing)}"
+
+
 def results_table(metrics: dict[str, dict[str, Any]]) -> Table:
     """Scores and costs of finished runs."""
     name_column = Column("task", overflow="fold")  # never cut

@@ -14,7 +14,7 @@ from torch import nn
 from trimtab.errors import ModelError, NotPossible
 from trimtab.runs.models import Base, device
 from trimtab.runs.predict import predict
-from trimtab.runs.trainer import Progress, TrainingSpec
+from trimtab.runs.trainer import LOOKED_AT, VALIDATION_LOOKS, Progress, TrainingSpec
 from trimtab.runs.trial import Experiment, Fit, Trial
 from trimtab.runs.ways import ReftWay
 from trimtab.tasks.tokens import Encoded
@@ -38,7 +38,7 @@ class Forecast:
     epoch: int
     """Steps of an epoch."""
     scoring: float
-    """Seconds for one look at the test rows."""
+    """Seconds of scoring at most: the test rows before and after, some rows of validation while training."""
     memory: int
     """Bytes of training beside the model's own."""
     model: int
@@ -52,8 +52,8 @@ class Forecast:
 
     @property
     def seconds(self) -> float:
-        """Of training and a look before and one after it."""
-        return self.training + 2 * self.scoring
+        """Of all of it."""
+        return self.training + self.scoring
 
 
 def steps_of(training: TrainingSpec, examples: int) -> int:
@@ -123,7 +123,7 @@ def _timed(trial: Trial, adapted: nn.Module, base: Base, encoded: Sequence[Encod
 
 
 def _scoring(experiment: Experiment, adapted: nn.Module, base: Base) -> float:
-    """Seconds to score the test rows, from one batch and a few new tokens."""
+    """Seconds of all looks that training takes, from one batch and a few new tokens."""
     task, size = experiment.task, experiment.training.eval_batch_size
     examples, decoding = task.examples("test"), task.decoding()
     some, _ = experiment.encode(base.tokenizer, examples[:size], training=False)
@@ -132,16 +132,19 @@ def _scoring(experiment: Experiment, adapted: nn.Module, base: Base) -> float:
         decoding["max_new_tokens"] = min(new, NEW)
     start = time.perf_counter()
     predict(adapted, base.tokenizer, some, size, **decoding)
-    longer = new / min(new, NEW) if new else 1
-    return (time.perf_counter() - start) * longer * len(examples) / len(some)
+    each = (time.perf_counter() - start) / len(some) * (new / min(new, NEW) if new else 1)
+    rows = 2 * len(examples)
+    if experiment.spec.data.validation is not False:
+        rows += (VALIDATION_LOOKS - 1) * min(LOOKED_AT, len(task.examples("validation")))
+    return each * rows
 
 
 def told(name: str, found: Forecast) -> str:
     """A line for whoever waits."""
     size = f"{found.memory / 1e6:,.0f} MB of memory beside the model's {found.model / 1e6:,.0f} MB"
     each = f"{found.steps} steps of {found.later:.2g} s on {device()}"
-    scoring = f"scoring twice {duration(2 * found.scoring)}"
-    return f"{name} takes about {duration(found.seconds)}: {each}, {scoring} at most; {size}."
+    scoring = f"scoring {duration(found.scoring)} at most"
+    return f"{name} takes about {duration(found.seconds)}: {each}, {scoring}; {size}."
 
 
 def duration(seconds: float) -> str:

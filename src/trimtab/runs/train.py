@@ -30,15 +30,12 @@ from trimtab.runs.forecast import forecast, told
 from trimtab.runs.models import Base
 from trimtab.runs.predict import Evaluation
 from trimtab.runs.summary import checked_summary
-from trimtab.runs.trainer import Progress, Watch
+from trimtab.runs.trainer import LOOKED_AT, Progress, Watch
 from trimtab.runs.trial import Experiment, Fit, Trial, close_stores, fingerprints, trained_parameters
 from trimtab.runs.ways import ReftWay
 from trimtab.tasks import Example, Task
 from trimtab.tasks.failures import failures
 from trimtab.tasks.tokens import Encoded
-
-LOOKED_AT = 100
-"""Validation examples that are scored now and then while training."""
 
 
 def train(
