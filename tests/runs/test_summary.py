@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import Command
 from transformers import AutoTokenizer
 
@@ -132,7 +133,12 @@ def test_a_dry_run_does_nothing_else(make: Make, trimtab: Command, tmp_path: Pat
 
 
 @pytest.mark.parametrize("task", [MOOD, PLURAL], ids=["classification", "generation"])
-def test_a_run_worth_it_is_measured_beforehand(make: Make, task: dict[str, Any]) -> None:
+def test_a_run_worth_it_is_measured_beforehand(
+    make: Make, task: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError
+
     experiment = make(task, rows(*["x", "y"] * 8), training={"max_steps": 50, "batch_size": 2}, adapter={"r": 2})
     base = Base(experiment.source)
     found = forecast(experiment, base)
@@ -142,6 +148,9 @@ def test_a_run_worth_it_is_measured_beforehand(make: Make, task: dict[str, Any])
     assert "a takes about " in told("a", found) and "50 steps of" in told("a", found)
     shared = base.load(experiment.task.head, 0).model
     assert not any("reft" in name for name, _ in shared.named_modules())  # as if there had been none
+    monkeypatch.setattr("trimtab.runs.forecast.predict", full)
+    with pytest.raises(RunError, match=r"a: a step does not fit .* batch_size"):
+        forecast(experiment, base)
     short = make(task, rows(*["x", "y"] * 8), training={"max_steps": 30})
     assert forecast(short, base) is None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -160,9 +161,8 @@ def _searched(experiment: Experiment, search: Callable[[Watch], Found], trials: 
         standing.of = max(trials - number + len(tried), 1)  # those of an earlier search are not made again
         standing.ended()
         tried.append(found)
-        console.print(
-            f"{experiment.name} {number}: validation {found.validation:.3f} with {_settings_said(found)}{elsewhere(standing)}"
-        )
+        scored = f"{experiment.name} {number}: validation {found.validation:.3f}"
+        console.print(f"{scored} with {_settings_said(found)}{elsewhere(standing)}")
 
     def board() -> Table:
         table = Table("best so far", "validation", title=progress_said(standing), title_justify="left")
@@ -182,6 +182,7 @@ def _settings_said(found: Found) -> str:
 
 def _say(experiments: Mapping[str, Experiment], runs: int, jobs: int = 1) -> None:
     """What each task is tried on, how many runs there are and about how long they take, before the first."""
+    from trimtab.errors import RunError
     from trimtab.runs.forecast import duration, forecast
     from trimtab.runs.models import Base
     from trimtab.runs.summary import checked_summary
@@ -191,8 +192,9 @@ def _say(experiments: Mapping[str, Experiment], runs: int, jobs: int = 1) -> Non
     for experiment in experiments.values():
         base = Base(experiment.source)
         console.print(checked_summary(experiment, base.tokenizer, placed=False))
-        found = forecast(experiment, base)
-        seconds += [found.training + found.scoring] if found else []
+        with suppress(RunError):  # said of the trial that it is
+            found = forecast(experiment, base)
+            seconds += [found.seconds] if found else []
     close_stores()
     each = sum(seconds) / len(seconds) if seconds else None
     about = f", about {duration(each * runs / jobs)} at {duration(each)} each" if each else ""

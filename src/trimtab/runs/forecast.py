@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import nn
 
-from trimtab.errors import ModelError, NotPossible
+from trimtab.errors import DivergedError, ModelError, NotPossible, RunError
 from trimtab.runs.models import Base, device
 from trimtab.runs.predict import predict
 from trimtab.runs.trainer import LOOKED_AT, VALIDATION_LOOKS, Progress, TrainingSpec
@@ -67,13 +68,14 @@ def _epoch(training: TrainingSpec, examples: int) -> int:
 
 
 def forecast(experiment: Experiment, base: Base, encoded: Sequence[Encoded] | None = None) -> Forecast | None:
-    """Measured on the model with the recipe's adapter; None where the run is short or the weights are not here.
+    """Measured on the model with the recipe's adapter; None where the run is short, or fails at once.
 
     Args:
         encoded: the training examples, where they are at hand.
 
     Raises:
         DataError: the data cannot be read.
+        RunError: a step does not fit into memory.
     """
     training, task = experiment.training, experiment.task
     if encoded is None:
@@ -93,6 +95,11 @@ def forecast(experiment: Experiment, base: Base, encoded: Sequence[Encoded] | No
     try:
         times, memory = _timed(trial, adapted, base, encoded)
         scoring = _scoring(experiment, adapted, base)
+    except DivergedError:
+        return None  # as it will be
+    except torch.OutOfMemoryError:
+        remedy = "lower training: batch_size:, or set gradient_checkpointing: true"
+        raise RunError(f"{experiment.name}: a step does not fit into the GPU's memory; {remedy}") from None
     finally:
         adapted.base_model.unload()  # type: ignore[operator, union-attr]
     later = (times[3] - times[1]) / 2
