@@ -87,7 +87,7 @@ def test_compare_writes_its_report_and_reads_what_is_done(
     assert {"report.html", "report.md", "report.json", "report-plural.png", "trials"} == {
         p.name for p in folder.iterdir()
     }
-    assert "untuned" in out and "not told apart" in out
+    assert "untuned" in out and "! plural: This task tells nothing of methods" in out
     made = {p: p.stat().st_mtime_ns for p in (folder / "trials").rglob("*.json")}
     code, _ = trimtab("compare", recipe, "--jobs", 1)
     assert code == 0 and made == {p: p.stat().st_mtime_ns for p in (folder / "trials").rglob("*.json")}

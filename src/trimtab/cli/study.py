@@ -51,7 +51,7 @@ def compare(
     from trimtab.runs.ways import as_way
     from trimtab.study.ablations import adapter_variants
     from trimtab.study.compare import Group, Study, choose_ways
-    from trimtab.study.tables import overview
+    from trimtab.study.tables import overview, remarks
     from trimtab.study.workers import room_for
 
     recipe = read_recipe(file, model, data, output, settings, task)
@@ -70,8 +70,7 @@ def compare(
     left = list(study.groups)
 
     def watch(group: Group) -> None:
-        scores = [run.test[group.experiment.task.score.name] for run in group.seeds]
-        found = ", ".join(f"{100 * s:.1f}" for s in scores) or group.impossible
+        found = ", ".join(f"{100 * s:.1f}" for s in group.scores) or group.impossible
         size = f" {group.examples} examples" if group.examples else ""
         left.remove(group)
         text = f"{group.task}{size}, {group.way.name}: {found}"
@@ -89,6 +88,9 @@ def compare(
     for line in lines:
         table.add_row(*line[:5])
     console.print(table)
+    for title, found in report.tasks.items():
+        for remark in remarks(found):
+            console.print(f"! {title}: {remark}")
     console.print(f"Wrote {folder / name}.html, .md, .json and plots.")
 
 

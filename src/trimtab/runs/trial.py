@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from trimtab.errors import DataError, NotPossible, RunError
 from trimtab.runs.folder import versions, write_json
 from trimtab.runs.measures import thinned, training_memory, window_loss, windows
 from trimtab.runs.models import Base, ModelSource
-from trimtab.runs.predict import Evaluation, context_of, evaluate
+from trimtab.runs.predict import Evaluation, context_of, evaluate, mean_loss
 from trimtab.runs.reuse import Reuse, Store
 from trimtab.runs.trainer import (
     NumberedCollator,
@@ -148,6 +149,9 @@ class Outcome:
     test: dict[str, float] = field(default_factory=dict)
     predictions: list[Any] = field(default_factory=list)
     """On test."""
+    validation_predictions: list[Any] = field(default_factory=list)
+    validation_loss: float | None = None
+    """By which scores that tie on validation are told apart; None of what is not trained."""
     parameters: int = 0
     """Trained ones."""
     model_parameters: int = 0
@@ -222,12 +226,15 @@ def _run(trial: Trial) -> Outcome:
     set_seed(trial.seed)
     adapted = way.build(model, task.task_type, new, trial.seed)
     trained = _trained(trial, adapted, base.tokenizer, examples) if way.trains else {}
+    if way.trains and "validation" in trial.splits:
+        trained["validation_loss"] = _validation_loss(trial, adapted, base.tokenizer)
     found = {split: _scored(trial, adapted, base.tokenizer, split, shots) for split in trial.splits}
     lost = window_loss(adapted, texts, takes_prompts=way.takes_prompts) - _base_losses[key] if texts else None
     return Outcome(
         validation=found["validation"].main if "validation" in found else None,
         test=found["test"].scores if "test" in found else {},
         predictions=found["test"].predictions if "test" in found else [],
+        validation_predictions=found["validation"].predictions if "validation" in found else [],
         parameters=trained_parameters(adapted),
         model_parameters=size,
         forgetting=lost,
@@ -356,6 +363,17 @@ def _scored(
     until = "\n\n" if shots and not _chats(experiment, tokenizer) else None
     how = {"examples": asked, "equal_lengths": trial.way.adds_tokens, "until": until}
     return experiment.evaluate(model, tokenizer, split, **how)
+
+
+def _validation_loss(trial: Trial, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> float:
+    """Raises RunError where it is not finite."""
+    experiment, way = trial.experiment, trial.way
+    encoded, _ = experiment.encode(tokenizer, experiment.task.examples("validation"), training=True)
+    size = experiment.training.eval_batch_size
+    loss = mean_loss(model, tokenizer, encoded, size, way.takes_prompts, equal_lengths=way.adds_tokens)
+    if not math.isfinite(loss):  # such a model's answers look like a constant, which may even score
+        raise RunError(f"{experiment.name}: after training the loss on validation is {loss}")
+    return loss
 
 
 def drawn(examples: list[Example], count: int | None, seed: int) -> list[Example]:

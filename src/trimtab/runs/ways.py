@@ -45,6 +45,13 @@ WAYS: dict[str, dict[str, Any]] = {
     "full": {"trains": "everything"},
 }
 """Where nothing is said of target modules, they are PEFT's own choice for the architecture (q and v for LoRA)."""
+USUAL_RATES = (1e-3, 4e-3, 1.6e-2)
+RATES: dict[str, tuple[float, ...]] = {
+    "LORA": (5e-4, 1e-3, 2e-3, 4e-3),
+    "everything": (2e-5, 8e-5, 3.2e-4),
+    **dict.fromkeys(("IA3", "VERA", "PREFIX_TUNING", "PROMPT_TUNING", "head"), (4e-3, 1.6e-2, 6.4e-2)),
+}
+"""Learning rates to start a search from, by `peft_type` or `trains`; `USUAL_RATES` for the others."""
 
 
 class AdapterSpec(Section):
@@ -67,6 +74,8 @@ class Way(ABC):
 
     name: str
     settings: Mapping[str, Any]
+    learning_rates: tuple[float, ...] = USUAL_RATES
+    """Those that a search starts from; no part of the method."""
 
     trains = True
     """Whether there is anything to train."""
@@ -230,19 +239,23 @@ def as_way(entry: str | Mapping[str, Mapping[str, Any]], adapter: AdapterSpec) -
 
 
 def _made(name: str, settings: dict[str, Any], adapter: AdapterSpec) -> Way:
+    own = settings.pop("learning_rates", None)
+    if own is not None and not (isinstance(own, list) and own and all(isinstance(r, float) and r > 0 for r in own)):
+        raise ValueError(f"{name}: learning_rates: {own!r} is no list of positive numbers")
+    kind = str(settings.get("peft_type", "")).upper() or settings.get("trains", "")
+    rates = tuple(sorted(set(own or RATES.get(kind, USUAL_RATES))))
     if "peft_type" in settings:
-        kind = str(settings["peft_type"]).upper()
         known = [t.name for t in PeftType if t in PEFT_TYPE_TO_CONFIG_MAPPING and t.name != "REFT"]
         if kind not in known:
             raise ValueError(f"{name}: peft_type {kind!r} is none of {', '.join(known)}")
-        return PeftWay(name, {**settings, "peft_type": kind})
+        return PeftWay(name, {**settings, "peft_type": kind}, rates)
     if "trains" in settings:
         if settings["trains"] not in PARTS:
             raise ValueError(f"{name}: trains: {settings['trains']!r} is none of {', '.join(PARTS)}")
         if more := settings.keys() - {"trains", "shots"}:
             raise ValueError(f"{name}: {sorted(more)[0]!r} does not go with trains:")
-        return PartWay(name, settings)
-    return ReftWay(name, AdapterSpec.model_validate({**adapter.model_dump(), **settings}).model_dump())
+        return PartWay(name, settings, rates)
+    return ReftWay(name, AdapterSpec.model_validate({**adapter.model_dump(), **settings}).model_dump(), rates)
 
 
 def applicable(task_type: str) -> list[str]:
