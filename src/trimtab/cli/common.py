@@ -39,15 +39,29 @@ console = PlainConsole(highlight=False)
 class QuietCommand(TyperCommand):
     """Silences the libraries underneath when it runs, which loads them, and not when its help is read."""
 
+    together = False
+    """Whether several processes may run it, as torchrun starts them."""
+
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
+        from trimtab.runs import processes
         from trimtab.runs.models import quiet
 
+        if processes.count() > 1 and not self.together:
+            raise ValueError(f"{self.name} runs in one process; start it without torchrun or accelerate launch.")
+        console.quiet = processes.rank() > 0
         quiet()
         return super().invoke(ctx)
 
 
+class JointCommand(QuietCommand):
+    """One that several processes may run."""
+
+    together = True
+
+
 command = partial(app.command, cls=QuietCommand)
+joint_command = partial(app.command, cls=JointCommand)
 
 RecipeFile = Annotated[
     Path, typer.Argument(help="The recipe: a YAML file, or the name of one that comes with trimtab.", metavar="RECIPE")

@@ -17,6 +17,7 @@ from trimtab.cli.common import (
     TaskNames,
     command,
     console,
+    joint_command,
     must_be_new,
     read_recipe,
     size_of,
@@ -53,7 +54,7 @@ def init(
         console.print(first_row(experiment))
 
 
-@command()
+@joint_command()
 def train(
     file: RecipeFile,
     model: RecipeModel = None,

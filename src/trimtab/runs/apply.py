@@ -18,6 +18,7 @@ from typing import IO, Any
 from peft import PeftModel
 
 from trimtab.adapter.folder import inspect_adapter
+from trimtab.adapter.hub import local
 from trimtab.errors import DataError, RunError
 from trimtab.runs.folder import ADAPTER, RunFolder, digest_of, put, write_text
 from trimtab.runs.models import Base, ModelSource
@@ -38,7 +39,7 @@ class Applied:
     """A run's adapter on its model, which is loaded when the first row is predicted.
 
     Args:
-        folder: of one task.
+        folder: of one task, or its name on the Hub.
         model: the base model, where it is not the one that the run names.
 
     Raises:
@@ -47,7 +48,7 @@ class Applied:
     """
 
     def __init__(self, folder: str | Path, model: str | None = None) -> None:
-        self.folder = RunFolder(folder)
+        self.folder = RunFolder(local(folder))
         run, task = self.folder.run, self.folder.task
         inspect_adapter(self.folder.path)
         self.experiment = Experiment(

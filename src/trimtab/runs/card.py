@@ -12,10 +12,18 @@ from trimtab.runs.trial import Experiment
 from trimtab.tasks.tokens import rendered
 
 
-def card(experiment: Experiment, folder: Path, tokenizer: PreTrainedTokenizerBase, model: Any) -> str:
-    """The README of an adapter on `model`, run from where its training was."""
+def card(
+    experiment: Experiment,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    model: Any,
+    untuned: float,
+    tuned: float,
+) -> str:
+    """The README of an adapter on `model`, whose lines run where its training ran; both scores are on test."""
     config = ReftConfig(**experiment.adapter.model_dump())
-    head = experiment.task.head
+    task, head = experiment.task, experiment.task.head
+    split = "validation" if task.test_is_validation else "test"
     arguments = {"dtype": experiment.source.dtype, **head.config}
     if head.is_new:
         arguments["pad_token_id"] = model.config.pad_token_id
@@ -29,6 +37,8 @@ tags: [trimtab, reft, {config.method}]
 ---
 A ReFT adapter ({config.method_text}, positions {config.positions}) for `{experiment.source.name}`, the task
 `{experiment.name}` ({experiment.spec.type}).
+Trained on {len(task.examples("train"))} rows; {task.score.name} on {len(task.examples("test"))} {split} rows: \
+{tuned:.3f}, without it {untuned:.3f}.
 
 ```python
 import trimtab  # registers the method with PEFT

@@ -10,6 +10,7 @@ from peft import PeftModel
 
 from trimtab.adapter.folder import inspect_adapter
 from trimtab.adapter.forward import BASE
+from trimtab.adapter.hub import local
 from trimtab.errors import AdapterError, RunError
 from trimtab.runs.folder import RunFolder
 from trimtab.runs.models import ModelSource, load_model, load_tokenizer
@@ -21,13 +22,14 @@ Message = dict[str, str]
 
 
 def find_adapters(folders: Sequence[str]) -> dict[str, Path]:
-    """Adapter folders by name: each folder itself, or those that stand in it.
+    """Adapter folders by name: each folder itself, or those that stand in it; a name on the Hub is fetched.
 
     Raises:
         AdapterError: a folder holds no adapter, or two adapters share a name.
     """
     found: dict[str, Path] = {}
-    for folder in map(Path, folders):
+    for given in folders:
+        folder = local(given)
         inside = (
             [folder]
             if (folder / "adapter_config.json").exists()
@@ -36,7 +38,10 @@ def find_adapters(folders: Sequence[str]) -> dict[str, Path]:
         if not inside:
             raise AdapterError(f"{folder}: no adapter there, nor in a folder inside it (no adapter_config.json).")
         for path in inside:
-            name = path.resolve().name.replace(".", "_")
+            called = (
+                given.partition("@")[0] if folder != Path(given) else path.resolve()
+            )  # of the Hub's, not its cache's
+            name = Path(called).name.replace(".", "_")
             if name in found:
                 raise AdapterError(f"two adapters are called {name!r}, {found[name]} and {path}; rename a folder.")
             found[name] = path

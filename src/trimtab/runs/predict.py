@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from trimtab.errors import DataError
+from trimtab.runs import processes
 from trimtab.tasks import Example, Task
 from trimtab.tasks.tokens import IGNORED, Collator, Encoded
 
@@ -43,14 +44,15 @@ def evaluate(
     equal_lengths: bool = False,
     until: str | None = None,
 ) -> Evaluation:
-    """Score the model on examples of the task.
+    """Score the model on examples of the task; processes that train together share them out.
 
     Args:
         encoded: the examples as tokens, without answers.
         equal_lengths: batches without padding, for a model whose answers it would change.
         until: a generated text ends before this.
     """
-    outputs = predict(model, tokenizer, encoded, batch_size, equal_lengths=equal_lengths, **task.decoding())
+    how = {"equal_lengths": equal_lengths, **task.decoding()}
+    outputs = processes.shared(lambda part: predict(model, tokenizer, part, batch_size, **how), encoded)
     if until is not None:
         outputs = [text.lstrip().partition(until)[0] for text in outputs]
     predictions = task.read(outputs)

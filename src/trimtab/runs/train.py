@@ -21,6 +21,7 @@ from transformers import set_seed
 
 from trimtab.adapter.folder import inspect_adapter
 from trimtab.errors import RunError
+from trimtab.runs import processes
 from trimtab.runs.card import card
 from trimtab.runs.folder import ADAPTER, RunFolder, differing, digest_of, put
 from trimtab.runs.models import Base
@@ -59,15 +60,18 @@ def train(
     """
     runs = [Run(experiment, Path(output) / name) for name, experiment in experiments.items()]
     with ExitStack() as locks:
+        processes.meet()
         for run in runs:
             run.check_folder(resume)
-            locks.enter_context(run.folder.locked())
+            if processes.rank() == 0:
+                locks.enter_context(run.folder.locked())
         base = Base(runs[0].experiment.source)
         for run in runs:  # every error in data or folders before the first step, and before anything is removed
             run.encode(base, resume, say)
+        processes.wait()
         for run in runs:
             if not resume:
-                run.folder.remove()
+                processes.once(run.folder.remove)
         return {run.experiment.name: run.finish(base, watch) for run in runs}
 
 
@@ -198,7 +202,8 @@ class Run:
         return progress.metrics
 
     def _train(self, base: Base, progress: Progress, watch: Watch) -> None:
-        self.folder.begin(described(self.experiment), self.content, self.task.settled.model_dump(mode="json"))
+        settled = self.task.settled.model_dump(mode="json")
+        processes.once(self.folder.begin, described(self.experiment), self.content, settled)
         progress.state = "untuned score"
         watch(progress)
         experiment, tokenizer = self.experiment, base.tokenizer
@@ -229,7 +234,8 @@ class Run:
                 progress.state = "tuned score"
                 watch(progress)
                 tuned = experiment.evaluate(adapted, tokenizer, "test")
-                save_adapter(adapted, self.folder.path, card(self.experiment, self.folder.path, tokenizer, model))
+                text = card(self.experiment, self.folder.path, tokenizer, model, untuned.main, tuned.main)
+                processes.once(save_adapter, adapted, self.folder.path, text)
                 parameters = trained_parameters(adapted)
             finally:
                 fit.close()
@@ -241,7 +247,8 @@ class Run:
             "input": ["\n".join(e.texts) for e in examples],
             "expected": [e.answer if e.label is None else e.label for e in examples],
         }
-        self.folder.finish(metrics, {**asked, "untuned": untuned.predictions, "tuned": tuned.predictions})
+        answers = {"untuned": untuned.predictions, "tuned": tuned.predictions}
+        processes.once(self.folder.finish, metrics, {**asked, **answers})
 
     def _metrics(
         self, progress: Progress, fit: Fit, untuned: Evaluation, tuned: Evaluation, parameters: int

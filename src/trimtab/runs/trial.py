@@ -22,6 +22,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
 
 from trimtab.errors import DataError, NotPossible, RunError
+from trimtab.runs import processes
 from trimtab.runs.folder import versions, write_json
 from trimtab.runs.measures import thinned, training_memory, window_loss, windows
 from trimtab.runs.models import Base, ModelSource
@@ -286,7 +287,7 @@ class Fit:
         measured: bool = False,
     ) -> None:
         spec, way = trial.training, trial.way
-        self._store = Store(int(spec.reuse_memory_gb * 1e9), folder / "reuse")
+        self._store = Store(int(spec.reuse_memory_gb * 1e9), folder / "reuse" / str(processes.rank()))
         found = way.reuse(model, self._store, spec.gradient_checkpointing) if spec.reuse else "reuse: false"
         self._reuse = found if isinstance(found, Reuse) else None
         self._no_reuse = None if isinstance(found, Reuse) else found
