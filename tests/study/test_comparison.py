@@ -276,6 +276,18 @@ def test_methods_have_rates_of_their_own(models: Path, tmp_path: Path) -> None:
         as_way({"x": {"peft_type": "LORA", "learning_rates": "high"}}, AdapterSpec())
 
 
+def test_a_classifiers_report_has_the_head_alone(models: Path, tmp_path: Path) -> None:
+    for kind, methods, expected in (
+        ("classification", ["loreft", "lora"], ["loreft", "lora", "head"]),
+        ("regression", ["head", "lora"], ["head", "lora"]),
+        ("generation", ["loreft", "lora"], ["loreft", "lora"]),
+    ):
+        recipe = load_recipe(write_recipe(models, tmp_path, kind, methods=methods))
+        found = choose_ways(recipe.experiments(), recipe.compare)["words"]
+        assert [way.name for way in found] == expected
+        assert [way.name for way in choose_ways(recipe.experiments(), recipe.compare, ["lora"])["words"]] == ["lora"]
+
+
 def test_what_fails_counts_as_the_worst_and_is_said(
     models: Path, tmp_path: Path, inline: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

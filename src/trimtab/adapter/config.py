@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, cast
 from peft import PeftConfig, PeftType
 
 from trimtab.adapter.card import complete_card
+from trimtab.adapter.readout import POOLS
 from trimtab.edits import ACTIVATIONS, METHODS
 from trimtab.where.plan import Part
 from trimtab.where.positions import Positions, parse_positions
@@ -93,6 +94,11 @@ class ReftConfig(PeftConfig):
         default=None, metadata={"help": "Modules trained and saved whole beside the edits, such as a classifier."}
     )
 
+    pool: str | None = field(
+        default=None,
+        metadata={"help": "What `trimtab.set_pool` was told of the classifier, which must be told it again; or null."},
+    )
+
     requires: str = field(
         default=REQUIRES, metadata={"help": "For people who open the file; what it says there does not count."}
     )
@@ -151,6 +157,7 @@ class ReftConfig(PeftConfig):
             "modules_to_save",
             "null or a list of module names such as ['classifier']",
         )
+        self._check(self.pool is None or self.pool in POOLS, "pool", f"null or one of {', '.join(POOLS)}")
         self._check(
             self.base_model_name_or_path is None or isinstance(self.base_model_name_or_path, str | PathLike),
             "base_model_name_or_path",

@@ -121,6 +121,7 @@ def described(experiment: Experiment) -> dict[str, Any]:
         "seed": experiment.seed,
         "name": experiment.name,
         "task": experiment.settings,
+        **experiment.pool,
     }
 
 

@@ -25,7 +25,7 @@ from trimtab.errors import DataError, NotPossible, RunError
 from trimtab.runs import processes
 from trimtab.runs.folder import versions, write_json
 from trimtab.runs.measures import thinned, training_memory, window_loss, windows
-from trimtab.runs.models import Base, ModelSource
+from trimtab.runs.models import Base, ModelSource, pool_for
 from trimtab.runs.predict import Evaluation, context_of, evaluate, mean_loss
 from trimtab.runs.reuse import Reuse, Store
 from trimtab.runs.trainer import (
@@ -68,6 +68,13 @@ class Experiment:
     def __getstate__(self) -> dict[str, Any]:
         """Without what was read of the data, for a process that reads its own."""
         return {key: value for key, value in self.__dict__.items() if key != "task"}
+
+    @property
+    def pool(self) -> dict[str, str]:
+        """Which tokens the task's head reads, where it is not as the architecture does: the same settings may have been
+        read otherwise by earlier versions."""
+        pool = pool_for(self.task.head, self.source.name)
+        return {} if pool == "model" else {"pool": pool}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -136,6 +143,7 @@ class Trial:
             "learning_rate": self.learning_rate,
             "seed": self.seed,
             "examples": self.examples,
+            **experiment.pool,
         }
 
 

@@ -18,6 +18,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 
 from trimtab.adapter.config import ReftConfig
+from trimtab.adapter.readout import pool_of
 from trimtab.edits import METHODS
 from trimtab.errors import NotPossible
 from trimtab.runs.models import heads_beyond_peft
@@ -119,7 +120,9 @@ class ReftWay(Way):
 
     def build(self, model: nn.Module, task_type: str, new: Sequence[str] = (), seed: int = 0) -> nn.Module:
         try:
-            adapted: nn.Module = get_peft_model(model, self.config(task_type, new))
+            config = self.config(task_type, new)
+            config.pool = pool_of(model)
+            adapted: nn.Module = get_peft_model(model, config)
         except ValueError as error:
             raise NotPossible(_first_line(error)) from error
         return adapted

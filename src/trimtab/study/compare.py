@@ -102,13 +102,15 @@ def by_worth(tried: Mapping[float | None, Outcome]) -> list[Outcome]:
     return sorted(tried.values(), key=worth)
 
 
+PROBE = "head"
+"""The frozen model with a new head alone, without which nobody can tell what the other methods add."""
 Watch = Callable[[Group], None]
 
 
 def choose_ways(
     experiments: Mapping[str, Experiment], settings: CompareSpec, only: Sequence[str] | None = None
 ) -> dict[str, list[Way]]:
-    """What to compare for each task: the recipe's methods, or all that fit the kind of task.
+    """What to compare for each task: the recipe's methods and, of classifiers, the head alone; or all that fit the task.
 
     Args:
         only: names of those to keep; rows of `WAYS` may be named that the recipe does not.
@@ -122,6 +124,8 @@ def choose_ways(
         for method in only or ():
             if method not in (way.name for way in found):
                 found.append(as_way(method, experiment.adapter))
+        if experiment.task.head.is_new and not only and PROBE not in (way.name for way in found):
+            found.append(as_way(PROBE, experiment.adapter))
         often, count = Counter(way.name for way in found).most_common(1)[0]
         if count > 1:
             raise ValueError(f"compare: methods: {count} are called {often!r}; give each a name of its own")

@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Annotated, Any, Literal, TypeVar
 
+from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
 from trimtab.errors import DataError
@@ -32,6 +33,16 @@ class TextSpec(TaskSpec):
 
 
 TextSpecT = TypeVar("TextSpecT", bound=TextSpec)
+
+
+class PooledSpec(TextSpec):
+    """What tasks with one answer a text share."""
+
+    pool: Annotated[Literal["mean", "first", "last", "model"] | None, Field(exclude_if=lambda value: value is None)] = (
+        None
+    )
+    """Which tokens the head reads: all, the first, the last, or as the model's architecture does; without it, as the
+    model was pretrained (where sentence-transformers' files say so)."""
 
 
 class TextTask(Task[TextSpecT]):
@@ -81,7 +92,7 @@ class TextTask(Task[TextSpecT]):
         """The label a field's value stands for; raises DataError for none."""
 
 
-class ClassificationSpec(TextSpec):
+class ClassificationSpec(PooledSpec):
     """Text (or a pair of texts) in, one of several classes out."""
 
     SCORES = CLASS_SCORES
@@ -109,6 +120,7 @@ class ClassificationTask(TextTask[ClassificationSpec]):
         return Head(
             "AutoModelForSequenceClassification",
             {"num_labels": len(names), "id2label": names, "label2id": {name: i for i, name in names.items()}},
+            self.spec.pool,
         )
 
     @property
