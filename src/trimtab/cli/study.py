@@ -26,6 +26,7 @@ from trimtab.cli.common import (
 
 if TYPE_CHECKING:
     from trimtab.runs.trial import Experiment
+    from trimtab.runs.ways import Way
 
 
 @command()
@@ -65,6 +66,8 @@ def compare(
             name: [as_way(v, experiment.adapter) for v in adapter_variants(experiment, ablate, blocks)]
             for name, experiment in experiments.items()
         }
+    if chosen.budget is not None:
+        ways = {name: _fitted(experiments[name], found, chosen.budget) for name, found in ways.items()}
     folder = Path(recipe.output) / "compare"
     study = Study(experiments, ways, chosen, folder / "trials", _numbers(few_shot) if few_shot else (None,))
     left = list(study.groups)
@@ -136,6 +139,16 @@ def tune(
     console.print(table)
     write_text(output, tuned_recipe(recipe, best))
     console.print(f"Wrote {output}. Train it: trimtab train {output}")
+
+
+def _fitted(experiment: Experiment, ways: list[Way], budget: int) -> list[Way]:
+    """The ways at their budget, each of which is told."""
+    from trimtab.study.budget import fitted
+
+    found = [fitted(experiment, way, budget) if way.trains else None for way in ways]
+    for one in filter(None, found):
+        console.print(f"{experiment.name}, {one.way.name}: {one.said}")
+    return [one.way if one else way for one, way in zip(found, ways, strict=True)]
 
 
 def _say(experiments: Mapping[str, Experiment]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -87,6 +87,19 @@ class Way(ABC):
     takes_prompts = False
     """Whether the adapted model takes `prompt_lengths`."""
 
+    @property
+    def size_field(self) -> str | None:
+        """The setting that says how many parameters there are, in equal steps; None where none does."""
+        return None
+
+    def resized(self, size: int) -> Way:
+        """The same way with so many parameters a step; needs a `size_field`."""
+        return replace(self, settings={**self.settings, str(self.size_field): size})
+
+    def on_layers(self, layers: list[int], blocks: int) -> Way | None:
+        """The same way on some of so many blocks alone; None where it cannot be told."""
+        return None
+
     @abstractmethod
     def build(self, model: nn.Module, task_type: str, new: Sequence[str] = (), seed: int = 0) -> nn.Module:
         """The model with this way's parameters trainable and all others frozen.
@@ -111,6 +124,13 @@ class ReftWay(Way):
     """A ReFT adapter; the settings are `ReftConfig`'s fields."""
 
     takes_prompts = True
+
+    def on_layers(self, layers: list[int], blocks: int) -> Way:
+        return replace(self, settings={**self.settings, "layers": layers})
+
+    @property
+    def size_field(self) -> str | None:
+        return "r" if "r" in METHODS[self.settings["method"]].takes else None
 
     def config(self, task_type: str, new: Sequence[str] = ()) -> ReftConfig:
         return ReftConfig(task_type=task_type, modules_to_save=heads_beyond_peft(new) or None, **self.settings)
@@ -147,10 +167,27 @@ class PeftWay(Way):
         """Whether the model is given embeddings, in which a decoder's classifier cannot tell where a text ends."""
         return self.adds_tokens and self.settings["peft_type"] != PeftType.PREFIX_TUNING
 
+    @property
+    def size_field(self) -> str | None:
+        known = [one.name for one in fields(self.kind)]
+        return next((name for name in ("num_virtual_tokens", "r") if name in known), None)
+
+    def on_layers(self, layers: list[int], blocks: int) -> Way | None:
+        known = [one.name for one in fields(self.kind)]
+        if "exclude_modules" not in known or "exclude_modules" in self.settings:
+            return None
+        others = "|".join(str(block) for block in range(blocks) if block not in layers)
+        return replace(self, settings={**self.settings, "exclude_modules": rf".*\.({others})\..*"})
+
+    def resized(self, size: int) -> Way:
+        alpha, r = self.settings.get("lora_alpha"), self.settings.get("r", 8)
+        strength = {} if alpha is None else {"lora_alpha": max(1, round(size * alpha / r))}  # alpha / r stays
+        return replace(self, settings={**self.settings, str(self.size_field): size, **strength})
+
     def config(self, task_type: str, new: Sequence[str] = (), seed: int = 0) -> Any:
-        fields = {k: v for k, v in self.settings.items() if k != "peft_type"}
+        chosen = {k: v for k, v in self.settings.items() if k != "peft_type"}
         try:
-            config = self.kind(task_type=task_type, **fields)
+            config = self.kind(task_type=task_type, **chosen)
         except TypeError as error:
             raise ValueError(f"{self.name}: {self.kind.__name__}: {str(error).partition('() ')[2] or error}") from None
         if extra := heads_beyond_peft(new):

@@ -38,6 +38,8 @@ class CompareSpec(Section):
     seeds: PositiveInt = 5
     margin: PositiveFloat = MARGIN
     """Differences below this are as good as none; methods that are surely this alike are called equal."""
+    budget: PositiveInt | None = None
+    """Trained parameters, a new head aside: each method gets the largest rank, or the most layers, that fit."""
     held_out: str | None = None
     """A text file; how much the model's loss on it grows is reported as forgetting."""
 
@@ -110,7 +112,7 @@ Watch = Callable[[Group], None]
 def choose_ways(
     experiments: Mapping[str, Experiment], settings: CompareSpec, only: Sequence[str] | None = None
 ) -> dict[str, list[Way]]:
-    """What to compare for each task: the recipe's methods and, of classifiers, the head alone; or all that fit the task.
+    """What to compare for each task: the recipe's methods, or all that fit; of a classifier the head alone too.
 
     Args:
         only: names of those to keep; rows of `WAYS` may be named that the recipe does not.
