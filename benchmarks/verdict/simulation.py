@@ -176,8 +176,20 @@ def before(cell: Cell, times: int) -> float:
     return 100 * found / times
 
 
+def table(cells: list[dict[str, Any]]) -> str:
+    """Markdown: of 100 studies, those that tell identical methods apart, before and now, and find the gap."""
+    kinds = list(itertools.product((2, 6, 8), (False, True)))
+    head = ["shape", "validation", *(f"{spread} points{', unstable' * unstable}" for spread, unstable in kinds)]
+    lines = [head, ["---"] * len(head)]
+    for shape, validation in itertools.product(SHAPES, (36, 150)):
+        row = [c for c in cells if (c["shape"], c["validation"]) == (shape, validation)]
+        told = [f"{c['apart_first_seed_chooses']:.0f} → {c['apart']:.0f}; {c['found']:.0f}" for c in row]
+        lines.append([shape, str(validation), *told])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def main() -> None:
-    """Every cell, as JSON."""
+    """Every cell, as JSON; the table is printed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--times", type=int, default=1000)
@@ -197,6 +209,7 @@ def main() -> None:
         print(line, flush=True)
     how = {"studies": chosen.times, "seeds": SEEDS, "test_items": TEST, "rates": RATES, "reach": 3}
     chosen.out.write_text(json.dumps({**how, "cells": lines}, indent=1) + "\n")
+    print(table(lines))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from trimtab.adapter.config import ReftConfig
     from trimtab.adapter.edit import edit
     from trimtab.adapter.folder import adapter_from
+    from trimtab.adapter.parts import share_rotation
     from trimtab.adapter.readout import set_pool
     from trimtab.adapter.running import prompts
     from trimtab.adapter.sharding import shard_edits
@@ -36,6 +37,7 @@ __all__ = [
     "set_pool",
     "set_scale",
     "shard_edits",
+    "share_rotation",
     "supervised_only",
     "with_prompts",
 ]
@@ -52,6 +54,7 @@ _HOMES = {
     "set_pool": "adapter.readout",
     "set_scale": "adapter.tuner",
     "shard_edits": "adapter.sharding",
+    "share_rotation": "adapter.parts",
     "supervised_only": "runs.trainer",
     "with_prompts": "runs.trainer",
 }

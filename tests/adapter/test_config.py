@@ -39,7 +39,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"layers": [0, "1"]}, r"layers=\[0, '1'\]: must be 'all' or a list"),
     ({"layers": [1, 1]}, r"layers=\[1, 1\]: must be each block once"),
     ({"layers": [True]}, r"layers=\[True\]: must be 'all' or a list"),
-    ({"site": ""}, r"site='': must be block, attention, mlp or a module pattern"),
+    ({"site": ""}, r"site='': must be block, attention, mlp, heads or a module pattern"),
     ({"site": None}, r"site=None: must be block"),
     ({"tied": 1}, r"tied=1: must be true or false"),
     ({"tied": False, "positions": "f7"}, r"tied=False: needs a prefix and a suffix .* positions='f7'"),
@@ -165,7 +165,7 @@ def test_the_registered_type() -> None:
 def test_help_for_every_field() -> None:
     theirs = {field.name for field in dataclasses.fields(PeftConfig)}
     own = [field for field in dataclasses.fields(ReftConfig) if field.name not in theirs]
-    assert len(own) >= 11 and all(field.metadata.get("help") for field in own), "shown by command lines and docs"
+    assert len(own) > 10 and all(field.metadata.get("help") for field in own), "shown by command lines and docs"
 
 
 def test_numpy_integers_are_refused_rather_than_saved_wrongly() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
+TABLE = ROOT / "benchmarks/results/verdict/simulation.json"
 
 
 @pytest.fixture
@@ -31,6 +33,20 @@ def test_identical_methods_whose_rates_differ_in_worth_are_rarely_told_apart(sim
 def test_a_study_comes_out_the_same_again(simulation: Any) -> None:
     cell = simulation.Cell("steep", 36, 8, True)
     assert list(simulation.verdicts(cell, 3)) == list(simulation.verdicts(cell, 3))
+
+
+def test_the_table_has_every_cell_within_what_is_promised(simulation: Any) -> None:
+    table = json.loads(TABLE.read_text())
+    cells = [
+        simulation.Cell(**{k: line[k] for k in ("shape", "validation", "spread", "unstable")})
+        for line in table["cells"]
+    ]
+    assert cells == simulation.CELLS and table["studies"] >= 400
+    assert (
+        max(line["apart"] for line in table["cells"])
+        <= 7
+        < max(line["apart_first_seed_chooses"] for line in table["cells"])
+    )
 
 
 @pytest.mark.slow

@@ -100,6 +100,16 @@ def extra(name: str) -> Iterator[None]:
         raise ValueError(f"this command needs {error.name}: pip install 'trimtab[{name}]'") from None
 
 
+@contextmanager
+def resumable(said: str) -> Iterator[None]:
+    """Around work that may be gone on with: at Ctrl-C, one line that says so, and how."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print(f"\nStopped. {said}")
+        raise typer.Exit(130) from None
+
+
 def read_recipe(
     file: Path,
     model: str | None,
@@ -111,9 +121,14 @@ def read_recipe(
     """The recipe as the options change it; only the files of `tasks` have to be there."""
     from trimtab.recipe.load import load_recipe
 
+    return load_recipe(file, as_settings(model, output, settings), data=data, only=tasks)
+
+
+def as_settings(model: str | None, output: str | None, settings: list[str] | None) -> list[str]:
+    """What options change in a recipe, as `key.path=value`."""
     own = {"model": model, "output": output}
     given = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in own.items() if value is not None]
-    return load_recipe(file, [*given, *(settings or [])], data=data, only=tasks)
+    return [*given, *(settings or [])]
 
 
 def size_of(count: float) -> str:

@@ -57,7 +57,7 @@ class TrainingSpec(Section):
     reuse: bool = True
     """Compute once what the frozen model makes the same at every step, where the adapter leaves any such part."""
     reuse_memory_gb: NonNegativeFloat = 4.0
-    """What is kept for reuse beyond this goes to disk, in the task's folder."""
+    """What is kept for reuse beyond this goes to disk, to the folder for temporary files (TMPDIR)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -171,7 +171,7 @@ class NumberedCollator(Collator):
 
 
 def pack(examples: Sequence[Encoded]) -> Batch:
-    """One row of examples: input_ids, position_ids and labels (1, total). Each example's prompt has its own end.
+    """One row of examples: input_ids, position_ids and labels (1, total). Each example's prompt has its own length.
 
     Without a cache, since transformers tells packed examples apart only then.
     """
@@ -181,7 +181,7 @@ def pack(examples: Sequence[Encoded]) -> Batch:
         "labels": [e.labels for e in examples],
     }
     tensors = {name: torch.tensor([[i for part in parts for i in part]]) for name, parts in columns.items()}
-    return {**tensors, "use_cache": False}
+    return {**tensors, "prompt_lengths": torch.tensor([e.prompt_length for e in examples]), "use_cache": False}
 
 
 @dataclass
@@ -235,7 +235,6 @@ class ReftTrainer(Trainer):
         self.reuse_refused: str | None = None
         takes = inspect.signature(_base(model).forward).parameters
         self._keeps_supervised = supervised and "logits_to_keep" in takes
-        self._checked = False
         first = examples[0]
         # Among several processes: what one of them has too few of, where the loss can be told to pass it over.
         fills = processes.count() > 1 and isinstance(first.labels, list)
@@ -255,31 +254,31 @@ class ReftTrainer(Trainer):
         self.progress.tokens += mine * processes.count()  # the others have about as many
         if not self.takes_prompts:
             inputs.pop("prompt_lengths", None)
-        if self.reuse is not None and not self._checked:
-            self._check(model, inputs, examples)
-        with self.reuse.applied(inputs, examples) if self.reuse is not None else nullcontext(inputs) as batch:
+        if self.reuse is not None and self.reuse.kind not in self.reuse.store.checked:
+            self._check(model, inputs)
+        with self.reuse.applied(inputs) if self.reuse is not None else nullcontext(inputs) as batch:
             if self._keeps_supervised and batch["labels"].dim() == 2:
                 batch = with_supervised(batch)
             return super().compute_loss(model, batch, *args, **kwargs)
 
-    def _check(self, model: nn.Module, inputs: Batch, examples: Sequence[int]) -> None:
+    def _check(self, model: nn.Module, inputs: Batch) -> None:
         """Compare the first batch's loss with and without reuse, and give reuse up should they differ."""
-        self._checked = True
         assert self.reuse is not None
         state = torch.get_rng_state()
         was_training = model.training
         model.eval()
         with torch.no_grad():
             plain = float(model(**inputs).loss)
-            with self.reuse.applied(inputs, examples) as batch:
+            with self.reuse.applied(inputs) as batch:
                 reused = float(model(**batch).loss)
         model.train(was_training)
         torch.set_rng_state(state)
         narrow = next(_base(model).parameters()).dtype in (torch.bfloat16, torch.float16)
         if not abs(plain - reused) <= (0.05 if narrow else 1e-3) * max(1.0, abs(plain)):
             self.reuse_refused = f"the first loss came out as {reused:.5f} instead of {plain:.5f}"
-            self.reuse.store.close()
             self.reuse = None
+            return
+        self.reuse.store.checked.add(self.reuse.kind)
 
 
 def _base(model: Any) -> Any:

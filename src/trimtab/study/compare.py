@@ -65,7 +65,7 @@ class Group:
     @property
     def random(self) -> bool:
         """Whether another seed would come out otherwise."""
-        return self.way.trains or self.way.shots > 0 or self.experiment.task.head.is_new
+        return self.way.trains or self.way.shots > 0 or not self.experiment.task.generates
 
     @property
     def seeds(self) -> list[Outcome]:
@@ -126,7 +126,7 @@ def choose_ways(
         for method in only or ():
             if method not in (way.name for way in found):
                 found.append(as_way(method, experiment.adapter))
-        if experiment.task.head.is_new and not only and PROBE not in (way.name for way in found):
+        if not experiment.task.generates and not only and PROBE not in (way.name for way in found):
             found.append(as_way(PROBE, experiment.adapter))
         often, count = Counter(way.name for way in found).most_common(1)[0]
         if count > 1:
