@@ -361,7 +361,7 @@ def test_a_report_is_whole(models: Path, tmp_path: Path, inline: None, monkeypat
     text = tmp_path / "text.txt"
     text.write_text("All is well that ends well, and nothing ends. " * 400)
     methods = ["loreft", "lora", "untuned", {"lora r1": {"peft_type": "lora", "r": 1}}, "bitfit"]
-    recipe = load_recipe(write_recipe(models, tmp_path, methods=methods, held_out=str(text)))
+    recipe = load_recipe(write_recipe(models, tmp_path, methods=methods, learning_rates=[1e-2], held_out=str(text)))
     groups = study(recipe, tmp_path / "trials")
     report = write_report(groups, recipe.compare, tmp_path / "out", "report", "trimtab compare recipe.yaml")
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
@@ -372,7 +372,7 @@ def test_a_report_is_whole(models: Path, tmp_path: Path, inline: None, monkeypat
     }
     assert json.loads((tmp_path / "out/report.json").read_text()) == json.loads(json.dumps(asdict(report)))
     task = report.tasks["words"]
-    assert task.reference == "loreft" and task.test_items == 8
+    assert (task.reference, task.test_items, task.earlier) == ("loreft", 8, 0)
     lines = {line.name: line for line in task.methods}
     found = lines["lora"].against_reference
     assert found is not None and found.verdict in ("better", "worse", "not told apart")
@@ -412,6 +412,7 @@ def test_a_task_on_which_nothing_beats_one_answer_tells_nothing(
         assert [line.constant_seeds for line in task.methods] == seeds
         assert [total.tasks for total in report.overall] == [int(telling)] * 2
         said = as_markdown(report, {})
+        assert task.earlier == 8 and "8 trials are of an earlier version" in said  # these know no predictions
         assert ("tells nothing of methods" in said) != telling and "25.0 ± 0.0 (2/2 constant)" in said
 
 
@@ -457,7 +458,7 @@ def test_training_that_was_not_done_is_remarked() -> None:
 def test_scores_that_are_no_means_get_a_verdict(
     kind: str, score: str | None, models: Path, tmp_path: Path, inline: None
 ) -> None:
-    path = write_recipe(models, tmp_path, kind, methods=["loreft", "head"])
+    path = write_recipe(models, tmp_path, kind, methods=["loreft", "head"], learning_rates=[1e-2])
     if score:
         raw = json.loads(path.read_text())
         raw["tasks"]["words"]["score"] = score
@@ -471,7 +472,7 @@ def test_scores_that_are_no_means_get_a_verdict(
 
 
 def test_several_test_sets_are_compared_by_the_plain_mean_of_theirs(models: Path, tmp_path: Path, inline: None) -> None:
-    path = write_recipe(models, tmp_path, methods=["loreft", "lora"])
+    path = write_recipe(models, tmp_path, methods=["loreft", "lora"], learning_rates=[1e-2])
     raw = json.loads(path.read_text())
     rows = (tmp_path / "rows.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "few.jsonl").write_text("".join(rows[:2]))
@@ -505,7 +506,7 @@ def test_few_shot_draws_by_the_seed_and_trains_on_those_only(
     models: Path, tmp_path: Path, inline: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trials, "SMALL_STEPS", 3)
-    recipe = load_recipe(write_recipe(models, tmp_path, methods=["loreft", "few-shot"], seeds=2))
+    recipe = load_recipe(write_recipe(models, tmp_path, methods=["loreft", "few-shot"], learning_rates=[1e-2]))
     examples = recipe.experiments()["words"].task.examples("train")
     picked = [drawn(examples, 4, seed) for seed in (0, 0, 1)]
     assert picked[0] == picked[1] != picked[2] and all(len(p) == 4 for p in picked)

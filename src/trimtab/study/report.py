@@ -74,6 +74,8 @@ class TaskReport:
     methods: list[Line]
     constant: float | None = None
     """The test score of the one answer that scores best on train."""
+    earlier: int = 0
+    """Trials of versions that did not keep what was predicted on validation."""
     telling: bool = True
     """Whether some method is better than that; if none is, the task tells nothing of methods."""
 
@@ -199,8 +201,13 @@ def _task_report(groups: list[Group], settings: CompareSpec) -> TaskReport:
         test_items=len(test.examples),
         methods=sorted(lines.values(), key=lambda line: float("inf") if line.mean is None else -line.mean),
         constant=None if constant is None else float(constant.scores[0, 0]),
+        earlier=sum(_earlier(run) for group in finished for tried in group.tried.values() for run in tried.values()),
         telling=constant is None or any(_surely_better(sample, constant) for sample in samples.values()),
     )
+
+
+def _earlier(run: Outcome) -> bool:
+    return run.validation is not None and not run.validation_predictions
 
 
 def _surely_better(sample: Sample, constant: Sample) -> bool:

@@ -126,6 +126,11 @@ def remarks(task: TaskReport) -> list[str]:
     moving = [line.name for line in task.finished if 2 * line.moving_seeds > len(line.scores)]
     if moving:
         said.append(f"The training loss still fell at the end, so more steps may change this: {', '.join(moving)}.")
+    if task.earlier:
+        said.append(
+            f"{task.earlier} trials are of an earlier version, which kept no predictions on validation: the luck of "
+            "choosing their learning rates is not wholly in the intervals. Remove their files to run them anew."
+        )
     said += [f"{line.name}: failed: {line.failure}" for line in task.finished if line.failure]
     return said
 
