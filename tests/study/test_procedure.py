@@ -50,6 +50,7 @@ def test_the_table_has_every_cell_within_what_is_promised(simulation: Any) -> No
 
 
 @pytest.mark.slow
-def test_every_cell_is_within_what_is_promised(simulation: Any) -> None:
-    for number, cell in enumerate(simulation.CELLS):
-        assert simulation.apart(cell, 200, seed=10_000 + 1000 * number) <= 7, cell
+def test_the_table_comes_out_the_same_again(simulation: Any) -> None:
+    table = json.loads(TABLE.read_text())
+    for cell, line in list(zip(simulation.CELLS, table["cells"], strict=True))[::5]:
+        assert simulation.apart(cell, table["studies"]) == line["apart"], cell

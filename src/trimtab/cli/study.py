@@ -49,6 +49,7 @@ def compare(
     ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's.")] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Trials at a time; by default as many as fit.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say how many trials there are to run.")] = False,
 ) -> None:
     """Compare methods on a recipe's tasks: same data, steps, seeds and learning rates, with statistics."""
     with extra("bench"):
@@ -57,7 +58,7 @@ def compare(
     from trimtab.runs.ways import as_way
     from trimtab.study.ablations import adapter_variants
     from trimtab.study.compare import Group, Study, choose_ways
-    from trimtab.study.tables import overview, remarks
+    from trimtab.study.tables import overview, planned, remarks
     from trimtab.study.workers import room_for
 
     recipe = read_recipe(file, model, data, output, settings, task)
@@ -87,6 +88,9 @@ def compare(
     _say(experiments)
     jobs = jobs or room_for(recipe.model)
     console.print(f"{len(study.groups)} comparisons, {jobs} trials at a time; what is done already is read.")
+    if dry_run:
+        console.print(planned(study.plan()))
+        return
     with resumable(KEPT):
         study.run(jobs, watch)
     name = "-".join(["ablation"] * bool(ablate) + ["few-shot"] * bool(few_shot)) or "report"

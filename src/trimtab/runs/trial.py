@@ -205,7 +205,7 @@ def run_trial(trial: Trial, folder: Path, content: dict[str, str] | None = None)
         content: the task's `fingerprints`, where the caller has them; with them an outcome is found without the data.
     """
     described = trial.described(content or fingerprints(trial.experiment, trial.held_out))
-    file = folder / trial.experiment.name / trial.way.name / f"{digest(described)}.json"
+    file = _file(trial, folder, described)
     if found := _done(file, described):
         return found
     try:
@@ -221,6 +221,16 @@ def run_trial(trial: Trial, folder: Path, content: dict[str, str] | None = None)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, outcome.as_dict())
     return outcome
+
+
+def outcome_of(trial: Trial, folder: Path, content: dict[str, str]) -> Outcome | None:
+    """What `run_trial` would read, having run the trial before; None where it would run it."""
+    described = trial.described(content)
+    return _done(_file(trial, folder, described), described)
+
+
+def _file(trial: Trial, folder: Path, described: dict[str, Any]) -> Path:
+    return folder / trial.experiment.name / trial.way.name / f"{digest(described)}.json"
 
 
 def _done(file: Path, described: dict[str, Any]) -> Outcome | None:

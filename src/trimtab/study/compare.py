@@ -14,12 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from trimtab.errors import DataError
-from trimtab.runs.trial import Experiment, Outcome, Trial, fingerprints, run_trial
+from trimtab.runs.trial import Experiment, Outcome, Trial, fingerprints, outcome_of, run_trial
 from trimtab.runs.ways import Way, applicable, as_way
 from trimtab.study.statistics import MARGIN
 from trimtab.study.workers import workers
@@ -135,6 +136,17 @@ def choose_ways(
     return chosen
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a study has to run."""
+
+    runs: int
+    """At least; those past an edge come on top."""
+    done: int
+    seconds: float | None
+    """Of training, at the median of those done; None where nothing trained yet."""
+
+
 class Study:
     """A comparison: which trials it needs, and those there are.
 
@@ -199,16 +211,27 @@ class Study:
                     submit(group)
         return self.groups
 
-    def wanted(self, group: Group) -> list[Trial]:
-        """The trials that a group needs, as far as what is known of it tells; the first seed's alone at first."""
+    def plan(self) -> Plan:
+        """What `run` would do; nothing is run."""
+        trials = [(group, trial) for group in self.groups for trial in self.wanted(group, self.settings.seeds)]
+        found = [outcome_of(trial, self.folder, self.content[group.task]) for group, trial in trials]
+        done = [outcome for outcome in found if outcome is not None]
+        seconds = [outcome.seconds for outcome in done if outcome.seconds is not None]
+        return Plan(len(trials), len(done), median(seconds) if seconds else None)
+
+    def wanted(self, group: Group, seeds: int | None = None) -> list[Trial]:
+        """The trials that a group needs, as far as what is known of it tells.
+
+        Args:
+            seeds: how many go through it; without it the first alone at first, and all once it is known to train.
+        """
         if group.impossible:
             return []
-        first = group.experiment.seed
-        seeds = range(first, first + (self.settings.seeds if group.random and group.tried else 1))
+        first, count = group.experiment.seed, seeds or (self.settings.seeds if group.tried else 1)
         held_out = self.settings.held_out
         return [
             Trial(group.experiment, group.way, rate, seed, group.examples, held_out=held_out)
-            for seed in seeds
+            for seed in range(first, first + (count if group.random else 1))
             for rate in self._wanted_rates(group, seed)
         ]
 

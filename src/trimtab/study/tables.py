@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from trimtab.study.compare import Plan
 from trimtab.study.report import Line, Report, SizeReport, TaskReport
 from trimtab.study.statistics import Difference
 
@@ -141,6 +142,15 @@ def sizes(task: TaskReport) -> str:
         f"{task.score}; {task.train_items} training, {task.validation_items} validation and {task.test_items} test "
         "items."
     )
+
+
+def planned(plan: Plan) -> str:
+    """What there is to run."""
+    text = f"{plan.runs} trials, and more where a best rate is at an edge; {plan.done} are done."
+    if plan.seconds is None:
+        return text
+    minutes = (plan.runs - plan.done) * plan.seconds / 60
+    return f"{text} These trained for {plan.seconds:.1f} s at the median: about {minutes:.0f} minutes of it are left."
 
 
 def ran(report: Report) -> str:
