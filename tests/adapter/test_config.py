@@ -39,7 +39,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"layers": [0, "1"]}, r"layers=\[0, '1'\]: must be 'all' or a list"),
     ({"layers": [1, 1]}, r"layers=\[1, 1\]: must be each block once"),
     ({"layers": [True]}, r"layers=\[True\]: must be 'all' or a list"),
-    ({"site": ""}, r"site='': must be block, attention, mlp or a module pattern"),
+    ({"site": ""}, r"site='': must be block, attention, mlp, heads or a module pattern"),
     ({"site": None}, r"site=None: must be block"),
     ({"tied": 1}, r"tied=1: must be true or false"),
     ({"tied": False, "positions": "f7"}, r"tied=False: needs a prefix and a suffix .* positions='f7'"),

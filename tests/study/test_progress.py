@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from trimtab.runs.trial import run_trial
 from trimtab.study import progress
 from trimtab.study.progress import Counted, Standing
 
@@ -39,11 +40,11 @@ class Later(Executor):
 
 
 def test_only_trials_that_came_to_an_end_are_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(progress, "is_done", lambda trial, *_: trial == "read")
+    monkeypatch.setattr(progress, "outcome_of", lambda trial, *_: trial if trial == "read" else None)
     pool, standing = Later(), Standing(4)
     trials: list[Any] = ["read", "made", "cancelled", "broken"]
     for trial in trials:
-        Counted(pool, standing).submit(trial, tmp_path, {})
+        Counted(pool, standing).submit(run_trial, trial, tmp_path, {})
     read, made, cancelled, broken = pool.futures
     read.set_result(None)
     made.set_result(None)

@@ -31,6 +31,7 @@ from trimtab.cli.tables import elsewhere, progress_said, shown
 
 if TYPE_CHECKING:
     from trimtab.runs.trial import Experiment
+    from trimtab.runs.ways import Way
     from trimtab.study.search import Found, Watch
 
 
@@ -52,6 +53,7 @@ def compare(
     ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's.")] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Trials at a time; by default as many as fit.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say how many trials there are to run.")] = False,
 ) -> None:
     """Compare methods on a recipe's tasks: same data, steps, seeds and learning rates, with statistics."""
     with extra("bench"):
@@ -61,7 +63,7 @@ def compare(
     from trimtab.study.ablations import adapter_variants
     from trimtab.study.compare import Group, Study, choose_ways
     from trimtab.study.progress import Standing
-    from trimtab.study.tables import overview
+    from trimtab.study.tables import overview, planned, remarks
     from trimtab.study.workers import room_for
 
     recipe = read_recipe(file, model, data, output, settings, task)
@@ -75,13 +77,15 @@ def compare(
             name: [as_way(v, experiment.adapter) for v in adapter_variants(experiment, ablate, blocks)]
             for name, experiment in experiments.items()
         }
+    if chosen.budget is not None:
+        ways = {name: _fitted(experiments[name], found, chosen.budget) for name, found in ways.items()}
     folder = Path(recipe.output) / "compare"
     study = Study(experiments, ways, chosen, folder / "trials", _numbers(few_shot) if few_shot else (None,))
-    standing, left = Standing(study.expected()), list(study.groups)
+    plan, left = study.plan(), list(study.groups)
+    standing = Standing(plan.runs)
 
     def watch(group: Group) -> None:
-        scores = [run.test[group.experiment.task.score.name] for run in group.seeds]
-        found = ", ".join(f"{100 * s:.1f}" for s in scores) or group.impossible
+        found = ", ".join(f"{100 * s:.1f}" for s in group.scores) or group.impossible
         size = f" {group.examples} examples" if group.examples else ""
         left.remove(group)
         console.print(f"{group.task}{size}, {group.way.name}: {found} ({len(left)} left{elsewhere(standing)})")
@@ -94,8 +98,11 @@ def compare(
         return table
 
     jobs = jobs or room_for(recipe.model)
-    _say(experiments, standing.of, jobs)
+    _say(experiments, plan.runs - plan.done, jobs)
     console.print(f"{len(study.groups)} comparisons, {jobs} trials at a time; what is done already is read.")
+    if dry_run:
+        console.print(planned(plan))
+        return
     with resumable(KEPT), shown(board):
         study.run(jobs, watch, standing)
     name = "-".join(["ablation"] * bool(ablate) + ["few-shot"] * bool(few_shot)) or "report"
@@ -106,6 +113,9 @@ def compare(
     for line in lines:
         table.add_row(*line[:5])
     console.print(table)
+    for title, found in report.tasks.items():
+        for remark in remarks(found):
+            console.print(f"! {title}: {remark}")
     console.print(f"Wrote {folder / name}.html, .md, .json and plots.")
 
 
@@ -148,6 +158,16 @@ def tune(
     if kept:
         console.print(f"{', '.join(kept)}: nothing better than the recipe's own settings was found.")
     console.print(f"Wrote {output}, whose runs go to {runs}. Train it: trimtab train {output}")
+
+
+def _fitted(experiment: Experiment, ways: list[Way], budget: int) -> list[Way]:
+    """The ways at their budget, each of which is told."""
+    from trimtab.study.budget import fitted
+
+    found = [fitted(experiment, way, budget) if way.trains else None for way in ways]
+    for one in filter(None, found):
+        console.print(f"{experiment.name}, {one.way.name}: {one.said}")
+    return [one.way if one else way for one, way in zip(found, ways, strict=True)]
 
 
 def _searched(experiment: Experiment, search: Callable[[Watch], Found], trials: int) -> Found:
@@ -198,7 +218,7 @@ def _say(experiments: Mapping[str, Experiment], runs: int, jobs: int = 1) -> Non
     close_stores()
     each = sum(seconds) / len(seconds) if seconds else None
     about = f", about {duration(each * runs / jobs)} at {duration(each)} each" if each else ""
-    console.print(f"About {runs} runs{about}.")
+    console.print(f"About {runs} runs to make{about}.")
 
 
 def _numbers(text: str) -> list[int]:

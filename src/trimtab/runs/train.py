@@ -158,6 +158,7 @@ def described(experiment: Experiment) -> dict[str, Any]:
         "seed": experiment.seed,
         "name": experiment.name,
         "task": experiment.settings,
+        **experiment.pool,
     }
 
 

@@ -9,6 +9,7 @@ import atexit
 import errno
 import hashlib
 import json
+import math
 import pickle
 import shutil
 import tempfile
@@ -27,8 +28,8 @@ from trimtab.errors import DataError, NotPossible, RunError
 from trimtab.runs.earlier import completed_trial
 from trimtab.runs.folder import versions, write_json
 from trimtab.runs.measures import thinned, training_memory, window_loss, windows
-from trimtab.runs.models import Base, ModelSource
-from trimtab.runs.predict import Evaluation, context_of, evaluate
+from trimtab.runs.models import Base, ModelSource, pool_for
+from trimtab.runs.predict import Evaluation, context_of, evaluate, mean_loss
 from trimtab.runs.reuse import Reuse, Store
 from trimtab.runs.trainer import (
     NumberedCollator,
@@ -70,6 +71,13 @@ class Experiment:
     def __getstate__(self) -> dict[str, Any]:
         """Without what was read of the data, for a process that reads its own."""
         return {key: value for key, value in self.__dict__.items() if key != "task"}
+
+    @property
+    def pool(self) -> dict[str, str]:
+        """Which tokens the task's head reads, where it is not as the architecture does: the same settings may have been
+        read otherwise by earlier versions."""
+        pool = pool_for(self.task.head, self.source.name)
+        return {} if pool == "model" else {"pool": pool}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -138,11 +146,8 @@ class Trial:
             "learning_rate": self.learning_rate,
             "seed": self.seed,
             "examples": self.examples,
+            **experiment.pool,
         }
-
-    def file(self, folder: Path, described: dict[str, Any]) -> Path:
-        """Where the outcome lies, named by all that decides it."""
-        return folder / self.experiment.name / self.way.name / f"{digest(described)}.json"
 
 
 @dataclass(frozen=True)
@@ -156,6 +161,9 @@ class Outcome:
     test: dict[str, float] = field(default_factory=dict)
     predictions: list[Any] = field(default_factory=list)
     """On test."""
+    validation_predictions: list[Any] = field(default_factory=list)
+    validation_loss: float | None = None
+    """By which scores that tie on validation are told apart; None of what is not trained."""
     parameters: int = 0
     """Trained ones."""
     model_parameters: int = 0
@@ -198,7 +206,7 @@ def run_trial(trial: Trial, folder: Path, content: dict[str, str] | None = None)
         content: the task's `fingerprints`, where the caller has them; with them an outcome is found without the data.
     """
     described = trial.described(content or fingerprints(trial.experiment, trial.held_out))
-    file = trial.file(folder, described)
+    file = _file(trial, folder, described)
     if found := _done(file, described):
         return found
     try:
@@ -216,10 +224,14 @@ def run_trial(trial: Trial, folder: Path, content: dict[str, str] | None = None)
     return outcome
 
 
-def is_done(trial: Trial, folder: Path, content: dict[str, str]) -> bool:
-    """Whether `run_trial` would read the outcome."""
+def outcome_of(trial: Trial, folder: Path, content: dict[str, str]) -> Outcome | None:
+    """What `run_trial` would read, having run the trial before; None where it would run it."""
     described = trial.described(content)
-    return _done(trial.file(folder, described), described) is not None
+    return _done(_file(trial, folder, described), described)
+
+
+def _file(trial: Trial, folder: Path, described: dict[str, Any]) -> Path:
+    return folder / trial.experiment.name / trial.way.name / f"{digest(described)}.json"
 
 
 def _done(file: Path, described: dict[str, Any]) -> Outcome | None:
@@ -246,12 +258,15 @@ def _run(trial: Trial) -> Outcome:
     set_seed(trial.seed)
     adapted = way.build(model, task.task_type, new, trial.seed, task.edit_turns)
     reuse, trained = _trained(trial, adapted, base.tokenizer, examples) if way.trains else (None, {})
+    if way.trains and "validation" in trial.splits:
+        trained["validation_loss"] = _validation_loss(trial, adapted, base.tokenizer)
     found = {split: _scored(trial, adapted, base.tokenizer, split, shots, reuse) for split in trial.splits}
     lost = window_loss(adapted, texts, takes_prompts=way.takes_prompts) - _base_losses[key] if texts else None
     return Outcome(
         validation=found["validation"].main if "validation" in found else None,
         test=found["test"].scores if "test" in found else {},
         predictions=found["test"].predictions if "test" in found else [],
+        validation_predictions=found["validation"].predictions if "validation" in found else [],
         parameters=trained_parameters(adapted),
         model_parameters=size,
         forgetting=lost,
@@ -428,6 +443,17 @@ def _scored(
     until = "\n\n" if shots and not _chats(experiment, tokenizer) else None
     how = {"examples": asked, "equal_lengths": trial.way.adds_tokens, "until": until, "reuse": reuse}
     return experiment.evaluate(model, tokenizer, split, **how)
+
+
+def _validation_loss(trial: Trial, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> float:
+    """Raises RunError where it is not finite."""
+    experiment, way = trial.experiment, trial.way
+    encoded, _ = experiment.encode(tokenizer, experiment.task.examples("validation"), training=True)
+    size = experiment.training.eval_batch_size
+    loss = mean_loss(model, tokenizer, encoded, size, way.takes_prompts, equal_lengths=way.adds_tokens)
+    if not math.isfinite(loss):  # such a model's answers look like a constant, which may even score
+        raise RunError(f"{experiment.name}: after training the loss on validation is {loss}")
+    return loss
 
 
 def drawn(examples: list[Example], count: int | None, seed: int) -> list[Example]:

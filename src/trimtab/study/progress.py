@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trimtab.runs.trial import Outcome, Trial, is_done, run_trial
+from trimtab.runs.trial import Outcome, Trial, outcome_of
+
+Run = Callable[[Trial, Path, dict[str, str]], Outcome]
 
 
 @dataclass
@@ -39,10 +42,10 @@ class Counted:
     pool: Executor
     standing: Standing
 
-    def submit(self, trial: Trial, folder: Path, content: dict[str, str]) -> Future[Outcome]:
-        """Have a trial run, or read."""
-        read = is_done(trial, folder, content)
-        future = self.pool.submit(run_trial, trial, folder, content)
+    def submit(self, run: Run, trial: Trial, folder: Path, content: dict[str, str]) -> Future[Outcome]:
+        """Have a trial run, or its outcome read."""
+        read = outcome_of(trial, folder, content) is not None
+        future = self.pool.submit(run, trial, folder, content)
 
         def ended(one: Future[Outcome]) -> None:
             if not one.cancelled() and one.exception() is None:
