@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from trimtab.adapter.edit import edit
     from trimtab.adapter.folder import adapter_from
     from trimtab.adapter.parts import share_rotation
+    from trimtab.adapter.readout import set_pool
     from trimtab.adapter.running import prompts
     from trimtab.adapter.sharding import shard_edits
     from trimtab.adapter.tuner import ReftModel, set_scale
@@ -33,6 +34,7 @@ __all__ = [
     "edit",
     "parse_positions",
     "prompts",
+    "set_pool",
     "set_scale",
     "shard_edits",
     "share_rotation",
@@ -49,6 +51,7 @@ _HOMES = {
     "edit": "adapter.edit",
     "parse_positions": "where.positions",
     "prompts": "adapter.running",
+    "set_pool": "adapter.readout",
     "set_scale": "adapter.tuner",
     "shard_edits": "adapter.sharding",
     "share_rotation": "adapter.parts",

@@ -73,7 +73,7 @@ def test_init_quotes_what_yaml_would_misread(trimtab: Command, tmp_path: Path) -
     assert code == 0, text
     tasks = load_recipe(out).tasks
     assert list(tasks) == ["two_words", "2024"] and tasks["2024"].training.max_length == 64
-    assert tasks["2024"].text == ["#1 String"] and tasks["2024"].label == "class"
+    assert tasks["2024"].text == ["#1 String", "#2 String"] and tasks["2024"].label == "class"
 
 
 def test_train_again_skips_and_prints_the_table(trimtab: Command, runs: Path) -> None:
@@ -99,7 +99,7 @@ def test_eval_shows_where_an_adapter_fails_and_writes_every_answer(
     command = ["eval", runs / "recipe.yaml", "--task", "kind", *settings, "--predictions", answers]
     code, text = trimtab(*command)
     assert code == 0 and "kind: the worst of 3 on test" in text and "kind: by class" in text, text
-    assert "│ dog" in text and "animal 1" in text and "50%" in text and "1 classes all right" in text
+    assert "│ dog" in text and "animal 1" in text and "50%" in text and "1 more without a mistake" in text
     found = json.loads(answers.read_text())["kind"]
     assert found["input"] == ["cat", "dog", "bread"] and found["expected"] == ["animal", "food", "food"]
     assert found["tuned"] == ["animal", "animal", "food"]
@@ -226,3 +226,26 @@ def test_wrong_arguments(arguments: list[str], message: str, trimtab: Command, r
     code, text = trimtab(*(a.replace("{runs}", str(runs)) for a in arguments))
     assert code == 2 and message in text.replace("\n", " "), text
     assert text.startswith("error: ") and "Traceback" not in text  # no table before it
+
+
+@pytest.mark.parametrize(
+    ("command", "what", "said"),
+    [
+        (["train", "{runs}/recipe.yaml"], "trimtab.runs.train.train", "goes on from the last checkpoint"),
+        (["tune", "{runs}/recipe.yaml"], "trimtab.study.search.tune", "the same command goes on from there"),
+        (
+            ["predict", "{runs}/kind.jsonl", "-a", "{runs}/out/kind", "-o", "{runs}/new.csv"],
+            "trimtab.runs.apply.Applied.write",
+            "the same command goes on from there",
+        ),
+    ],
+)
+def test_ctrl_c_says_in_a_line_how_to_go_on(
+    command: list[str], what: str, said: str, trimtab: Command, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(what, stop)
+    code, text = trimtab(*(part.replace("{runs}", str(runs)) for part in command))
+    assert code == 130 and said in " ".join(text.split()) and "Aborted" not in text, text

@@ -60,6 +60,16 @@ FILES: dict[str, tuple[Rows, str, dict[str, Any]]] = {
         "classification",
         {"text": ["premise", "hypothesis"]},
     ),
+    "a pair by number": (
+        of(**{"#1 ID": lambda i: i, "Line 1": sentence, "Line 2": sentence, "ok": lambda i: i % 2}),
+        "classification",
+        {"text": ["Line 1", "Line 2"], "label": "ok"},
+    ),
+    "a pair by letter": (
+        of(text_a=sentence, text_b=sentence, label=lambda i: i % 2),
+        "classification",
+        {"text": ["text_a", "text_b"]},
+    ),
     "numbers": (of(text=sentence, score=lambda i: f"{i / 7:.3f}"), "regression", {"text": "text", "label": "score"}),
     "two texts": (of(id=lambda i: i, french=sentence, english=sentence), "generation", {"prompt": "{french}"}),
     "words and tags": (
@@ -112,6 +122,13 @@ def test_turns_of_a_system_are_kept_and_several_turns_are_a_conversation(tmp_pat
     assert (found.type, found.keys["train_turns"], found.keys["edit_turns"]) == ("conversation", "all", "each")
     assert found.data == {"conversation": "messages", "skip_bad_rows": True}
     assert found.said.startswith("1 of 24 rows are no conversation with an answer")
+
+
+def test_columns_that_a_prompt_leaves_out_are_named(tmp_path: Path) -> None:
+    choices = of(question=sentence, choice0=sentence, choice1=sentence, answer=lambda i: i % 2)
+    found = guess(write(tmp_path, choices), True)
+    assert found.keys["prompt"] == "{question}"
+    assert found.said == "choice0, choice1 might belong in the prompt too, each in braces"
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import Command
 from transformers import AutoTokenizer
 
 from trimtab.errors import DataError, RunError, TrimtabError
 from trimtab.recipe.load import load_recipe
+from trimtab.runs.forecast import forecast, steps_of, told
+from trimtab.runs.models import Base
 from trimtab.runs.summary import checked_summary, marked, result_remarks
+from trimtab.runs.train import train
+from trimtab.runs.trainer import TrainingSpec
 from trimtab.runs.trial import Experiment
 from trimtab.tasks.tokens import encode
 
@@ -65,6 +70,8 @@ def test_rows_are_counted_and_told_from_where(make: Make) -> None:
             {"training": {"max_length": 2}},
             "15 of 15 rows are longer than 2 tokens and cut",
         ),
+        (MOOD, rows(*["a", "b"] * 8), {"training": {"learning_rate": 0.5}}, "0.5 is above the usual 9e-05 to 0.02"),
+        (MOOD, rows(*["a", "b"] * 8), {"training": {"learning_rate": 1e-6}}, "1e-06 is below the usual"),
         (
             PLURAL,
             [*rows(*"ab" * 8), *rows(*"cd" * 8, text="word " * 60)],
@@ -123,6 +130,50 @@ def test_a_dry_run_does_nothing_else(make: Make, trimtab: Command, tmp_path: Pat
     code, text = trimtab("train", tmp_path / "recipe.yaml", "--dry-run")
     assert (code == 0 and "x (7), y (8)" in text) or "y (7), x (8)" in text or "(8)" in text
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("task", [MOOD, PLURAL], ids=["classification", "generation"])
+def test_a_run_worth_it_is_measured_beforehand(
+    make: Make, task: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    experiment = make(task, rows(*["x", "y"] * 8), training={"max_steps": 50, "batch_size": 2}, adapter={"r": 2})
+    base = Base(experiment.source)
+    found = forecast(experiment, base)
+    assert found is not None and found.steps == 50 and found.epoch == 8
+    assert found.memory > 0 and found.model > 7e6 and found.later > 0 and found.scoring > 0
+    assert found.training == pytest.approx(8 * found.first + 42 * found.later)
+    assert "a takes about " in told("a", found) and "50 steps of" in told("a", found)
+    shared = base.load(experiment.task.head, 0).model
+    assert not any("reft" in name for name, _ in shared.named_modules())  # as if there had been none
+    monkeypatch.setattr("trimtab.runs.forecast.predict", full)
+    with pytest.raises(RunError, match=r"a: a step does not fit .* batch_size"):
+        forecast(experiment, base)
+    short = make(task, rows(*["x", "y"] * 8), training={"max_steps": 30})
+    assert forecast(short, base) is None
+
+
+@pytest.mark.parametrize(
+    ("training", "examples", "steps"),
+    [
+        ({"max_steps": 9}, 100, 9),
+        ({"epochs": 2, "batch_size": 16}, 33, 6),
+        ({"epochs": 2.5, "batch_size": 4, "gradient_accumulation": 2}, 20, 8),
+    ],
+)
+def test_steps_are_those_that_are_made(training: dict[str, Any], examples: int, steps: int) -> None:
+    assert steps_of(TrainingSpec(**training), examples) == steps
+
+
+def test_a_dry_run_says_what_is_done_already(make: Make, trimtab: Command, tmp_path: Path) -> None:
+    experiment = make(MOOD, rows(*["x", "y"] * 8), training={"max_steps": 1})
+    train({"a": experiment}, tmp_path / "runs")
+    code, text = trimtab("train", tmp_path / "recipe.yaml", "--dry-run")
+    assert code == 0 and "a is done already" in text and "--no-resume --task a" in text.replace("\n", " ")
+    code, text = trimtab("train", tmp_path / "recipe.yaml", "--dry-run", "--set", "seed=4")
+    assert code == 2 and "holds a run with other settings (seed)" in text
 
 
 def test_a_bad_result_is_remarked() -> None:

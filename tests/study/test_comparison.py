@@ -34,13 +34,14 @@ from trimtab.runs import measures
 from trimtab.runs import trial as trials
 from trimtab.runs.measures import thinned, windows
 from trimtab.runs.models import Base
-from trimtab.runs.predict import predict
+from trimtab.runs.predict import mean_loss, predict
 from trimtab.runs.trial import Outcome, Trial, drawn, fingerprints, run_trial
 from trimtab.runs.ways import WAYS, AdapterSpec, as_way
+from trimtab.study import compare as comparison
 from trimtab.study.ablations import adapter_variants
-from trimtab.study.compare import Group, Study, choose_ways
+from trimtab.study.compare import Group, Study, by_worth, choose_ways
 from trimtab.study.pages import write_report
-from trimtab.study.report import summarise
+from trimtab.study.report import still_falling, summarise
 from trimtab.study.tables import as_markdown
 from trimtab.tasks.tokens import encode
 
@@ -87,7 +88,7 @@ def write_recipe(models: Path, folder: Path, kind: str = "generation", **compare
         "dtype": "float32",
         "adapter": {"r": 2, "positions": "f1+l2" if kind == "generation" else "f2"},
         "training": {"max_steps": 2, "batch_size": 4, "warmup": 0.0},
-        "compare": {"learning_rates": [1e-3, 1e-2], "seeds": 2, **compare},
+        "compare": {"learning_rates": [1e-3, 1e-2], "reach": 0, "seeds": 2, **compare},
         "tasks": {"words": {"type": kind, "data": data, **tasks[kind]}},
     }
     path = folder / "recipe.yaml"
@@ -185,17 +186,19 @@ def test_a_study_runs_what_is_missing_and_nothing_twice(
 
     groups = {g.way.name: g for g in run_all(recipe)}
     assert sorted(seen) == sorted(groups)
-    assert [len(groups[n].rates) for n in ("loreft", "lora", "untuned", "few-shot")] == [2, 2, 1, 1]
+    assert {seed: sorted(tried) for seed, tried in groups["lora"].tried.items()} == {0: [1e-3, 1e-2], 1: [1e-3, 1e-2]}
     assert [len(groups[n].seeds) for n in ("loreft", "lora", "untuned", "few-shot")] == [2, 2, 1, 2]
     assert groups["bitfit"].impossible == "the model has no biases"
     for name in ("loreft", "lora"):
-        assert {r.learning_rate for r in groups[name].seeds} == {groups[name].chosen}
+        assert [r.validation for r in groups[name].seeds] == [
+            max(r.validation for r in tried.values()) for tried in groups[name].tried.values()
+        ]
         assert [r.seed for r in groups[name].seeds] == [0, 1]
     files = sorted((tmp_path / "trials").rglob("*.json"))
     more = recipe.model_copy(update={"compare": recipe.compare.model_copy(update={"seeds": 3})})
     run_all(more)
     added = set((tmp_path / "trials").rglob("*.json")) - set(files)
-    assert sorted(f.parent.name for f in added) == ["few-shot", "lora", "loreft"]
+    assert sorted(f.parent.name for f in added) == ["few-shot", "lora", "lora", "loreft", "loreft"]
     tried: list[Trial] = []
 
     def run(trial: Trial) -> Outcome:
@@ -225,37 +228,132 @@ def test_another_setting_or_other_data_is_another_trial(models: Path, tmp_path: 
     assert str(tmp_path) not in "".join(f.read_text() for f in folder.iterdir())  # results can be shared
 
 
-def test_the_rate_is_chosen_on_validation_alone(models: Path, tmp_path: Path) -> None:
-    experiment = load_recipe(write_recipe(models, tmp_path)).experiments()["words"]
-    way = as_way("lora", experiment.adapter)
-
-    def result(rate: float, validation: float | None, test: float = 0.1) -> Outcome:
-        return Outcome(run={"learning_rate": rate}, validation=validation, test={"exact_match": test})
-
-    rates = [result(1e-3, 0.5, 0.9), result(1e-2, 0.7), result(1e-1, 0.6), result(1, None)]
-    assert Group(experiment, way, None, rates).chosen == 1e-2
-    plateau = [result(rate, 0.7) for rate in (1e-4, 1e-3, 1e-2)]
-    assert Group(experiment, way, None, plateau).chosen == 1e-3
+def outcome(rate: float, validation: float | None, loss: float | None = None, **more: Any) -> Outcome:
+    return Outcome(run={"learning_rate": rate}, validation=validation, validation_loss=loss, **more)
 
 
-def test_a_rate_that_diverges_is_passed_over_and_all_diverging_is_said(
+@pytest.mark.parametrize(
+    ("trials", "chosen"),
+    [
+        ([outcome(1e-3, 0.5, test={"exact_match": 0.9}), outcome(1e-2, 0.7), outcome(1e-1, 0.6)], 1e-2),
+        ([outcome(1e-3, 0.7, 0.3), outcome(1e-2, 0.7, 0.2), outcome(1e-1, 0.7, 0.4)], 1e-2),  # ties: by the loss
+        ([outcome(1e-4, 0.7), outcome(1e-3, 0.7), outcome(1e-2, 0.7)], 1e-3),  # of an earlier version: the middle one
+        ([outcome(1e-3, None, failed="NaN"), outcome(1e-2, 0.0)], 1e-2),
+    ],
+)
+def test_a_seed_takes_the_rate_best_on_validation(trials: list[Outcome], chosen: float) -> None:
+    assert by_worth({one.learning_rate: one for one in trials})[0].learning_rate == chosen
+
+
+@pytest.mark.parametrize(
+    ("best", "reach", "tried"),
+    [
+        (4e-3, 3, [1e-3, 4e-3, 1.6e-2]),  # inside
+        (6.4e-2, 3, [1e-3, 4e-3, 1.6e-2, 6.4e-2, 0.256]),  # until it is inside
+        (1e-9, 2, [6.25e-5, 2.5e-4, 1e-3, 4e-3, 1.6e-2]),  # or the limit
+        (1e-9, 0, [1e-3, 4e-3, 1.6e-2]),
+    ],
+)
+def test_a_seed_goes_on_past_an_edge_that_is_best(
+    best: float, reach: int, tried: list[float], models: Path, tmp_path: Path, inline: None, monkeypatch: Any
+) -> None:
+    def run(trial: Trial, *_: Any) -> Outcome:
+        rate = trial.learning_rate or 0.0
+        return outcome(rate, -abs(np.log(rate / best)), 0.0, test={"exact_match": 0.5}, predictions=["x"] * 8)
+
+    monkeypatch.setattr(comparison, "run_trial", run)
+    recipe = load_recipe(
+        write_recipe(models, tmp_path, methods=["loreft", "full"], learning_rates=[1.6e-2, 1e-3, 4e-3], reach=reach)
+    )
+    groups = study(recipe, tmp_path / "trials")
+    for group in groups:
+        assert all(sorted(rates) == pytest.approx(tried) for rates in group.tried.values())
+        assert group.at_edge(0) == (best < 1e-3)
+    edge = "(2/2 edge)"
+    assert (edge in as_markdown(summarise(groups, recipe.compare), {})) == (best < 1e-3)
+
+
+def test_methods_have_rates_of_their_own(models: Path, tmp_path: Path) -> None:
+    path = write_recipe(
+        models, tmp_path, methods=["loreft", "full", "lora", "ia3", {"mine": {"peft_type": "LORA", "r": 2}}]
+    )
+    raw = json.loads(path.read_text())
+    del raw["compare"]["learning_rates"]
+    raw["compare"]["methods"].append({"same": {"peft_type": "LORA", "r": 2, "learning_rates": [0.5, 0.1]}})
+    path.write_text(json.dumps(raw))
+    recipe = load_recipe(path)
+    experiments = recipe.experiments()
+    made = Study(experiments, choose_ways(experiments, recipe.compare), recipe.compare, tmp_path)
+    rates = {group.way.name: group.rates for group in made.groups}
+    assert max(rates["full"]) < min(rates["loreft"]) < max(rates["loreft"]) < max(rates["ia3"])
+    assert rates["mine"] == rates["lora"] and rates["lora"][1] / rates["lora"][0] == 2 and rates["same"] == (0.1, 0.5)
+    assert made.groups[-1].way.settings == made.groups[-2].way.settings  # the rates are no part of the method
+    with pytest.raises(ValueError, match="learning_rates: 'high' is no list of positive numbers"):
+        as_way({"x": {"peft_type": "LORA", "learning_rates": "high"}}, AdapterSpec())
+
+
+def test_a_classifiers_report_has_the_head_alone(models: Path, tmp_path: Path) -> None:
+    for kind, methods, expected in (
+        ("classification", ["loreft", "lora"], ["loreft", "lora", "head"]),
+        ("regression", ["head", "lora"], ["head", "lora"]),
+        ("generation", ["loreft", "lora"], ["loreft", "lora"]),
+    ):
+        recipe = load_recipe(write_recipe(models, tmp_path, kind, methods=methods))
+        found = choose_ways(recipe.experiments(), recipe.compare)["words"]
+        assert [way.name for way in found] == expected
+        assert [way.name for way in choose_ways(recipe.experiments(), recipe.compare, ["lora"])["words"]] == ["lora"]
+
+
+def test_what_fails_counts_as_the_worst_and_is_said(
     models: Path, tmp_path: Path, inline: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train = trials._run
 
     def diverging(trial: Trial) -> Outcome:
-        if trial.learning_rate == 1:
+        if trial.learning_rate == 1 or (trial.way.name, trial.seed) == ("lora", 1):
             raise RunError("the loss is NaN")
         return train(trial)
 
     monkeypatch.setattr(trials, "_run", diverging)
-    recipe = load_recipe(write_recipe(models, tmp_path, methods=["full", "untuned"], learning_rates=[1e-3, 1]))
-    group = study(recipe, tmp_path / "trials")[0]
-    assert group.rates[1].failed == "the loss is NaN" and group.chosen == 1e-3
+    recipe = load_recipe(write_recipe(models, tmp_path, methods=["full", "lora"], learning_rates=[1e-3, 1]))
+    full, lora = study(recipe, tmp_path / "trials")
+    assert [run.learning_rate for run in full.seeds] == [1e-3, 1e-3]
+    assert lora.scores[1] == 0.0 and lora.seeds[1].failed == "the loss is NaN"
+    report = summarise([full, lora], recipe.compare)
+    line = next(line for line in report.tasks["words"].methods if line.name == "lora")
+    assert line.mean == pytest.approx(lora.scores[0] / 2) and line.failed_seeds == 1
+    said = as_markdown(report, {})
+    assert "(1/2 failed)" in said and "lora: failed: the loss is NaN" in said
     only = load_recipe(write_recipe(models, tmp_path, methods=["full", "untuned"], learning_rates=[1]))
-    group = study(only, tmp_path / "trials")[0]
-    assert group.impossible == "no learning rate trained: at 1.0 the loss is NaN"
-    assert "Left out: full: no learning rate" in as_markdown(summarise([group], only.compare), {})
+    report = summarise(study(only, tmp_path / "trials"), only.compare)
+    assert next(line for line in report.tasks["words"].finished if line.name == "full").mean == 0.0
+
+
+def test_a_model_whose_loss_is_no_number_after_training_has_failed(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trials, "mean_loss", lambda *_, **__: float("nan"))
+    result = run_trial(trial(load_recipe(write_recipe(models, tmp_path)), "loreft"), tmp_path / "trials")
+    assert result.failed == "words: after training the loss on validation is nan" and result.validation is None
+
+
+def test_the_validation_loss_is_the_models_own(models: Path, tmp_path: Path) -> None:
+    """What single examples, unpadded, come to; virtual tokens take no part."""
+    recipe = load_recipe(write_recipe(models, tmp_path))
+    experiment = recipe.experiments()["words"]
+    encoded: Any
+    for name in ("loreft", "prompt", "lora"):
+        base, way = Base(experiment.source), as_way(name, experiment.adapter)
+        encoded, _ = experiment.encode(base.tokenizer, experiment.task.examples("validation")[:6], training=True)
+        model: Any = way.build(base.load(experiment.task.head, 0).model, "CAUSAL_LM")
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.3)
+        how = {"takes_prompts": way.takes_prompts, "equal_lengths": way.adds_tokens}
+        alone = [mean_loss(model, base.tokenizer, [one], **how) for one in encoded]
+        tokens = [sum(label >= 0 for label in one.labels) for one in encoded]
+        expected = np.average(alone, weights=tokens)
+        assert mean_loss(model, base.tokenizer, encoded, 4, **how) == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_report_is_whole(models: Path, tmp_path: Path, inline: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,7 +361,7 @@ def test_a_report_is_whole(models: Path, tmp_path: Path, inline: None, monkeypat
     text = tmp_path / "text.txt"
     text.write_text("All is well that ends well, and nothing ends. " * 400)
     methods = ["loreft", "lora", "untuned", {"lora r1": {"peft_type": "lora", "r": 1}}, "bitfit"]
-    recipe = load_recipe(write_recipe(models, tmp_path, methods=methods, held_out=str(text)))
+    recipe = load_recipe(write_recipe(models, tmp_path, methods=methods, learning_rates=[1e-2], held_out=str(text)))
     groups = study(recipe, tmp_path / "trials")
     report = write_report(groups, recipe.compare, tmp_path / "out", "report", "trimtab compare recipe.yaml")
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
@@ -274,7 +372,7 @@ def test_a_report_is_whole(models: Path, tmp_path: Path, inline: None, monkeypat
     }
     assert json.loads((tmp_path / "out/report.json").read_text()) == json.loads(json.dumps(asdict(report)))
     task = report.tasks["words"]
-    assert task.reference == "loreft" and task.test_items == 8
+    assert (task.reference, task.test_items, task.earlier) == ("loreft", 8, 0)
     lines = {line.name: line for line in task.methods}
     found = lines["lora"].against_reference
     assert found is not None and found.verdict in ("better", "worse", "not told apart")
@@ -285,6 +383,68 @@ def test_a_report_is_whole(models: Path, tmp_path: Path, inline: None, monkeypat
     assert "http" not in page and page.count("data:image/png;base64,") == 1
     for name in ("lora r1", "the model has no biases", "95% interval"):
         assert name in page and name in (tmp_path / "out/report.md").read_text()
+
+
+def answering(monkeypatch: pytest.MonkeyPatch, answers: dict[str, Any]) -> None:
+    """Trials that answer the eight test items as told by the method's name."""
+
+    def run(trial: Trial, *_: Any) -> Outcome:
+        said = answers[trial.way.name]
+        right = [a == e.answer for a, e in zip(said, trial.experiment.task.examples("test"), strict=True)]
+        return outcome(
+            trial.learning_rate or 0.0, 0.5, 0.1, test={"exact_match": float(np.mean(right))}, predictions=said
+        )
+
+    monkeypatch.setattr(comparison, "run_trial", run)
+
+
+def test_a_task_on_which_nothing_beats_one_answer_tells_nothing(
+    models: Path, tmp_path: Path, inline: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = [b for _, b in WORDS] + [b for _, b in WORDS[:2]]
+    constant, half = ["cats"] * 8, [*right[:3], "cats", "dogs", "?", "?", "?"]
+    recipe = load_recipe(write_recipe(models, tmp_path, methods=["loreft", "lora"]))
+    for answers, telling, seeds in (((right, constant), True, [0, 2]), ((half, constant), False, [0, 2])):
+        answering(monkeypatch, dict(zip(("loreft", "lora"), answers, strict=True)))
+        report = summarise(study(recipe, tmp_path / "trials"), recipe.compare)
+        task = report.tasks["words"]
+        assert (task.telling, task.constant) == (telling, 2 / 8)  # "cats" is right twice
+        assert [line.constant_seeds for line in task.methods] == seeds
+        assert [total.tasks for total in report.overall] == [int(telling)] * 2
+        said = as_markdown(report, {})
+        assert task.earlier == 8 and "8 trials are of an earlier version" in said  # these know no predictions
+        assert ("tells nothing of methods" in said) != telling and "25.0 ± 0.0 (2/2 constant)" in said
+
+
+def test_test_items_of_one_group_count_as_one(
+    models: Path, tmp_path: Path, inline: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_recipe(models, tmp_path, methods=["loreft", "lora"])
+    right = [b for _, b in WORDS] + [b for _, b in WORDS[:2]]
+    answering(monkeypatch, {"loreft": right, "lora": ["?"] * 4 + right[4:]})
+    errors = []
+    for group in (None, "long", "nowhere"):
+        raw = json.loads(path.read_text())
+        raw["tasks"]["words"]["data"]["group"] = group
+        path.write_text(json.dumps(raw))
+        recipe = load_recipe(path)
+        groups = study(recipe, tmp_path / "trials")
+        if group == "nowhere":
+            with pytest.raises(DataError, match="words: validation: data: group"):
+                summarise(groups, recipe.compare)
+            continue
+        found = summarise(groups, recipe.compare).tasks["words"].methods[1].against_reference
+        assert found is not None
+        errors.append(found.error)
+    assert errors[0] < errors[1]
+
+
+def test_training_that_was_not_done_is_remarked() -> None:
+    rng = np.random.default_rng(0)
+    steps = np.arange(40)
+    falling, done = np.exp(-steps / 40), np.exp(-steps / 3)
+    for curve, moving in ((falling, True), (done, False), (0 * steps + 1.0, False), (falling[:8], False)):
+        assert still_falling((curve + 0.01 * rng.normal(size=len(curve))).tolist()) == moving
 
 
 @pytest.mark.parametrize(
@@ -298,7 +458,7 @@ def test_a_report_is_whole(models: Path, tmp_path: Path, inline: None, monkeypat
 def test_scores_that_are_no_means_get_a_verdict(
     kind: str, score: str | None, models: Path, tmp_path: Path, inline: None
 ) -> None:
-    path = write_recipe(models, tmp_path, kind, methods=["loreft", "head"])
+    path = write_recipe(models, tmp_path, kind, methods=["loreft", "head"], learning_rates=[1e-2])
     if score:
         raw = json.loads(path.read_text())
         raw["tasks"]["words"]["score"] = score
@@ -312,7 +472,7 @@ def test_scores_that_are_no_means_get_a_verdict(
 
 
 def test_several_test_sets_are_compared_by_the_plain_mean_of_theirs(models: Path, tmp_path: Path, inline: None) -> None:
-    path = write_recipe(models, tmp_path, methods=["loreft", "lora"])
+    path = write_recipe(models, tmp_path, methods=["loreft", "lora"], learning_rates=[1e-2])
     raw = json.loads(path.read_text())
     rows = (tmp_path / "rows.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "few.jsonl").write_text("".join(rows[:2]))
@@ -346,7 +506,7 @@ def test_few_shot_draws_by_the_seed_and_trains_on_those_only(
     models: Path, tmp_path: Path, inline: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trials, "SMALL_STEPS", 3)
-    recipe = load_recipe(write_recipe(models, tmp_path, methods=["loreft", "few-shot"], seeds=2))
+    recipe = load_recipe(write_recipe(models, tmp_path, methods=["loreft", "few-shot"], learning_rates=[1e-2]))
     examples = recipe.experiments()["words"].task.examples("train")
     picked = [drawn(examples, 4, seed) for seed in (0, 0, 1)]
     assert picked[0] == picked[1] != picked[2] and all(len(p) == 4 for p in picked)
@@ -409,7 +569,7 @@ def test_processes_give_what_one_process_gives(models: Path, tmp_path: Path) -> 
     far = study(recipe, tmp_path / "far", jobs=2)
     for group in far:
         for found in group.seeds:
-            here = run_trial(Trial(group.experiment, group.way, group.chosen, found.seed), tmp_path / "near")
+            here = run_trial(Trial(group.experiment, group.way, found.learning_rate, found.seed), tmp_path / "near")
             assert here.predictions == found.predictions and here.curve == found.curve
 
 
@@ -495,7 +655,7 @@ def test_a_group_of_which_one_seed_is_impossible_is_left_out(
 
     monkeypatch.setattr(trials, "_run", run)
     group = study(recipe, tmp_path / "trials")[0]
-    assert (group.impossible, group.seeds) == ("too long", [])
+    assert (group.impossible, group.seeds) == ("too long", []) and not group.tried
 
 
 def test_two_methods_of_one_name_are_refused(models: Path, tmp_path: Path) -> None:

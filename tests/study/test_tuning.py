@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +83,18 @@ def test_layers_of_a_small_model() -> None:
 def test_compare_writes_its_report_and_reads_what_is_done(
     recipe: Path, trimtab: Command, tmp_path: Path, inline: None
 ) -> None:
+    folder = tmp_path / "runs/compare"
+    code, out = trimtab("compare", recipe, "--dry-run")
+    assert code == 0 and not folder.exists(), out
+    (trials,) = re.findall(r"(\d+) trials, and more where .*; 0 are done", " ".join(out.split()))
     code, out = trimtab("compare", recipe, "--jobs", 1)
     assert code == 0, out
-    folder = tmp_path / "runs/compare"
     assert {"report.html", "report.md", "report.json", "report-plural.png", "trials"} == {
         p.name for p in folder.iterdir()
     }
-    assert "untuned" in out and "not told apart" in out
+    assert "untuned" in out and "! plural: This task tells nothing of methods" in out
+    code, out = trimtab("compare", recipe, "--dry-run")
+    assert f"{trials} are done. These trained for" in " ".join(out.split())
     made = {p: p.stat().st_mtime_ns for p in (folder / "trials").rglob("*.json")}
     code, _ = trimtab("compare", recipe, "--jobs", 1)
     assert code == 0 and made == {p: p.stat().st_mtime_ns for p in (folder / "trials").rglob("*.json")}

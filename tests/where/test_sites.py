@@ -187,7 +187,7 @@ def test_patterns(name: str, pattern: str, width: int) -> None:
 @pytest.mark.parametrize(
     ("site", "message"),
     [
-        ("no_such", r"site='no_such': matches no module name as a whole. The model's modules begin: model, "),
+        ("no_such", r"site='no_such': matches no module name as a whole; it is block, attention, mlp, "),
         ("layers", r"matches no module name as a whole"),
         ("(", r"site='\(': not a regular expression .* nor block, attention, mlp or heads"),
         (r"model\.layers", r"model.layers only lists modules and never runs itself. .* site=r'model\\.layers\\.\\d\+'"),

@@ -12,6 +12,7 @@ from peft import PeftConfig, PeftType
 
 from trimtab.adapter.card import complete_card
 from trimtab.adapter.joint import as_lora
+from trimtab.adapter.readout import POOLS
 from trimtab.edits import ACTIVATIONS, METHODS
 from trimtab.where.plan import Part
 from trimtab.where.positions import Positions, Turns, parse_positions
@@ -106,6 +107,11 @@ class ReftConfig(PeftConfig):
         metadata={"help": "A LoRA trained with the edits and saved with them: fields of peft.LoraConfig, or null."},
     )
 
+    pool: str | None = field(
+        default=None,
+        metadata={"help": "What `trimtab.set_pool` was told of the classifier, which must be told it again; or null."},
+    )
+
     requires: str = field(
         default=REQUIRES, metadata={"help": "For people who open the file; what it says there does not count."}
     )
@@ -166,6 +172,7 @@ class ReftConfig(PeftConfig):
             "modules_to_save",
             "null or a list of module names such as ['classifier']",
         )
+        self._check(self.pool is None or self.pool in POOLS, "pool", f"null or one of {', '.join(POOLS)}")
         if self.lora is not None:
             as_lora(self.lora)
         self._check(

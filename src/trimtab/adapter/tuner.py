@@ -26,6 +26,7 @@ from trimtab.adapter.hooks import hook
 from trimtab.adapter.joint import as_lora, check_lora, inject, lora_keys, loras, remove
 from trimtab.adapter.loading import as_saved, own_modules, resized_embeddings, saved_twice, take_over_loading
 from trimtab.adapter.offloading import bring_back, execution_device
+from trimtab.adapter.readout import pool_of
 from trimtab.adapter.running import Forwards
 from trimtab.edits import METHODS, Edit, as_parameters, check_dtype
 from trimtab.edits.orthonormal import Rotation
@@ -215,6 +216,11 @@ class ReftModel(BaseTuner):
             raise ValueError(f"adapter {adapter_name!r}: expected a ReftConfig, got {type(config).__name__}.")
         if "." in adapter_name or adapter_name == BASE:
             raise ValueError(f"adapter name {adapter_name!r}: must not contain a dot nor be {BASE!r}.")
+        if pool_of(model) != (config.pool or "model"):
+            raise ValueError(
+                f"adapter {adapter_name!r}: pool={config.pool or 'model'!r}, but this model's head reads "
+                f"pool={pool_of(model)!r}. First call trimtab.set_pool(model, {config.pool or 'model'!r})."
+            )
         sites = find_sites(model, config.site, config.layers, config.r)
         for site in sites:
             there = getattr(host(site.module), "reft", None)

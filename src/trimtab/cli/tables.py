@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
+from rich.live import Live
 from rich.table import Column, Table
 
-from trimtab.cli.common import size_of
+from trimtab.cli.common import console, size_of
+
+if TYPE_CHECKING:
+    from trimtab.study.progress import Standing
 
 
 def progress_table(rows: dict[str, Any]) -> Table:
@@ -26,6 +31,29 @@ def progress_table(rows: dict[str, Any]) -> Table:
             f"{left // 60:.0f}:{left % 60:02.0f}" if p.state == "training" else "",
         )
     return table
+
+
+@contextmanager
+def shown(table: Callable[[], Table]) -> Iterator[None]:
+    """The table below what is printed, made anew twice a second; nothing where there is no terminal."""
+    if not console.is_terminal:
+        yield
+        return
+    with Live(console=console, refresh_per_second=2, transient=True, get_renderable=table):
+        yield
+
+
+def progress_said(standing: Standing) -> str:
+    """How many runs are there, and about how long the rest takes."""
+    from trimtab.runs.forecast import duration
+
+    left = "" if standing.left is None else f", about {duration(standing.left)} left"
+    return f"{standing.done} of about {standing.of} runs{left}"
+
+
+def elsewhere(standing: Standing) -> str:
+    """The same behind a line, where there is no terminal to show it in."""
+    return "" if console.is_terminal else f"; {progress_said(standing)}"
 
 
 def results_table(metrics: dict[str, dict[str, Any]]) -> Table:
@@ -79,7 +107,7 @@ def failure_tables(name: str, result: dict[str, Any], most: int) -> Iterator[Tab
         table.add_row(expected, str(sum(of.values())), f"{right:.0%}", taken)
     if table.rows:
         all_right = len(classes) - len(missed)
-        rest = [f"{all_right} classes all right"] if all_right else []
+        rest = [f"{all_right} more without a mistake"] if all_right else []
         rest += [f"{len(missed) - CLASSES} more not shown"] if len(missed) > CLASSES else []
         table.caption = "; ".join(rest) or None
         yield table

@@ -42,7 +42,8 @@ def init(
 
     must_be_new(output)
     facts = look_at(model)
-    text = recipe_text(facts, look_at_tasks(task or [], facts.generates))
+    tasks = look_at_tasks(task or [], facts.generates)
+    text = recipe_text(facts, tasks)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(text, encoding="utf-8")
     weight = adapter_parameters(facts, suggest(facts).r)
@@ -56,6 +57,8 @@ def init(
     console.print(f"Wrote {output}. {fill}, then: trimtab train {output}")
     for experiment in load_recipe(output).experiments().values() if task else ():
         console.print(first_row(experiment))
+        if said := tasks[experiment.name][1].said:
+            console.print(f"  ! {said}")
 
 
 @joint_command()
@@ -74,17 +77,15 @@ def train(
     """Train an adapter for every task of a recipe."""
     from rich.live import Live
 
-    from trimtab.runs.models import load_tokenizer
-    from trimtab.runs.summary import checked_summary, result_remarks
+    from trimtab.runs.summary import result_remarks
+    from trimtab.runs.train import rehearse
     from trimtab.runs.train import train as train_all
     from trimtab.runs.trainer import Progress
 
     recipe = read_recipe(file, model, data, output, settings, task)
     experiments = recipe.experiments(task)
     if dry_run:
-        tokenizer = load_tokenizer(recipe.model)
-        for experiment in experiments.values():
-            console.print(checked_summary(experiment, tokenizer))
+        rehearse(experiments, recipe.output, console.print, resume=resume)
         return
     rows = {name: Progress(name) for name in experiments}
     live = Live(console=console, refresh_per_second=4)

@@ -175,7 +175,9 @@ def _asked(columns: dict[str, Column]) -> Guess | None:
             both = f"{{{first}}}\n\n{{{second}}}"
             return _generation(both if columns[second].full else [both, f"{{{first}}}"], answer)
     prompt = next((name for name in PROMPTS if name in columns and name != answer.name), None)
-    return _generation(f"{{{prompt}}}", answer) if prompt else None
+    left = [name for name, c in columns.items() if c.is_text and name not in (prompt, answer.name, *ANSWERS)]
+    said = f"{', '.join(left)} might belong in the prompt too, each in braces" if left else ""
+    return _generation(f"{{{prompt}}}", answer, said) if prompt else None
 
 
 def _generation(prompt: Any, answer: Column, said: str = "") -> Guess:
@@ -194,7 +196,7 @@ def _labelled(columns: dict[str, Column]) -> Guess | None:
     texts = [c for c in columns.values() if c.is_text and c is not label]
     if label is None or not texts:
         return None
-    pair = next((list(p) for p in PAIRS if set(p) <= {c.name for c in texts}), None)
+    pair = _pair([c.name for c in texts])
     longest = max(texts, key=lambda c: c.length).name
     keys = {"text": pair or longest, "label": label.name}
     if label.is_number and not label.names_classes:
@@ -202,6 +204,20 @@ def _labelled(columns: dict[str, Column]) -> Guess | None:
     others = [c for c in others if c is not label and c.name not in (pair or [longest])]
     said = f"{', '.join(c.name for c in others)} could be labels too" if others and not named else ""
     return Guess("classification", {**keys, "score": "accuracy"}, {}, said)
+
+
+def _pair(names: Sequence[str]) -> list[str] | None:
+    """Two that are known to belong together, or whose names differ by 1 and 2, or a and b, alone."""
+    for pair in (*PAIRS, *((name, twin) for name in names for twin in _twins(name))):
+        if set(pair) <= set(names):
+            return list(pair)
+    return None
+
+
+def _twins(name: str) -> list[str]:
+    """The names with a 2 for a 1, or a b for an a that stands alone, at one place."""
+    ends = re.finditer(r"1|(?<![^\W_])[aA](?![^\W_])", name)
+    return [f"{name[: at.start()]}{'2bB'['1aA'.index(at[0])]}{name[at.end() :]}" for at in ends]
 
 
 def _tagged(lists: dict[str, list[Any]]) -> Guess | None:

@@ -224,6 +224,8 @@ def _explain(error: ErrorDetails) -> str:
         return _unknown_key(str(loc[-1]), model)
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         return f"type must be {_any_of(ENTRIES)}, not {error['input'].get('type')!r}"
+    if kind == "invalid_key":
+        return f"the key {loc[-1]} is a number: decimals take a point, as in 0.0015, and a comma ends an entry"
     if kind in ("model_type", "dict_type", "model_attributes_type"):
         return "must be a mapping of keys to values"
     if kind == "string_type" and isinstance(error["input"], dict):

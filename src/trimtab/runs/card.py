@@ -28,6 +28,7 @@ def card(
         arguments["pad_token_id"] = model.config.pad_token_id
     base = repr(experiment.source.name)
     given = ", ".join([base, *(f"{key}={value!r}" for key, value in arguments.items())])
+    pooled = "".join(f"trimtab.set_pool(base, {pool!r})\n" for pool in experiment.pool.values())
     return f"""\
 ---
 base_model: {experiment.source.name}
@@ -46,7 +47,7 @@ from transformers import {head.auto}, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained({base})
 base = {head.auto}.from_pretrained({given})
-model = PeftModel.from_pretrained(base, {str(folder)!r}).eval()
+{pooled}model = PeftModel.from_pretrained(base, {str(folder)!r}).eval()
 
 {_use(experiment, tokenizer)}
 ```

@@ -87,7 +87,10 @@ class RunFolder:
         run = self.run
         settled = self._read("run.json").get("settled") or run["task"]  # in runs of earlier versions as the recipe was
         spec = {key: value for key, value in settled.items() if key not in SECTIONS}
-        return build_task(run["name"], TASKS[spec["type"]].spec_class.model_validate(spec), run["seed"])
+        kind = TASKS[spec["type"]].spec_class
+        if "pool" in kind.model_fields:  # as it was then, whatever the model's files or a later version say
+            spec["pool"] = run.get("pool", "model")
+        return build_task(run["name"], kind.model_validate(spec), run["seed"])
 
     def predictions(self, which: str) -> list[Any]:
         """The answers to the test split, of the `tuned` or the `untuned` model.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,9 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging
+from transformers.utils.hub import cached_file
 
+from trimtab.adapter.readout import set_pool
 from trimtab.errors import ModelError
 from trimtab.tasks import Head
 from trimtab.tasks.tokens import Collator
@@ -81,7 +84,48 @@ class Base:
         new = heads_of(model, info["missing_keys"])
         if model.base_model_prefix in new:
             raise ModelError(f"cannot load the model {name!r}: none of its weights fit a {type(model).__name__}")
+        try:
+            set_pool(model, pool_for(head, name))
+        except ValueError as error:
+            raise ModelError(str(error)) from None
         return Loaded(model.to(device()), new)
+
+
+def pool_for(head: Head, name: str) -> str:
+    """Which tokens such a head reads on this model.
+
+    Raises:
+        ModelError: sentence-transformers' files say something that there is no word for here.
+    """
+    if head.pool is not None:
+        return head.pool
+    modules = _json_of(name, "modules.json") or []
+    folder = next((one["path"] for one in modules if str(one.get("type")).endswith(".Pooling")), None)
+    said = _json_of(name, f"{folder}/config.json") if folder is not None else None
+    if said is None:
+        return "model"
+    modes = said.get("pooling_mode") or [key for key, on in said.items() if key.startswith("pooling_mode_") and on]
+    found = [POOLING_MODES.get(mode) for mode in ([modes] if isinstance(modes, str) else modes)]
+    if len(found) != 1 or found[0] is None:
+        raise ModelError(f"{name}: {folder}/config.json pools by {modes}; give pool: mean, first, last or model")
+    return found[0]
+
+
+POOLING_MODES = {
+    **dict.fromkeys(("mean", "pooling_mode_mean_tokens"), "mean"),
+    **dict.fromkeys(("cls", "pooling_mode_cls_token"), "first"),
+    **dict.fromkeys(("lasttoken", "pooling_mode_lasttoken"), "last"),
+}
+"""sentence-transformers' words."""
+
+
+def _json_of(name: str, file: str) -> Any:
+    """What a file of a model's folder or Hub repository holds; None where there is none."""
+    with loading(name):
+        path = cached_file(
+            name, file, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+        )
+    return json.loads(Path(path).read_text(encoding="utf-8")) if path else None
 
 
 @contextmanager
@@ -89,11 +133,14 @@ def loading(name: str) -> Iterator[None]:
     """Around a `from_pretrained` of `name`, with `trust_remote_code=False`: unset, transformers asks on the terminal.
 
     Raises:
-        ModelError: instead of what transformers raises for a damaged folder, a name known neither here nor there, or
-            one that brings code.
+        ModelError: instead of what transformers raises for a damaged folder, a name known neither here nor there, one
+            that brings code, or a package that is not there.
     """
     try:
         yield
+    except ImportError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"cannot load the model {name!r}: {reason} Install it, or set attention: auto") from error
     except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error):
             raise ModelError(
@@ -109,12 +156,13 @@ def loading(name: str) -> Iterator[None]:
         raise ModelError(f"cannot load the model {name!r}: {remedy}\n{reason}") from error
 
 
-def skeleton(name: str, head: Head) -> nn.Module:
+def skeleton(name: str, head: Head, attention: str = "auto") -> nn.Module:
     """The model with such a head, without its weights and in no memory. Raises ModelError."""
     with loading(name):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **head.config)
         with torch.device("meta"):
-            model: nn.Module = getattr(transformers, head.auto).from_config(config, trust_remote_code=False)
+            how = {"attn_implementation": as_attention(attention), "trust_remote_code": False}
+            model: nn.Module = getattr(transformers, head.auto).from_config(config, **how)
     return model
 
 

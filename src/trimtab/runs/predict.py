@@ -107,6 +107,35 @@ def predict(
     return results
 
 
+@torch.no_grad()
+def mean_loss(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: Sequence[Encoded],
+    batch_size: int = 64,
+    takes_prompts: bool = False,
+    equal_lengths: bool = False,
+) -> float:
+    """The mean loss a token of the answers, or a label.
+
+    Args:
+        encoded: with answers.
+        takes_prompts: whether the model takes `prompt_lengths`.
+        equal_lengths: batches of examples of one length, so that nothing is padded.
+    """
+    collate, device, total, count = Collator(tokenizer), next(model.parameters()).device, 0.0, 0
+    lengths = [len(e.input_ids) for e in encoded]
+    order = sorted(range(len(encoded)), key=lengths.__getitem__)
+    with evaluating(model):
+        for chosen in _batches(order, batch_size, lengths if equal_lengths else None):
+            batch = {k: v.to(device) for k, v in collate([encoded[i] for i in chosen]).items()}
+            if not takes_prompts:
+                batch.pop("prompt_lengths", None)
+            supervised = int((batch["labels"] != IGNORED).sum())
+            total, count = total + float(model(**batch).loss) * supervised, count + supervised
+    return total / count
+
+
 def _batches(order: list[int], size: int, lengths: list[int] | None) -> Iterator[list[int]]:
     runs = [order] if lengths is None else [list(run) for _, run in groupby(order, lengths.__getitem__)]
     for run in runs:

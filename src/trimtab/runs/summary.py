@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
@@ -21,6 +20,8 @@ from trimtab.where.sites import find_sites
 
 SHOWN = 24
 """Tokens of an unbroken stretch that are shown at each of its ends."""
+USUAL_RATES = (9e-5, 2e-2)
+"""Learning rates of edits: the paper's, from large models' lowest to several times the highest, for small ones."""
 Trained = tuple[list[Encoded], int]
 """Training examples as tokens, and how many were too long."""
 
@@ -43,7 +44,7 @@ def checked_summary(
     """
     name, config = experiment.name, ReftConfig(**experiment.adapter.model_dump())
     trained = trained or experiment.encode(tokenizer, experiment.task.examples("train"), training=True)
-    model = skeleton(experiment.source.name, experiment.task.head)
+    model = skeleton(experiment.source.name, experiment.task.head, experiment.source.attention)
     try:
         if placed:
             find_sites(model, config.site, config.layers, config.r)
@@ -78,12 +79,13 @@ def summary(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, model: n
         "train": ": ".join(filter(None, [_rows(experiment, "train"), census])),
         "validation": _rows(experiment, "validation"),
         "test": _rows(experiment, "test"),
-        "tokens": _tokens(trained[0], model),
+        "tokens": _tokens(experiment, trained, model),
         "edited": "; ".join(filter(None, [edited, task.prompt_said])),
         "first row": _first(experiment, tokenizer),
     }
     text = "".join(f"\n  {key:<11}{value}" for key, value in lines.items())
-    remarks = "".join(f"\n  ! {said}" for said in [*_left_out(experiment, trained), *odd])
+    odd = [*_left_out(experiment, trained), *_odd_rate(experiment), *odd]
+    remarks = "".join(f"\n  ! {said}" for said in odd)
     return f"{experiment.name} ({experiment.spec.type}, {task.score.name}){text}{remarks}"
 
 
@@ -101,11 +103,19 @@ def _rows(experiment: Experiment, split: str) -> str:
     return f"{count} of {task.source(split)}"
 
 
-def _tokens(encoded: Sequence[Encoded], model: nn.Module) -> str:
-    lengths = [len(e.input_ids) for e in encoded]
-    room = context_of(model)
+def _tokens(experiment: Experiment, trained: Trained, model: nn.Module) -> str:
+    lengths, room = [len(e.input_ids) for e in trained[0]], context_of(model)
+    cut = "" if trained[1] else f"; max_length {experiment.training.max_length} cuts none"
     context = f"; the model reads {room}" if room else ""
-    return f"{median(lengths):g} at the median, {max(lengths)} at most{context}"
+    return f"{median(lengths):g} at the median, {max(lengths)} at most{cut}{context}"
+
+
+def _odd_rate(experiment: Experiment) -> list[str]:
+    rate, (low, high) = experiment.training.learning_rate, USUAL_RATES
+    if low <= rate <= high:
+        return []
+    side = "below" if rate < low else "above"
+    return [f"learning_rate {rate:g} is {side} the usual {low:g} to {high:g}; trimtab tune finds one"]
 
 
 def _left_out(experiment: Experiment, trained: Trained) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -25,18 +26,16 @@ from trimtab.errors import RunError
 from trimtab.runs import processes
 from trimtab.runs.card import card
 from trimtab.runs.folder import ADAPTER, RunFolder, differing, digest_of, put
+from trimtab.runs.forecast import forecast, told
 from trimtab.runs.models import Base
 from trimtab.runs.predict import Evaluation
 from trimtab.runs.summary import checked_summary
-from trimtab.runs.trainer import Progress, Watch
+from trimtab.runs.trainer import LOOKED_AT, Progress, Watch
 from trimtab.runs.trial import Experiment, Fit, Trial, close_stores, fingerprints, trained_parameters
 from trimtab.runs.ways import ReftWay
 from trimtab.tasks import Example, Task
 from trimtab.tasks.failures import failures
 from trimtab.tasks.tokens import Encoded
-
-LOOKED_AT = 100
-"""Validation examples that are scored now and then while training."""
 
 
 def train(
@@ -45,7 +44,7 @@ def train(
     *,
     resume: bool = True,
     watch: Watch = lambda progress: None,
-    say: Callable[[str], None] = lambda text: None,
+    say: Callable[[str], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Train every task that is not done yet; returns each task's metrics.
 
@@ -54,7 +53,8 @@ def train(
         output: each task leaves a folder there.
         resume: False starts over, which removes what an earlier run of these tasks left.
         watch: called whenever a task's progress changed.
-        say: told what each task that is not done will be trained on, before the first step of any.
+        say: told what each task that is not done will be trained on and what that takes, before the first step of
+            any; without it that is not measured.
 
     Raises:
         RunError: a task's folder holds another run, or its adapter has no place on the model.
@@ -70,6 +70,7 @@ def train(
         base = Base(runs[0].experiment.source)
         for run in runs:  # every error in data or folders before the first step, and before anything is removed
             run.encode(base, resume, say)
+        say_what_it_takes(runs, base, say)
         processes.wait()
         for run in runs:
             if not resume:
@@ -78,6 +79,35 @@ def train(
             return {run.experiment.name: run.finish(base, watch) for run in runs}
         finally:
             close_stores()
+
+
+def rehearse(
+    experiments: Mapping[str, Experiment], output: str | Path, say: Callable[[str], None], *, resume: bool = True
+) -> None:
+    """Say what `train` would do, and what that would take; nothing is written. Raises what `train` does."""
+    runs = [Run(experiment, Path(output) / name) for name, experiment in experiments.items()]
+    for run in runs:
+        run.check_folder(resume)
+    base = Base(runs[0].experiment.source)
+    for run in runs:
+        run.encode(base, resume, say)
+    say_what_it_takes(runs, base, say)
+
+
+PATIENCE = 60.0
+"""Seconds after which no further task is measured."""
+
+
+def say_what_it_takes(runs: Sequence[Run], base: Base, say: Callable[[str], None] | None) -> None:
+    """Measure the tasks that will be trained, unless several processes train them."""
+    if say is None or processes.count() > 1:
+        return
+    start = time.perf_counter()
+    for run in runs:
+        if run.encoded and time.perf_counter() - start < PATIENCE:
+            found = forecast(run.experiment, base, run.encoded)
+            if found is not None:
+                say(told(run.experiment.name, found))
 
 
 def evaluate_runs(
@@ -128,6 +158,7 @@ def described(experiment: Experiment) -> dict[str, Any]:
         "seed": experiment.seed,
         "name": experiment.name,
         "task": experiment.settings,
+        **experiment.pool,
     }
 
 
@@ -183,7 +214,7 @@ class Run:
             files = ", ".join(differing(folder.content, self.content))
             raise RunError(f"{folder.path} holds a run on other files: what they say has changed ({files}). {remedy}")
 
-    def encode(self, base: Base, resume: bool, say: Callable[[str], None]) -> None:
+    def encode(self, base: Base, resume: bool, say: Callable[[str], None] | None) -> None:
         """Read the data and, unless the task is done, tokenise it, check what can be known and say what it is.
 
         Raises:
@@ -191,9 +222,14 @@ class Run:
             RunError: the adapter has no place on the model.
         """
         examples, _ = self.task.examples("train"), self.task.examples("test")
-        if not resume or not self.folder.is_done:
-            self.encoded, self.too_long = self.experiment.encode(base.tokenizer, examples, training=True)
-            say(checked_summary(self.experiment, base.tokenizer, (self.encoded, self.too_long)))
+        name, tell = self.experiment.name, say or (lambda text: None)
+        if resume and self.folder.is_done:
+            tell(f"{name} is done already in {self.folder.path}; --no-resume --task {name} trains it again.")
+            return
+        self.encoded, self.too_long = self.experiment.encode(base.tokenizer, examples, training=True)
+        tell(checked_summary(self.experiment, base.tokenizer, (self.encoded, self.too_long)))
+        if resume and (checkpoint := self.folder.last_checkpoint()):
+            tell(f"{name} goes on from {checkpoint}.")
 
     def finish(self, base: Base, watch: Watch) -> dict[str, Any]:
         """Train what is left to train, score, and write the folder; returns the metrics."""

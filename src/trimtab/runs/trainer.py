@@ -202,6 +202,8 @@ class Progress:
 
 
 Watch = Callable[[Progress], None]
+LOOKED_AT = 100
+"""Validation examples that are scored now and then while training."""
 VALIDATION_LOOKS = 4
 """How often the validation score is taken during a run, to be shown; it chooses nothing."""
 

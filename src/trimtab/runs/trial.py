@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import hashlib
 import json
+import math
 import pickle
 import shutil
 import tempfile
@@ -26,8 +28,8 @@ from trimtab.errors import DataError, NotPossible, RunError
 from trimtab.runs.earlier import completed_trial
 from trimtab.runs.folder import versions, write_json
 from trimtab.runs.measures import thinned, training_memory, window_loss, windows
-from trimtab.runs.models import Base, ModelSource
-from trimtab.runs.predict import Evaluation, context_of, evaluate
+from trimtab.runs.models import Base, ModelSource, pool_for
+from trimtab.runs.predict import Evaluation, context_of, evaluate, mean_loss
 from trimtab.runs.reuse import Reuse, Store
 from trimtab.runs.trainer import (
     NumberedCollator,
@@ -69,6 +71,13 @@ class Experiment:
     def __getstate__(self) -> dict[str, Any]:
         """Without what was read of the data, for a process that reads its own."""
         return {key: value for key, value in self.__dict__.items() if key != "task"}
+
+    @property
+    def pool(self) -> dict[str, str]:
+        """Which tokens the task's head reads, where it is not as the architecture does: the same settings may have been
+        read otherwise by earlier versions."""
+        pool = pool_for(self.task.head, self.source.name)
+        return {} if pool == "model" else {"pool": pool}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -137,6 +146,7 @@ class Trial:
             "learning_rate": self.learning_rate,
             "seed": self.seed,
             "examples": self.examples,
+            **experiment.pool,
         }
 
 
@@ -151,6 +161,9 @@ class Outcome:
     test: dict[str, float] = field(default_factory=dict)
     predictions: list[Any] = field(default_factory=list)
     """On test."""
+    validation_predictions: list[Any] = field(default_factory=list)
+    validation_loss: float | None = None
+    """By which scores that tie on validation are told apart; None of what is not trained."""
     parameters: int = 0
     """Trained ones."""
     model_parameters: int = 0
@@ -193,7 +206,7 @@ def run_trial(trial: Trial, folder: Path, content: dict[str, str] | None = None)
         content: the task's `fingerprints`, where the caller has them; with them an outcome is found without the data.
     """
     described = trial.described(content or fingerprints(trial.experiment, trial.held_out))
-    file = folder / trial.experiment.name / trial.way.name / f"{digest(described)}.json"
+    file = _file(trial, folder, described)
     if found := _done(file, described):
         return found
     try:
@@ -209,6 +222,16 @@ def run_trial(trial: Trial, folder: Path, content: dict[str, str] | None = None)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, outcome.as_dict())
     return outcome
+
+
+def outcome_of(trial: Trial, folder: Path, content: dict[str, str]) -> Outcome | None:
+    """What `run_trial` would read, having run the trial before; None where it would run it."""
+    described = trial.described(content)
+    return _done(_file(trial, folder, described), described)
+
+
+def _file(trial: Trial, folder: Path, described: dict[str, Any]) -> Path:
+    return folder / trial.experiment.name / trial.way.name / f"{digest(described)}.json"
 
 
 def _done(file: Path, described: dict[str, Any]) -> Outcome | None:
@@ -235,12 +258,15 @@ def _run(trial: Trial) -> Outcome:
     set_seed(trial.seed)
     adapted = way.build(model, task.task_type, new, trial.seed, task.edit_turns)
     reuse, trained = _trained(trial, adapted, base.tokenizer, examples) if way.trains else (None, {})
+    if way.trains and "validation" in trial.splits:
+        trained["validation_loss"] = _validation_loss(trial, adapted, base.tokenizer)
     found = {split: _scored(trial, adapted, base.tokenizer, split, shots, reuse) for split in trial.splits}
     lost = window_loss(adapted, texts, takes_prompts=way.takes_prompts) - _base_losses[key] if texts else None
     return Outcome(
         validation=found["validation"].main if "validation" in found else None,
         test=found["test"].scores if "test" in found else {},
         predictions=found["test"].predictions if "test" in found else [],
+        validation_predictions=found["validation"].predictions if "validation" in found else [],
         parameters=trained_parameters(adapted),
         model_parameters=size,
         forgetting=lost,
@@ -360,11 +386,10 @@ class Fit:
                 remedy = f"remove it, or start over: --no-resume --task {self.trainer.progress.task}"
                 raise RunError(f"{resume_from}: this checkpoint cannot be read; {remedy}") from error
             folder = Path(str(self.trainer.args.output_dir))
-            if folder.parent.exists() and shutil.disk_usage(folder.parent).free > ROOM:
+            if not _is_of_writing(error, folder):
                 raise
-            raise RunError(
-                f"{folder}: a checkpoint cannot be written: no space left, or the folder is gone."
-            ) from error
+            remedy = "make room, and the same command goes on from the last whole one"
+            raise RunError(f"{folder}: a checkpoint cannot be written, is the disk full? {remedy}") from error
 
     @property
     def steps(self) -> int:
@@ -384,6 +409,15 @@ class Fit:
     def reuse(self) -> Reuse | None:
         """What of the frozen model's work is kept, where that held."""
         return self.trainer.reuse
+
+
+def _is_of_writing(error: Exception, folder: Path) -> bool:
+    """Whether it came of a folder that is gone, a full disk or quota, or a limit on the size of files."""
+    if isinstance(error, SafetensorError) or "PytorchStreamWriter" in str(error):
+        return True
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    return not folder.parent.exists() or shutil.disk_usage(folder.parent).free < ROOM
 
 
 def _packs(spec: TrainingSpec, model: Any, way: Way) -> bool:
@@ -409,6 +443,17 @@ def _scored(
     until = "\n\n" if shots and not _chats(experiment, tokenizer) else None
     how = {"examples": asked, "equal_lengths": trial.way.adds_tokens, "until": until, "reuse": reuse}
     return experiment.evaluate(model, tokenizer, split, **how)
+
+
+def _validation_loss(trial: Trial, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> float:
+    """Raises RunError where it is not finite."""
+    experiment, way = trial.experiment, trial.way
+    encoded, _ = experiment.encode(tokenizer, experiment.task.examples("validation"), training=True)
+    size = experiment.training.eval_batch_size
+    loss = mean_loss(model, tokenizer, encoded, size, way.takes_prompts, equal_lengths=way.adds_tokens)
+    if not math.isfinite(loss):  # such a model's answers look like a constant, which may even score
+        raise RunError(f"{experiment.name}: after training the loss on validation is {loss}")
+    return loss
 
 
 def drawn(examples: list[Example], count: int | None, seed: int) -> list[Example]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 
 from trimtab.adapter.config import ReftConfig
+from trimtab.adapter.readout import pool_of
 from trimtab.edits import METHODS
 from trimtab.errors import NotPossible
 from trimtab.runs.models import heads_beyond_peft
@@ -47,6 +48,13 @@ WAYS: dict[str, dict[str, Any]] = {
     "full": {"trains": "everything"},
 }
 """Where nothing is said of target modules, they are PEFT's own choice for the architecture (q and v for LoRA)."""
+USUAL_RATES = (1e-3, 4e-3, 1.6e-2)
+RATES: dict[str, tuple[float, ...]] = {
+    "LORA": (5e-4, 1e-3, 2e-3, 4e-3),
+    "everything": (2e-5, 8e-5, 3.2e-4),
+    **dict.fromkeys(("IA3", "VERA", "PREFIX_TUNING", "PROMPT_TUNING", "head"), (4e-3, 1.6e-2, 6.4e-2)),
+}
+"""Learning rates to start a search from, by `peft_type` or `trains`; `USUAL_RATES` for the others."""
 
 
 class AdapterSpec(Section):
@@ -71,6 +79,8 @@ class Way(ABC):
 
     name: str
     settings: Mapping[str, Any]
+    learning_rates: tuple[float, ...] = USUAL_RATES
+    """Those that a search starts from; no part of the method."""
 
     trains = True
     """Whether there is anything to train."""
@@ -80,6 +90,19 @@ class Way(ABC):
     """Whether virtual tokens come before the input, so that positions in the batch are not those in the model."""
     takes_prompts = False
     """Whether the adapted model takes `prompt_lengths`."""
+
+    @property
+    def size_field(self) -> str | None:
+        """The setting that says how many parameters there are, in equal steps; None where none does."""
+        return None
+
+    def resized(self, size: int) -> Way:
+        """The same way with so many parameters a step; needs a `size_field`."""
+        return replace(self, settings={**self.settings, str(self.size_field): size})
+
+    def on_layers(self, layers: list[int], blocks: int) -> Way | None:
+        """The same way on some of so many blocks alone; None where it cannot be told."""
+        return None
 
     @abstractmethod
     def build(
@@ -109,6 +132,13 @@ class ReftWay(Way):
 
     takes_prompts = True
 
+    def on_layers(self, layers: list[int], blocks: int) -> Way:
+        return replace(self, settings={**self.settings, "layers": layers})
+
+    @property
+    def size_field(self) -> str | None:
+        return "r" if "r" in METHODS[self.settings["method"]].takes else None
+
     def config(self, task_type: str, new: Sequence[str] = (), edit_turns: Turns = "each") -> ReftConfig:
         whole = heads_beyond_peft(new) or None
         return ReftConfig(task_type=task_type, modules_to_save=whole, edit_turns=edit_turns, **self.settings)
@@ -120,7 +150,9 @@ class ReftWay(Way):
         self, model: nn.Module, task_type: str, new: Sequence[str] = (), seed: int = 0, edit_turns: Turns = "each"
     ) -> nn.Module:
         try:
-            adapted: nn.Module = get_peft_model(model, self.config(task_type, new, edit_turns))
+            config = self.config(task_type, new, edit_turns)
+            config.pool = pool_of(model)
+            adapted: nn.Module = get_peft_model(model, config)
         except ValueError as error:
             raise NotPossible(_first_line(error)) from error
         return adapted
@@ -148,10 +180,27 @@ class PeftWay(Way):
         """Whether the model is given embeddings, in which a decoder's classifier cannot tell where a text ends."""
         return self.adds_tokens and self.settings["peft_type"] != PeftType.PREFIX_TUNING
 
+    @property
+    def size_field(self) -> str | None:
+        known = [one.name for one in fields(self.kind)]
+        return next((name for name in ("num_virtual_tokens", "r") if name in known), None)
+
+    def on_layers(self, layers: list[int], blocks: int) -> Way | None:
+        known = [one.name for one in fields(self.kind)]
+        if "exclude_modules" not in known or "exclude_modules" in self.settings:
+            return None
+        others = "|".join(str(block) for block in range(blocks) if block not in layers)
+        return replace(self, settings={**self.settings, "exclude_modules": rf".*\.({others})\..*"})
+
+    def resized(self, size: int) -> Way:
+        alpha, r = self.settings.get("lora_alpha"), self.settings.get("r", 8)
+        strength = {} if alpha is None else {"lora_alpha": max(1, round(size * alpha / r))}  # alpha / r stays
+        return replace(self, settings={**self.settings, str(self.size_field): size, **strength})
+
     def config(self, task_type: str, new: Sequence[str] = (), seed: int = 0) -> Any:
-        fields = {k: v for k, v in self.settings.items() if k != "peft_type"}
+        chosen = {k: v for k, v in self.settings.items() if k != "peft_type"}
         try:
-            config = self.kind(task_type=task_type, **fields)
+            config = self.kind(task_type=task_type, **chosen)
         except TypeError as error:
             raise ValueError(f"{self.name}: {self.kind.__name__}: {str(error).partition('() ')[2] or error}") from None
         if extra := heads_beyond_peft(new):
@@ -249,21 +298,25 @@ def as_way(entry: str | Mapping[str, Mapping[str, Any]], adapter: AdapterSpec) -
 
 
 def _made(name: str, settings: dict[str, Any], adapter: AdapterSpec) -> Way:
+    own = settings.pop("learning_rates", None)
+    if own is not None and not (isinstance(own, list) and own and all(isinstance(r, float) and r > 0 for r in own)):
+        raise ValueError(f"{name}: learning_rates: {own!r} is no list of positive numbers")
+    kind = str(settings.get("peft_type", "")).upper() or settings.get("trains", "")
+    rates = tuple(sorted(set(own or RATES.get(kind, USUAL_RATES))))
     if "peft_type" in settings:
-        kind = str(settings["peft_type"]).upper()
         known = [t.name for t in PeftType if t in PEFT_TYPE_TO_CONFIG_MAPPING and t.name != "REFT"]
         if kind not in known:
             raise ValueError(f"{name}: peft_type {kind!r} is none of {', '.join(known)}")
-        return PeftWay(name, {**settings, "peft_type": kind})
+        return PeftWay(name, {**settings, "peft_type": kind}, rates)
     if "trains" in settings:
         if settings["trains"] not in PARTS:
             raise ValueError(f"{name}: trains: {settings['trains']!r} is none of {', '.join(PARTS)}")
         if more := settings.keys() - {"trains", "shots"}:
             raise ValueError(f"{name}: {sorted(more)[0]!r} does not go with trains:")
-        return PartWay(name, settings)
+        return PartWay(name, settings, rates)
     merged = AdapterSpec.model_validate({**adapter.model_dump(), **settings})
     # A field that came later is left out where it says nothing, so that outcomes from before are found again.
-    return ReftWay(name, merged.model_dump(exclude=None if merged.lora else {"lora"}))
+    return ReftWay(name, merged.model_dump(exclude=None if merged.lora else {"lora"}), rates)
 
 
 def applicable(task_type: str) -> list[str]:

@@ -1,35 +1,47 @@
-"""`trimtab compare`: every way to adapt on the same data, budget, seeds and learning rates, one small file a trial.
+"""`trimtab compare`: every way to adapt on the same data, budget and seeds, one small file a trial.
 
-A study that was interrupted, or gets more seeds or methods, runs only what is missing. The learning rate of each method
-is chosen on validation with the first seed; the other seeds run at the rate chosen; test is looked at by the report
-alone.
+A study that was interrupted, or gets more seeds or methods, runs only what is missing. Each seed of a method goes
+through the whole procedure by itself: it tries every learning rate, goes on beyond the lowest or highest while that is
+the best, and takes the one best on validation. So the spread of the seeds holds the luck of choosing too. Test is
+looked at by the report alone.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
-from dataclasses import dataclass, field, replace
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from trimtab.errors import DataError
-from trimtab.runs.trial import Experiment, Outcome, Trial, fingerprints, run_trial
+from trimtab.runs.trial import Experiment, Outcome, Trial, fingerprints, outcome_of, run_trial
 from trimtab.runs.ways import Way, applicable, as_way
+from trimtab.study.progress import Counted, Standing
+from trimtab.study.statistics import MARGIN
 from trimtab.study.workers import workers
 from trimtab.tasks.spec import Section
 
 
 class CompareSpec(Section):
-    """What `trimtab compare` tries: all methods at the same learning rates, seeds, steps and data."""
+    """What `trimtab compare` tries: all methods with the same seeds, steps and data."""
 
     methods: Annotated[list[str | dict[str, dict[str, Any]]], Field(min_length=2)] | None = None
     """Names, {name: {peft_type: LORA, r: 32, …}} or {name: {method: loreft, r: 8, …}}; the first is the reference."""
-    learning_rates: list[PositiveFloat] = Field([1e-4, 4e-4, 1.6e-3, 6.4e-3, 2.5e-2], min_length=1)
+    learning_rates: Annotated[list[PositiveFloat], Field(min_length=1)] | None = None
+    """Of all methods, instead of each one's own (which `learning_rates` in a method's settings gives too)."""
+    reach: NonNegativeInt = 3
+    """How far a seed goes on beyond the lowest or highest rate while that is the best, in steps of the rates' own."""
     seeds: PositiveInt = 5
+    margin: PositiveFloat = MARGIN
+    """Differences below this are as good as none; methods that are surely this alike are called equal."""
+    budget: PositiveInt | None = None
+    """Trained parameters, a new head aside: each method gets the largest rank, or the most layers, that fit."""
     held_out: str | None = None
     """A text file; how much the model's loss on it grows is reported as forgetting."""
 
@@ -41,10 +53,10 @@ class Group:
     experiment: Experiment
     way: Way
     examples: int | None
-    rates: list[Outcome] = field(default_factory=list)
-    """The first seed's trials, one a learning rate."""
-    seeds: list[Outcome] = field(default_factory=list)
-    """The trials at the learning rate chosen, one a seed, the first seed's among them."""
+    rates: tuple[float, ...]
+    """Those that each seed starts from."""
+    tried: dict[int, dict[float | None, Outcome]] = field(default_factory=dict)
+    """By seed and learning rate."""
     impossible: str | None = None
     """Why there is nothing to show."""
 
@@ -53,20 +65,56 @@ class Group:
         return self.experiment.name
 
     @property
-    def chosen(self) -> float | None:
-        """The learning rate with the best validation score; the middle one of those that are equally good."""
-        done = [(r.validation, r.learning_rate) for r in self.rates if r.validation is not None]
-        best = [rate for score, rate in done if score == max(score for score, _ in done)]
-        return best[(len(best) - 1) // 2] if best else None
+    def random(self) -> bool:
+        """Whether another seed would come out otherwise."""
+        return self.way.trains or self.way.shots > 0 or not self.experiment.task.generates
+
+    @property
+    def seeds(self) -> list[Outcome]:
+        """The trials that the seeds chose, one a seed; a failed one where all of a seed's failed."""
+        return [by_worth(tried)[0] for _, tried in sorted(self.tried.items())]
+
+    @property
+    def scores(self) -> list[float]:
+        """The seeds' scores on test; a failed one has the worst."""
+        name = self.experiment.task.score.name
+        return [WORST if run.failed else run.test[name] for run in self.seeds]
+
+    def at_edge(self, seed: int) -> bool:
+        """Whether the rate that a seed chose is the lowest or highest that it tried, of several."""
+        chosen, tried = by_worth(self.tried[seed])[0].learning_rate, sorted(float(r or 0) for r in self.tried[seed])
+        return len(tried) > 1 and chosen in (tried[0], tried[-1])
 
 
+WORST = 0.0
+"""The score of what failed: that of a model which answers nothing, or always the same."""
+
+
+def by_worth(tried: Mapping[float | None, Outcome]) -> list[Outcome]:
+    """A seed's trials, the best on validation first; of those that tie, that with the lower validation loss.
+
+    Where trials of an earlier version have no loss, the middle one of their rates comes first.
+    """
+    middle = sorted(float(rate or 0) for rate in tried)[(len(tried) - 1) // 2]
+
+    def worth(run: Outcome) -> tuple[float, float, float]:
+        score = -math.inf if run.validation is None else run.validation
+        loss = math.inf if run.validation_loss is None else run.validation_loss
+        off = abs(math.log((run.learning_rate or 1) / (middle or 1)))
+        return (-score, loss, off)
+
+    return sorted(tried.values(), key=worth)
+
+
+PROBE = "head"
+"""The frozen model with a new head alone, without which nobody can tell what the other methods add."""
 Watch = Callable[[Group], None]
 
 
 def choose_ways(
     experiments: Mapping[str, Experiment], settings: CompareSpec, only: Sequence[str] | None = None
 ) -> dict[str, list[Way]]:
-    """What to compare for each task: the recipe's methods, or all that fit the kind of task.
+    """What to compare for each task: the recipe's methods, or all that fit; of a classifier the head alone too.
 
     Args:
         only: names of those to keep; rows of `WAYS` may be named that the recipe does not.
@@ -80,11 +128,24 @@ def choose_ways(
         for method in only or ():
             if method not in (way.name for way in found):
                 found.append(as_way(method, experiment.adapter))
+        if not experiment.task.generates and not only and PROBE not in (way.name for way in found):
+            found.append(as_way(PROBE, experiment.adapter))
         often, count = Counter(way.name for way in found).most_common(1)[0]
         if count > 1:
             raise ValueError(f"compare: methods: {count} are called {often!r}; give each a name of its own")
         chosen[name] = [way for way in found if not only or way.name in only]
     return chosen
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a study has to run."""
+
+    runs: int
+    """At least; those past an edge come on top."""
+    done: int
+    seconds: float | None
+    """Of training, at the median of those done; None where nothing trained yet."""
 
 
 class Study:
@@ -115,70 +176,87 @@ class Study:
                     "test: are the same; give test data"
                 )
         self.settings, self.folder = settings, folder
-        self.rates = sorted(set(settings.learning_rates))
-        self.groups = [Group(experiments[task], way, n) for n in sizes for task, own in ways.items() for way in own]
+        self.groups = [
+            Group(experiments[task], way, n, tuple(sorted(set(settings.learning_rates or way.learning_rates))))
+            for n in sizes
+            for task, own in ways.items()
+            for way in own
+        ]
         self.content = {task: fingerprints(experiments[task], settings.held_out) for task in ways}
 
-    def run(self, jobs: int, watch: Watch = lambda group: None) -> list[Group]:
+    def run(self, jobs: int, watch: Watch = lambda group: None, standing: Standing | None = None) -> list[Group]:
         """Run what is missing, `jobs` at a time; returns the finished groups in the order of the recipe.
 
         Raises:
             DataError, RunError: a task cannot be read or trained; what was done until then is kept.
         """
-        with workers(jobs) as pool:
-            waiting: dict[Future[Outcome], Group] = {}
+        with workers(jobs) as processes:
+            pool = Counted(processes, standing or Standing(len(self.groups)))
+            waiting: dict[Future[Outcome], tuple[Group, Trial]] = {}
+            asked: dict[Group, set[tuple[int, float | None]]] = {group: set() for group in self.groups}
+
+            def submit(group: Group) -> None:
+                for trial in self.wanted(group):
+                    if (trial.seed, trial.learning_rate) not in asked[group]:
+                        asked[group].add((trial.seed, trial.learning_rate))
+                        waiting[pool.submit(run_trial, trial, self.folder, self.content[group.task])] = (group, trial)
+                if not any(one is group for one, _ in waiting.values()):
+                    watch(group)
+
             for group in self.groups:
-                self._submit(pool, waiting, group, self._first_trials(group))
+                submit(group)
             while waiting:
                 done, _ = wait(waiting, return_when=FIRST_COMPLETED)
                 for future in done:
-                    group = waiting.pop(future)
-                    self._take(group, future.result())
-                    if group not in waiting.values():
-                        self._submit(pool, waiting, group, self._later_trials(group))
-                    if group not in waiting.values():
-                        watch(group)
+                    group, trial = waiting.pop(future)
+                    self._take(group, trial, future.result())
+                    submit(group)
         return self.groups
 
-    def _submit(self, pool: Executor, waiting: dict[Future[Outcome], Group], group: Group, trials: list[Trial]) -> None:
-        for trial in trials:
-            waiting[pool.submit(run_trial, trial, self.folder, self.content[group.task])] = group
+    def plan(self) -> Plan:
+        """What `run` would do; nothing is run."""
+        trials = [(group, trial) for group in self.groups for trial in self.wanted(group, self.settings.seeds)]
+        found = [outcome_of(trial, self.folder, self.content[group.task]) for group, trial in trials]
+        done = [outcome for outcome in found if outcome is not None]
+        seconds = [outcome.seconds for outcome in done if outcome.seconds is not None]
+        return Plan(len(trials), len(done), median(seconds) if seconds else None)
 
-    def _first_trials(self, group: Group) -> list[Trial]:
-        first = self._trial(group, None)
-        return [replace(first, learning_rate=rate) for rate in self.rates] if group.way.trains else [first]
+    def wanted(self, group: Group, seeds: int | None = None) -> list[Trial]:
+        """The trials that a group needs, as far as what is known of it tells.
 
-    def _later_trials(self, group: Group) -> list[Trial]:
-        """Once the learning rates are tried: the other seeds. Once those are run too, or cannot be: none."""
+        Args:
+            seeds: how many go through it; without it the first alone at first, and all once it is known to train.
+        """
         if group.impossible:
             return []
-        done = [r for r in group.rates if r.validation is not None]
-        if group.seeds or not (group.way.trains or group.way.shots):
-            group.seeds = group.seeds or done
-            if not group.seeds:
-                group.impossible = group.rates[0].failed
-            return []
-        rate = group.chosen
-        group.seeds = [r for r in done if r.learning_rate == rate]
-        if not group.seeds:
-            failures = [f"at {r.learning_rate} {r.failed}" for r in group.rates]
-            group.impossible = f"no learning rate trained: {'; '.join(failures)}"
-            return []
-        first = self._trial(group, rate)
-        return [replace(first, seed=first.seed + i) for i in range(1, self.settings.seeds)]
+        first, count = group.experiment.seed, seeds or (self.settings.seeds if group.tried else 1)
+        held_out = self.settings.held_out
+        return [
+            Trial(group.experiment, group.way, rate, seed, group.examples, held_out=held_out)
+            for seed in range(first, first + (count if group.random else 1))
+            for rate in self._wanted_rates(group, seed)
+        ]
 
-    def _trial(self, group: Group, rate: float | None) -> Trial:
-        seed, held_out = group.experiment.seed, self.settings.held_out
-        return Trial(group.experiment, group.way, rate, seed, group.examples, held_out=held_out)
+    def _wanted_rates(self, group: Group, seed: int) -> Sequence[float | None]:
+        """A seed's learning rates: those to start from, then one more beyond the edge while that is the best."""
+        if not group.way.trains:
+            return [None]
+        rates, tried = list(group.rates), group.tried.get(seed, {})
+        for _ in range(self.settings.reach if len(rates) > 1 else 0):
+            if not all(rate in tried for rate in rates):
+                break
+            best = by_worth({rate: tried[rate] for rate in rates})[0].learning_rate
+            if best == rates[0]:
+                rates.insert(0, float(f"{rates[0] ** 2 / rates[1]:.3g}"))
+            elif best == rates[-1]:
+                rates.append(float(f"{rates[-1] ** 2 / rates[-2]:.3g}"))
+            else:
+                break
+        return rates
 
-    def _take(self, group: Group, result: Outcome) -> None:
-        if result.impossible is not None:
-            group.impossible, group.seeds = result.impossible, []
-        elif group.impossible:
-            return  # for one seed, so for the group: seeds chosen by what fits would not compare
-        elif group.seeds:
-            if result.failed is not None:
-                return  # one seed less, which the report shows
-            group.seeds = sorted([*group.seeds, result], key=lambda r: r.seed)
-        else:  # in the order of the rates, not of the processes that came first
-            group.rates = sorted([*group.rates, result], key=lambda r: float(r.learning_rate or 0))
+    def _take(self, group: Group, trial: Trial, result: Outcome) -> None:
+        if result.impossible is not None:  # for one seed, so for the group: seeds chosen by what fits would not compare
+            group.impossible = result.impossible
+            group.tried.clear()
+        elif not group.impossible:
+            group.tried.setdefault(trial.seed, {})[trial.learning_rate] = result

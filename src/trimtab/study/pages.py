@@ -38,11 +38,11 @@ def as_page(report: Report, plots: Mapping[str, Path]) -> str:
     pictures = {name: base64.b64encode(path.read_bytes()).decode() for name, path in plots.items()}
     loader = PackageLoader("trimtab.study", "")
     made = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, loader=loader)
-    made.globals |= {"heads": tables.heads, "sizes": tables.sizes, "by_size": tables.by_size}
+    made.globals |= {"heads": tables.heads, "sizes": tables.sizes, "by_size": tables.by_size, "remarks": tables.remarks}
     made.filters |= {"cells": tables.cells, "verdict": _class_of}
     words = {
         "introduction": tables.introduction(report),
-        "explained": tables.EXPLAINED,
+        "explained": tables.explained(report),
         "overview": tables.overview(report),
         "ran": tables.ran(report),
     }

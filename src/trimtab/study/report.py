@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import platform
 import statistics as plain
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from trimtab.runs.folder import versions
-from trimtab.study.compare import CompareSpec, Group
-from trimtab.study.statistics import Difference, compare_runs, over_tasks
-from trimtab.tasks import Task
-from trimtab.tasks.scores import mean_of
+from trimtab.runs.trial import Outcome
+from trimtab.study.compare import WORST, CompareSpec, Group, by_worth
+from trimtab.study.statistics import ALPHA, Difference, Sample, chosen_scores, compare, judged, over_tasks, resamples
+from trimtab.tasks import Example, Task
+from trimtab.tasks.files import needed
+from trimtab.tasks.scores import Array
+
+COMMONEST = 10
+"""Answers of train that are tried as the one given to all."""
 
 
 @dataclass(frozen=True)
@@ -27,21 +35,28 @@ class Line:
     mean: float | None = None
     sd: float | None = None
     scores: list[float] = field(default_factory=list)
-    """One a seed."""
+    """One a seed; a failed one has the worst."""
     parameters: int = 0
     share: float = 0.0
     validation: float | None = None
-    learning_rate: float | None = None
-    at_edge: bool = False
-    """Whether the learning rate is the lowest or highest tried."""
+    learning_rates: list[float | None] = field(default_factory=list)
+    """That each seed chose."""
+    at_edge: int = 0
+    """How many seeds chose the lowest or highest rate they tried."""
     rates: dict[str, float | str | None] = field(default_factory=dict)
-    """Validation by learning rate, or why it failed."""
+    """Mean validation by learning rate, over the seeds that trained at it, or why none did."""
     seconds: float | None = None
     memory: int | None = None
     steps: int | None = None
     tokens: int | None = None
     curve: list[tuple[int, float]] = field(default_factory=list)
-    missing_seeds: int = 0
+    failed_seeds: int = 0
+    failure: str | None = None
+    """Why the first of them did."""
+    constant_seeds: int = 0
+    """How many gave all test items the same answer."""
+    moving_seeds: int = 0
+    """Of how many the training loss was still falling at the end."""
     forgetting: float | None = None
     against_reference: Difference | None = None
     sentence: str | None = None
@@ -57,6 +72,12 @@ class TaskReport:
     validation_items: int
     test_items: int
     methods: list[Line]
+    constant: float | None = None
+    """The test score of the one answer that scores best on train."""
+    earlier: int = 0
+    """Trials of versions that did not keep what was predicted on validation."""
+    telling: bool = True
+    """Whether some method is better than that; if none is, the task tells nothing of methods."""
 
     @property
     def finished(self) -> list[Line]:
@@ -65,7 +86,7 @@ class TaskReport:
 
 @dataclass(frozen=True)
 class Total:
-    """One method over all tasks that it could do."""
+    """One method over all telling tasks that it could do."""
 
     name: str
     tasks: int
@@ -91,8 +112,9 @@ class Report:
     command: str
     versions: dict[str, str]
     machine: str
-    learning_rates: list[float]
+    learning_rates: list[float] | None
     seeds: int
+    margin: float
     comparisons: int
     tasks: dict[str, TaskReport]
     overall: list[Total]
@@ -119,6 +141,7 @@ def summarise(groups: Sequence[Group], settings: CompareSpec, command: str = "")
         machine=f"{platform.system()} {platform.machine()}",
         learning_rates=settings.learning_rates,
         seeds=settings.seeds,
+        margin=settings.margin,
         comparisons=sum(line.against_reference is not None for task in tasks.values() for line in task.methods),
         tasks=tasks,
         overall=_overall(tasks, groups[0].way.name if _distinct(groups) else None),
@@ -128,7 +151,7 @@ def summarise(groups: Sequence[Group], settings: CompareSpec, command: str = "")
 
 def _versions(groups: Sequence[Group]) -> dict[str, str]:
     """Those the trials ran with, which may be several."""
-    runs = [run.versions for group in groups for run in (*group.rates, *group.seeds)] or [versions()]
+    runs = [run.versions for group in groups for run in group.seeds] or [versions()]
     return {name: " and ".join(sorted({run[name] for run in runs if name in run})) for name in runs[0]}
 
 
@@ -136,85 +159,178 @@ def _title(task: str, size: int | None) -> str:
     return task if size is None else f"{task}, {size} examples"
 
 
+@dataclass(frozen=True)
+class Items:
+    """A split's examples, and how often each counts in each resample."""
+
+    examples: list[Example]
+    weights: Array
+    """(1 + B, n)"""
+    groups: int
+    """How many are independent."""
+
+    @classmethod
+    def of(cls, task: Task[Any], split: str) -> Items:
+        examples, name = task.examples(split), task.spec.data.group
+        groups = [str(needed(e.row, name, f"{task.name}: {split}: data: group")) for e in examples] if name else None
+        return cls(examples, resamples(len(examples), groups), len(set(groups)) if groups else len(examples))
+
+    def scores(self, task: Task[Any], predictions: Sequence[Any]) -> Array:
+        """(1 + B,)"""
+        return task.weighted(self.examples)(predictions, self.weights)
+
+
 def _task_report(groups: list[Group], settings: CompareSpec) -> TaskReport:
     task: Task[Any] = groups[0].experiment.task
-    examples = task.examples("test")
-    finished = [group for group in groups if group.seeds]
-    reference = finished[0] if finished else None
-    lines = []
-    for group in groups:
-        line = _line(group, task, settings)
-        if reference is not None and group.seeds and group is not reference:
-            found = _difference(task, group, reference)
-            said = sentence(line, found, reference, len(examples))
-            line = replace(line, against_reference=found, sentence=said)
-        lines.append(line)
+    validation, test = (Items.of(task, split) for split in ("validation", "test"))
+    finished = [group for group in groups if group.tried]
+    samples = {group.way.name: _sample(group, task, validation, test) for group in finished}
+    lines = {group.way.name: _line(group) for group in groups}
+    reference = finished[0].way.name if finished else None
+    others = [name for name in samples if name != reference]
+    found = judged([compare(samples[name], samples[str(reference)], settings.margin) for name in others])
+    for name, one in zip(others, found, strict=True):
+        said = sentence(lines[name], one, lines[str(reference)], test.groups)
+        lines[name] = replace(lines[name], against_reference=one, sentence=said)
+    constant = _constant(task, test)
     return TaskReport(
         score=task.score.name,
-        reference=reference.way.name if reference else None,
+        reference=reference,
         train_items=groups[0].examples or len(task.examples("train")),
-        validation_items=len(task.examples("validation")),
-        test_items=len(examples),
-        methods=sorted(lines, key=lambda line: float("inf") if line.mean is None else -line.mean),
+        validation_items=len(validation.examples),
+        test_items=len(test.examples),
+        methods=sorted(lines.values(), key=lambda line: float("inf") if line.mean is None else -line.mean),
+        constant=None if constant is None else float(constant.scores[0, 0]),
+        earlier=sum(_earlier(run) for group in finished for tried in group.tried.values() for run in tried.values()),
+        telling=constant is None or any(_surely_better(sample, constant) for sample in samples.values()),
     )
 
 
-def _difference(task: Task[Any], group: Group, reference: Group) -> Difference:
-    examples = task.examples("test")
-    a, b = ([run.predictions for run in g.seeds] for g in (group, reference))
-    if not task.binary:
-        return compare_runs(a, b, task.weighted(examples))
-    truth = task.truth(examples)
-    a, b = ([task.score.per_item(predictions, truth) for predictions in runs] for runs in (a, b))
-    return compare_runs(a, b, mean_of, binary=True)
+def _earlier(run: Outcome) -> bool:
+    return run.validation is not None and not run.validation_predictions
 
 
-def _line(group: Group, task: Task[Any], settings: CompareSpec) -> Line:
+def _surely_better(sample: Sample, constant: Sample) -> bool:
+    found = compare(sample, replace(constant, random=False))
+    return found.difference > 0 and (found.p is None or found.p < ALPHA)
+
+
+def _sample(group: Group, task: Task[Any], validation: Items, test: Items) -> Sample:
+    """A group's test scores by seed and resample, in each of which every seed chooses its learning rate anew."""
+
+    def on_validation(run: Outcome) -> Array:
+        if not run.validation_predictions:  # failed, or of an earlier version, which did not keep them
+            return np.full(len(validation.weights), -np.inf if run.validation is None else run.validation)
+        return validation.scores(task, run.validation_predictions)
+
+    def on_test(run: Outcome) -> Array:
+        return np.full(len(test.weights), WORST) if run.failed else test.scores(task, run.predictions)
+
+    seeds = [by_worth(tried) for _, tried in sorted(group.tried.items())]
+    scores = [chosen_scores(*(np.array(list(map(on, runs))) for on in (on_validation, on_test))) for runs in seeds]
+    return Sample(np.array(scores), test.groups, group.random)
+
+
+def _constant(task: Task[Any], test: Items) -> Sample | None:
+    """The scores of the answer that is best given to all of train, among the commonest; None where there is none."""
+    train = task.examples("train")
+    wanted = task.truth(train).wanted
+    if not all(isinstance(one, str | int | float) for one in wanted):
+        return None
+    commonest = [answer for answer, _ in Counter(wanted).most_common(COMMONEST)]
+    ones = np.ones((1, len(train)))
+    best = max(commonest, key=lambda answer: float(task.weighted(train)([answer] * len(train), ones)[0]))
+    return Sample(test.scores(task, [best] * len(test.examples))[None], test.groups, random=False)
+
+
+def _line(group: Group) -> Line:
     line = Line(group.way.name, dict(group.way.settings))
-    if not group.seeds:
+    if not group.tried:
         return replace(line, impossible=group.impossible)
-    first, scores = group.seeds[0], [run.test[task.score.name] for run in group.seeds]
-    lost = [run.forgetting for run in group.seeds if run.forgetting is not None]
+    chosen, scores = group.seeds, group.scores
+    trained = [run for run in chosen if not run.failed]
+    first, lost = (trained or chosen)[0], [run.forgetting for run in trained if run.forgetting is not None]
     line = replace(
         line,
         mean=plain.mean(scores),
         sd=plain.stdev(scores) if len(scores) > 1 else None,
         scores=scores,
         parameters=first.parameters,
-        share=first.parameters / first.model_parameters,
-        validation=plain.mean(run.validation for run in group.seeds if run.validation is not None),
+        share=first.parameters / max(1, first.model_parameters),
+        validation=plain.mean(WORST if run.validation is None else run.validation for run in chosen),
         forgetting=plain.mean(lost) if lost else None,
+        failed_seeds=len(chosen) - len(trained),
+        failure=next((run.failed for run in chosen if run.failed), None),
+        constant_seeds=sum(_same_answers(run.predictions) for run in trained),
     )
     if not group.way.trains:
         return line
-    tried = sorted(run.learning_rate or 0.0 for run in group.rates)
     return replace(
         line,
-        learning_rate=group.chosen,
-        at_edge=group.chosen in (tried[0], tried[-1]),
-        rates={str(r.learning_rate): r.failed if r.validation is None else r.validation for r in group.rates},
-        seconds=plain.median(run.seconds or 0.0 for run in group.seeds),
+        learning_rates=[run.learning_rate for run in chosen],
+        at_edge=sum(group.at_edge(seed) for seed in group.tried),
+        rates=_rates(group),
+        seconds=plain.median(run.seconds or 0.0 for run in chosen),
         memory=first.memory,
         steps=first.steps,
         tokens=first.tokens,
         curve=first.curve,
-        missing_seeds=settings.seeds - len(group.seeds),
+        moving_seeds=sum(still_falling([loss for _, loss in run.curve]) for run in trained),
     )
 
 
-def sentence(line: Line, found: Difference, reference: Group, items: int) -> str:
-    """The verdict in words."""
-    seeds, reference_seeds = len(line.scores), len(reference.seeds)
-    said = {"better": "is better than", "worse": "is worse than", "not told apart": "is not told apart from"}
+def _rates(group: Group) -> dict[str, float | str | None]:
+    found: dict[str, float | str | None] = {}
+    for rate in sorted({rate for tried in group.tried.values() for rate in tried}, key=lambda rate: rate or 0):
+        runs = [tried[rate] for tried in group.tried.values() if rate in tried]
+        scores = [run.validation for run in runs if run.validation is not None]
+        found[str(rate)] = plain.mean(scores) if scores else runs[0].failed
+    return found
+
+
+def _same_answers(predictions: Sequence[Any]) -> bool:
+    return len(predictions) > 1 and len(set(map(str, predictions))) == 1
+
+
+def still_falling(losses: Sequence[float]) -> bool:
+    """Whether more steps look worth it: the last quarter is surely below the one before, by a tenth of the whole fall.
+
+    Args:
+        losses: over the training, evenly spread.
+    """
+    part = len(losses) // 4
+    if part < 3:
+        return False
+    first, before, last = losses[:part], losses[-2 * part : -part], losses[-part:]
+    fall = plain.mean(before) - plain.mean(last)
+    error = ((plain.variance(before) + plain.variance(last)) / part) ** 0.5
+    return fall > 2 * error and fall > (plain.mean(first) - plain.mean(last)) / 10
+
+
+def sentence(line: Line, found: Difference, reference: Line, items: int) -> str:
+    """The verdict in words, and what difference could have been found."""
+    seeds, reference_seeds = len(line.scores), len(reference.scores)
     points, low, high = (100 * value for value in (found.difference, found.low, found.high))
     text = (
-        f"{line.name} {said[found.verdict]} {reference.way.name}"
-        f"{' with this much data' if found.verdict == 'not told apart' else ''}: "
+        f"{line.name} {SAID[found.verdict].format(100 * found.margin)} {reference.name}: "
         f"{points:+.1f} points, 95% interval {low:+.1f} to {high:+.1f}, {items} test items, {seeds} against "
         f"{reference_seeds} seeds."
     )
-    lone = (line.parameters and seeds == 1) or (reference.way.trains and reference_seeds == 1)
-    return text + (" One seed says nothing of other seeds." if lone else "")
+    if found.detectable is None:
+        return f"{text} One seed says nothing of other seeds."
+    return (
+        f"{text} p {found.p:.2g}, and {found.corrected:.2g} beside the table's others (Holm). A difference of "
+        f"{100 * found.detectable:.1f} points would have been found 80 times in 100."
+    )
+
+
+SAID = {
+    "better": "is better than",
+    "worse": "is worse than",
+    "equal": "is equal, to within {:g} points, to",
+    "not told apart": "is not told apart (which is not: equal) from",
+    "one seed": "is not compared with",
+}
 
 
 def _distinct(groups: Sequence[Group]) -> bool:
@@ -225,14 +341,14 @@ def _distinct(groups: Sequence[Group]) -> bool:
 
 
 def _overall(tasks: Mapping[str, TaskReport], reference: str | None) -> list[Total]:
-    """Each method over all tasks that it could do.
+    """Each method over all telling tasks that it could do.
 
     Args:
         reference: what to compare with, in the tasks where it is the reference; None to leave that out.
     """
     totals = []
     for name in dict.fromkeys(line.name for task in tasks.values() for line in task.methods):
-        own = [(task, line) for task in tasks.values() for line in task.finished if line.name == name]
+        own = [(task, line) for task in tasks.values() if task.telling for line in task.finished if line.name == name]
         means = [line.mean for _, line in own if line.mean is not None]
         against = [line.against_reference for task, line in own if task.reference == reference]
         differences = [found for found in against if found is not None]
@@ -244,4 +360,6 @@ def _overall(tasks: Mapping[str, TaskReport], reference: str | None) -> list[Tot
                 over_tasks(differences) if differences else None,
             )
         )
+    found = iter(judged([total.against_reference for total in totals if total.against_reference is not None]))
+    totals = [replace(t, against_reference=next(found)) if t.against_reference else t for t in totals]
     return sorted(totals, key=lambda total: (-total.tasks, -(total.mean or 0)))

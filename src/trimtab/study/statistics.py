@@ -1,27 +1,44 @@
-"""How sure a difference between two methods is, given the same test items and a few seeds each.
+"""How sure a difference between two methods is, given the same items and a few seeds each.
 
-A method's score is the mean over its seeds. Two things make a difference uncertain: which items the test happens to
-hold, told by a bootstrap over items that both methods share (paired), and which seeds were drawn, told by the spread
-of the seeds' scores. Their variances add, and the interval is Student's with Satterthwaite's degrees of freedom, since
-five seeds say little about their own spread. Variance that seeds and items share is counted in both: the interval errs
-on the wide side.
+What is compared is a whole procedure: train at several learning rates, keep the one best on validation, test it. A seed
+goes through all of it by itself, so the seeds' scores differ by the luck of choosing as well as that of training. Two
+variances add: that of the items, from a bootstrap in which validation and test items are drawn anew, the same for both
+methods, and every seed chooses its rate anew; and that of the seeds, from the spread of their scores. The interval is
+Student's with Satterthwaite's degrees of freedom, since five seeds say little about their own spread. What items and
+seeds share is counted in both, so that the interval errs on the wide side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from scipy import stats
 
 from trimtab.tasks.scores import Array
 
-Weighted = Callable[[Any, Array], Array]
-"""(predictions (n,), weights (B, n)) to the score of each resample (B,)."""
 RESAMPLES = 2000
-LEVEL = 0.95
+ALPHA, POWER = 0.05, 0.8
+MARGIN = 0.02
+"""Differences below this are as good as none, where nothing else is said."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A method's test scores."""
+
+    scores: Array
+    """(seeds, 1 + B): on all items, and on each of B resamples."""
+    items: int
+    """How many are independent, of validation or test, whichever has fewer."""
+    random: bool = True
+    """Whether another seed could score otherwise."""
+
+    @property
+    def lone(self) -> bool:
+        """Whether nothing is known of other seeds."""
+        return self.random and len(self.scores) == 1
 
 
 @dataclass(frozen=True)
@@ -35,45 +52,57 @@ class Difference:
     error: float
     """The difference's standard error, and the degrees of freedom that it is known with."""
     freedom: float
-    p: float
-    test: str
-    verdict: str
-    """of A: better, worse, or not told apart"""
+    p: float | None
+    """That chance alone gives as much; None with one seed."""
+    equal_p: float | None
+    """That chance alone makes methods look this alike that are `margin` apart (two one-sided tests)."""
+    margin: float = MARGIN
+    corrected: float | None = None
+    """p after Holm's correction over all methods of a table, and `equal_p` likewise."""
+    equal_corrected: float | None = None
+    detectable: float | None = None
+    """The difference that would have been found 80 times in 100."""
+    verdict: str = "not told apart"
+    """of A: better, worse, equal (within the margin), not told apart, or one seed"""
 
 
-def compare_runs(
-    a: Sequence[Any],
-    b: Sequence[Any],
-    score: Weighted,
-    *,
-    binary: bool = False,
-    seed: int = 0,
-    count: int = RESAMPLES,
-) -> Difference:
-    """Compare two methods on the same items.
+def resamples(items: int, groups: Sequence[Hashable] | None = None, seed: int = 0, count: int = RESAMPLES) -> Array:
+    """(1 + count, items): how often each item counts, in the sample itself and in each bootstrap sample.
 
     Args:
-        a, b: what `score` takes (n,) of each seed, predictions or values; one seed for what has no randomness.
-        score: the score of each resample.
-        count: bootstrap samples.
-        binary: the values are 0 or 1 and the score is their mean, so that McNemar's exact test applies to single runs.
-    Raises:
-        ValueError: the methods were not tested on the same number of items, or there are none.
+        groups: of each item; items of one group are drawn together.
     """
-    sizes = {len(run) for run in (*a, *b)}
-    if len(sizes) != 1 or sizes == {0}:
-        raise ValueError(f"all runs must have the same test items, at least one; they have {sorted(sizes)}")
-    items = sizes.pop()
-    once, resampled = np.ones((1, items)), resamples(items, seed, count)
-    a_scores, b_scores = (np.array([score(run, once)[0] for run in runs]) for runs in (a, b))
-    difference = float(a_scores.mean() - b_scores.mean())
-    of_items = float(np.var(_mean_score(a, score, resampled) - _mean_score(b, score, resampled)))
-    parts = [(of_items, items - 1.0)]
-    parts += [(float(s.var(ddof=1)) / len(s), len(s) - 1.0) for s in (a_scores, b_scores) if len(s) > 1]
-    found = _difference(difference, parts, "paired bootstrap over items, spread of seeds")
-    if binary and len(a) == len(b) == 1:
-        return _judged(replace(found, p=_mcnemar(np.asarray(a[0]), np.asarray(b[0])), test="McNemar, exact"))
+    places: dict[Hashable, int] = {}
+    group = [places.setdefault(one, len(places)) for one in groups or range(items)]
+    share = np.full(len(places), 1 / len(places))
+    drawn = np.random.default_rng(seed).multinomial(len(places), share, count)
+    return np.concatenate([np.ones((1, items)), drawn[:, group].astype(np.float64)])
+
+
+def chosen_scores(validation: Array, test: Array) -> Array:
+    """(1 + B,): a seed's test score at the rate best on validation, which each resample chooses anew.
+
+    Args:
+        validation, test: (rates, 1 + B); of rates that tie, the first is chosen.
+    """
+    best = validation.argmax(0)
+    found: Array = test[best, np.arange(len(best))]
     return found
+
+
+def compare(a: Sample, b: Sample, margin: float = MARGIN) -> Difference:
+    """Two methods on the same items; what of it is sure, `judged` says.
+
+    The items' variance is never less than if one item alone told the methods apart: that all of few items came out the
+    same does not show that all others would.
+    """
+    items = min(a.items, b.items)
+    of_items = float(np.var(a.scores[:, 1:].mean(0) - b.scores[:, 1:].mean(0)))
+    parts = [(max(of_items, items**-2.0), items - 1.0)]
+    for one in (a, b):
+        if len(one.scores) > 1:
+            parts.append((float(one.scores[:, 0].var(ddof=1)) / len(one.scores), len(one.scores) - 1.0))
+    return _difference(float(a.scores[:, 0].mean() - b.scores[:, 0].mean()), parts, margin, a.lone or b.lone)
 
 
 def over_tasks(found: Sequence[Difference]) -> Difference:
@@ -82,39 +111,42 @@ def over_tasks(found: Sequence[Difference]) -> Difference:
     It is about these tasks: how the methods would differ on others is not in the interval.
     """
     parts = [((one.error / len(found)) ** 2, one.freedom) for one in found]
-    return _difference(float(np.mean([one.difference for one in found])), parts, "tasks' variances added")
+    mean = float(np.mean([one.difference for one in found]))
+    return _difference(mean, parts, found[0].margin, any(one.p is None for one in found))
 
 
-def _difference(difference: float, parts: Sequence[tuple[float, float]], test: str) -> Difference:
-    """The verdict on a difference whose variance is the sum of parts, each with its degrees of freedom; items first."""
+def _difference(difference: float, parts: Sequence[tuple[float, float]], margin: float, lone: bool) -> Difference:
+    """The interval of a difference whose variance is the sum of parts, each with its degrees of freedom."""
     variance = sum(v for v, _ in parts)
-    if variance == 0:  # every item differs by as much; by chance their signs agree once in 2^(items - 1)
-        freedom, margin, test = parts[0][1], 0.0, "sign test"
-        p = 0.5**freedom if difference else 1.0
-    else:
-        freedom = variance**2 / sum(v**2 / max(f, 1.0) for v, f in parts)
-        margin = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * variance**0.5
-        p = 2 * float(stats.t.sf(abs(difference) / variance**0.5, freedom))
-    low, high = difference - margin, difference + margin
-    return _judged(Difference(difference, low, high, variance**0.5, freedom, p, test, ""))
+    error, freedom = variance**0.5, variance**2 / sum(v**2 / max(f, 1.0) for v, f in parts)
+    reach = float(stats.t.ppf(1 - ALPHA / 2, freedom)) * error
+    p = 2 * float(stats.t.sf(abs(difference) / error, freedom))
+    equal_p = float(stats.t.sf((margin - abs(difference)) / error, freedom))
+    found = Difference(difference, difference - reach, difference + reach, error, freedom, p, equal_p, margin)
+    return replace(found, p=None, equal_p=None) if lone else found
 
 
-def _judged(found: Difference) -> Difference:
-    sure = found.p < 1 - LEVEL
-    return replace(found, verdict="not told apart" if not sure else "better" if found.difference > 0 else "worse")
+def judged(found: Sequence[Difference]) -> list[Difference]:
+    """The differences of one table with their verdicts: at most 5 in 100 such tables have a wrong one by chance."""
+    corrected, equal = holm([one.p for one in found]), holm([one.equal_p for one in found])
+    return [_judged(one, p, e, len(found)) for one, p, e in zip(found, corrected, equal, strict=True)]
 
 
-def _mcnemar(a: Array, b: Array) -> float:
-    only_a, only_b = int((a > b).sum()), int((b > a).sum())
-    return float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+def _judged(one: Difference, p: float | None, equal: float | None, pairs: int) -> Difference:
+    if p is None or equal is None:
+        return replace(one, verdict="one seed")
+    reach = stats.t.ppf(1 - ALPHA / 2 / pairs, one.freedom) + stats.t.ppf(POWER, one.freedom)
+    found = replace(one, corrected=p, equal_corrected=equal, detectable=float(reach * one.error))
+    if p < ALPHA:
+        return replace(found, verdict="better" if one.difference > 0 else "worse")
+    return replace(found, verdict="equal" if equal < ALPHA else "not told apart")
 
 
-def resamples(items: int, seed: int, count: int) -> Array:
-    """(count, items): how often each item is drawn in each bootstrap sample."""
-    generator = np.random.default_rng(seed)
-    return generator.multinomial(items, np.full(items, 1 / items), size=count).astype(np.float64)
-
-
-def _mean_score(runs: Sequence[Any], score: Weighted, weights: Array) -> Array:
-    total: Array = np.mean([score(run, weights) for run in runs], axis=0)
-    return total
+def holm(ps: Sequence[float | None]) -> list[float | None]:
+    """Each p as it stands beside the others (Holm 1979); None stays None."""
+    found: list[float | None] = [None] * len(ps)
+    tested = sorted((p, i) for i, p in enumerate(ps) if p is not None)
+    most = 0.0
+    for rank, (p, i) in enumerate(tested):
+        found[i] = most = max(most, min(1.0, (len(tested) - rank) * p))
+    return found

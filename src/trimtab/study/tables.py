@@ -5,28 +5,36 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from trimtab.study.compare import Plan
 from trimtab.study.report import Line, Report, SizeReport, TaskReport
 from trimtab.study.statistics import Difference
 
 
 def introduction(report: Report) -> str:
     """How the figures came about."""
-    rates = ", ".join(f"{rate:g}" for rate in report.learning_rates)
+    rates = report.learning_rates
+    own = f"from {', '.join(f'{rate:g}' for rate in rates)}" if rates else "from rates of the method's own"
     return (
-        f"Scores in points, mean ± standard deviation over {report.seeds} seeds. Every method had the same data, "
-        f"batches and steps, and the learning rates {rates}, of which one was chosen on validation with the first "
-        "seed (the middle one of those equally good); scores are on test. At 95%, one in twenty of the "
-        f"{report.comparisons} differences would look real by chance."
+        f"Scores in points, mean ± standard deviation over {report.seeds} seeds, on test. Every method had the same "
+        f"data, batches and steps. Each seed searched its own learning rate, starting {own} and going on past the "
+        "lowest or highest while that was the best, and took the one best on validation (of those that tie, that with "
+        "the lowest validation loss). So intervals hold the luck of choosing as well as those of training and of the "
+        "items. Marks are after Holm's correction: by chance alone, a table has a wrong one at most 5 times in 100."
     )
 
 
-EXPLAINED = (
-    '"Better" (▲) and "worse" (▼) are than the reference, the row of its task in bold. Over all tasks the difference '
-    "is the mean of the tasks', and its interval is about these tasks, not others. Seconds and MiB are of "
-    "training: the median over seeds; what autograd keeps on the longest batch, with gradients and the "
-    'optimizer\'s moments, above the model. "(edge)": the best learning rate was the lowest or highest tried, '
-    "so a better one may lie outside. Forgetting is the growth of the loss a token on held-out text."
-)
+def explained(report: Report) -> str:
+    """What the columns and marks mean."""
+    return (
+        '"Better" (▲) and "worse" (▼) are than the reference, the row of its task in bold; "equal" (=) is surely '
+        f'within {100 * report.margin:g} points of it; "not told apart" is neither, and says only that this much data '
+        'does not tell. "Finds" is the difference that would have been found 80 times in 100. Over all tasks the '
+        "difference is the mean of the tasks', and its interval is about these tasks, not others; tasks on which no "
+        "method is surely better than one constant answer tell nothing and are left out of it. Seconds and MiB are of "
+        "training: the median over seeds; what autograd keeps on the longest batch, with gradients and the "
+        'optimizer\'s moments, above the model. "(edge)": of so many seeds the best rate was the last one allowed, so '
+        "a better one may lie beyond. Forgetting is the growth of the loss a token on held-out text, past the edits."
+    )
 
 
 def overview(report: Report) -> tuple[list[str], list[list[str]]]:
@@ -36,7 +44,8 @@ def overview(report: Report) -> tuple[list[str], list[list[str]]]:
         mean = "" if total.mean is None else f"{100 * total.mean:.1f}"
         scores = (_brief(total.name, task) for task in report.tasks.values())
         lines.append([total.name, str(total.tasks), mean, *_against(total.against_reference), *scores])
-    return ["method", "tasks", "mean", "against reference", "verdict", *report.tasks], lines
+    names = [name if task.telling else f"({name})" for name, task in report.tasks.items()]
+    return ["method", "tasks", "mean", "against reference", "verdict", *names], lines
 
 
 def by_size(whole: SizeReport) -> tuple[list[str], list[list[str]]]:
@@ -58,7 +67,7 @@ def _brief(name: str, task: TaskReport) -> str:
     if line is None or line.mean is None:
         return ""
     verdict = line.against_reference.verdict if line.against_reference else ""
-    return f"{100 * line.mean:.1f}" + {"better": " ▲", "worse": " ▼"}.get(verdict, "")
+    return f"{100 * line.mean:.1f}" + {"better": " ▲", "worse": " ▼", "equal": " ="}.get(verdict, "")
 
 
 def _against(found: Difference | None) -> list[str]:
@@ -71,25 +80,60 @@ def _against(found: Difference | None) -> list[str]:
 
 def heads(task: TaskReport) -> list[str]:
     """The columns of a task's table."""
-    against = f"against {task.reference}"
-    return ["method", "test", against, "verdict", "parameters", "share", "seconds", "MiB", "forgetting", "rate"]
+    against = [f"against {task.reference}", "verdict", "p", "p, Holm", "finds"]
+    return ["method", "test", *against, "parameters", "share", "seconds", "MiB", "forgetting", "rate"]
 
 
 def cells(line: Line) -> list[str]:
     """A line of a task's table."""
-    failed = f" ({line.missing_seeds} seeds failed)" if line.missing_seeds else ""
-    rate = "" if line.learning_rate is None else f"{line.learning_rate:g}" + (" (edge)" if line.at_edge else "")
+    found, seeds = line.against_reference, len(line.scores)
+    counts = {"failed": line.failed_seeds, "constant": line.constant_seeds}
+    remarks = "".join(f" ({_of(count, seeds)}{what})" for what, count in counts.items() if count)
     return [
         line.name,
-        _score(line.mean or 0.0, line.sd) + failed,
-        *_against(line.against_reference),
+        _score(line.mean or 0.0, line.sd) + remarks,
+        *_against(found),
+        "" if found is None or found.p is None else f"{found.p:.2g}",
+        "" if found is None or found.corrected is None else f"{found.corrected:.2g}",
+        "" if found is None or found.detectable is None else f"{100 * found.detectable:.1f}",
         f"{line.parameters:,}",
         f"{100 * line.share:.3g}%",
         "" if line.seconds is None else f"{line.seconds:.1f}",
         "" if line.memory is None else f"{line.memory / 2**20:.1f}",
         "" if line.forgetting is None else f"{line.forgetting:+.3f}",
-        rate,
+        _rates(line),
     ]
+
+
+def _of(count: int, seeds: int) -> str:
+    return "" if seeds == 1 else f"{count}/{seeds} "
+
+
+def _rates(line: Line) -> str:
+    """The lowest and highest that seeds chose, where they differ."""
+    rates = sorted({rate for rate in line.learning_rates if rate is not None})
+    edge = f" ({_of(line.at_edge, len(line.scores))}edge)" if line.at_edge else ""
+    return " to ".join(f"{rate:g}" for rate in dict.fromkeys((*rates[:1], *rates[-1:]))) + edge
+
+
+def remarks(task: TaskReport) -> list[str]:
+    """What speaks against reading a task's table as it stands."""
+    said = []
+    if not task.telling:
+        said.append(
+            f"This task tells nothing of methods: none is surely better than the one answer that is best on train, "
+            f"given to every item ({100 * (task.constant or 0):.1f})."
+        )
+    moving = [line.name for line in task.finished if 2 * line.moving_seeds > len(line.scores)]
+    if moving:
+        said.append(f"The training loss still fell at the end, so more steps may change this: {', '.join(moving)}.")
+    if task.earlier:
+        said.append(
+            f"{task.earlier} trials are of an earlier version, which kept no predictions on validation: the luck of "
+            "choosing their learning rates is not wholly in the intervals. Remove their files to run them anew."
+        )
+    said += [f"{line.name}: failed: {line.failure}" for line in task.finished if line.failure]
+    return said
 
 
 def sizes(task: TaskReport) -> str:
@@ -98,6 +142,15 @@ def sizes(task: TaskReport) -> str:
         f"{task.score}; {task.train_items} training, {task.validation_items} validation and {task.test_items} test "
         "items."
     )
+
+
+def planned(plan: Plan) -> str:
+    """What there is to run."""
+    text = f"{plan.runs} trials, and more where a best rate is at an edge; {plan.done} are done."
+    if plan.seconds is None:
+        return text
+    minutes = (plan.runs - plan.done) * plan.seconds / 60
+    return f"{text} These trained for {plan.seconds:.1f} s at the median: about {minutes:.0f} minutes of it are left."
 
 
 def ran(report: Report) -> str:
@@ -114,7 +167,7 @@ def as_markdown(report: Report, plots: dict[str, Path]) -> str:
         lines += [f"![{name}]({plots[name].name})", ""]
     if not report.by_size:
         lines += ["## All tasks", "", *_markdown_table(*overview(report)), ""]
-    lines += [EXPLAINED]
+    lines += [explained(report)]
     for name, task in report.tasks.items():
         lines += ["", f"## {name}", "", sizes(task), ""]
         rows = [_bold(cells(line)) if line.name == task.reference else cells(line) for line in task.finished]
@@ -122,6 +175,7 @@ def as_markdown(report: Report, plots: dict[str, Path]) -> str:
         lines += [
             f"\nLeft out: {_cell(line.name)}: {_cell(line.impossible)}." for line in task.methods if line.impossible
         ]
+        lines += [f"\n{_cell(remark)}" for remark in remarks(task)]
         lines += ["", *(f"- {_cell(line.sentence)}" for line in task.finished if line.sentence)]
         if name in plots:
             lines += ["", f"![{name}]({plots[name].name})"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -30,6 +31,9 @@ def workers(jobs: int) -> Iterator[Executor]:
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # processes whose threads spin for one another's cores
     pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=(devices, threads))
+    with _deaf():
+        for _ in range(jobs):
+            pool.submit(_started)
     try:
         yield pool
     except BrokenProcessPool:
@@ -43,6 +47,23 @@ def workers(jobs: int) -> Iterator[Executor]:
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Processes started here pay no heed to Ctrl-C, which a terminal sends them too; who started them ends them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _started() -> None:
+    """For a process to do first."""
 
 
 def _start_worker(devices: Any, threads: int) -> None:

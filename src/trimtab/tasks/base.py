@@ -45,6 +45,8 @@ class Head:
 
     auto: str
     config: Mapping[str, Any] = field(default_factory=dict)
+    pool: str | None = "model"
+    """Which tokens a head for whole texts reads; None: those that the model was pretrained to be read at."""
 
     @property
     def is_new(self) -> bool:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
+from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
 from trimtab.errors import DataError
@@ -32,6 +33,16 @@ class TextSpec(TaskSpec):
 
 
 TextSpecT = TypeVar("TextSpecT", bound=TextSpec)
+
+
+class PooledSpec(TextSpec):
+    """What tasks with one answer a text share."""
+
+    pool: Annotated[Literal["mean", "first", "last", "model"] | None, Field(exclude_if=lambda value: value is None)] = (
+        None
+    )
+    """Which tokens the head reads: all, the first, the last, or as the model's architecture does; without it, as the
+    model was pretrained (where sentence-transformers' files say so)."""
 
 
 class TextTask(Task[TextSpecT]):
@@ -94,7 +105,8 @@ class LabelledTask(TextTask[LabelledSpecT]):
     def head(self) -> Head:
         names = dict(enumerate(self.labels))
         label2id = {name: i for i, name in names.items()}
-        return Head(self.auto, {"num_labels": len(names), "id2label": names, "label2id": label2id, **self.problem})
+        config = {"num_labels": len(names), "id2label": names, "label2id": label2id, **self.problem}
+        return Head(self.auto, config, getattr(self.spec, "pool", "model"))
 
     @property
     def settled(self) -> LabelledSpecT:
@@ -169,7 +181,7 @@ class LabelledTask(TextTask[LabelledSpecT]):
         return ", ".join([*most, *more]), odd + ([f"all rows are {next(iter(counts))!r}"] if len(counts) == 1 else [])
 
 
-class ClassificationSpec(LabelledSpec):
+class ClassificationSpec(LabelledSpec, PooledSpec):
     """Text (or a pair of texts) in, one of several classes out."""
 
     SCORES = CLASS_SCORES

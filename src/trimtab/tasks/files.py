@@ -34,7 +34,7 @@ def locate(path: str | Path, folder: str | Path = ".") -> Path:
     ]
     missing_folder = "" if any(p.parent.is_dir() for p in tried) else f"; there is no folder {name.parent}"
     hint = f"; did you mean {' or '.join(sorted(set(near)))}?" if near else missing_folder
-    raise DataError(f"no file {str(path)!r}{hint}")
+    raise DataError(f"no file {str(path)!r}{hint or '; check the path'}")
 
 
 def read_texts(path: str | Path) -> list[str]:
@@ -181,7 +181,10 @@ def _read_csv(path: Path, columns: Sequence[str] | None, skip: bool, separator: 
 
 
 def find_separator(text: str) -> str:
-    """The first of a comma, a semicolon, a tab and a bar by which a CSV's first lines have as many cells; a comma."""
+    """The first of a comma, a semicolon, a tab and a bar by which a CSV's first lines all have as many cells.
+
+    Where there is none, that by which the first line has most.
+    """
     for separator in SEPARATORS:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
         try:
@@ -190,7 +193,8 @@ def find_separator(text: str) -> str:
             continue
         if len(counts) == 1 and counts != {1}:
             return separator
-    return SEPARATORS[0]
+    first = text.partition("\n")[0]
+    return max(SEPARATORS, key=first.count)
 
 
 SEPARATORS, LOOKED_AT = ",;\t|", 50
@@ -246,7 +250,10 @@ READERS: dict[str, Callable[[Path, Sequence[str] | None, bool, str | None], list
 def field(row: Row, name: str, where: str) -> Any:
     """The value of a field; raises DataError naming the fields there are."""
     if name not in row:
-        raise DataError(f"{where}: no field {name!r}; the fields are {', '.join(map(str, row))}")
+        near = difflib.get_close_matches(name.casefold(), {str(one).casefold(): one for one in row}, 1)
+        hint = "; is data: separator: right?" if len(row) == 1 and set(SEPARATORS) & set(str(*row)) else ""
+        hint += "".join(f"; did you mean {one!r}?" for one in row if near and str(one).casefold() == near[0])
+        raise DataError(f"{where}: no field {name!r}; the fields are {', '.join(map(str, row))}{hint}")
     return row[name]
 
 

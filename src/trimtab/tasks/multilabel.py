@@ -11,14 +11,14 @@ from transformers import PreTrainedTokenizerBase
 
 from trimtab.errors import DataError
 from trimtab.tasks.base import Example, Label
-from trimtab.tasks.classification import LabelledSpec, LabelledTask, label_name, told_shares
+from trimtab.tasks.classification import LabelledSpec, LabelledTask, PooledSpec, label_name, told_shares
 from trimtab.tasks.files import Row, field
 from trimtab.tasks.scores import SET_SCORES
 from trimtab.tasks.spec import one_of
 from trimtab.tasks.tokens import Encoded, encode_texts
 
 
-class MultiLabelSpec(LabelledSpec):
+class MultiLabelSpec(LabelledSpec, PooledSpec):
     """Text (or a pair of texts) in, any number of several classes out."""
 
     SCORES = SET_SCORES

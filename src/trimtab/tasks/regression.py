@@ -9,13 +9,13 @@ from typing import Annotated, Any, Literal
 
 from trimtab.errors import DataError
 from trimtab.tasks.base import Example, Head
-from trimtab.tasks.classification import TextSpec, TextTask
+from trimtab.tasks.classification import PooledSpec, TextTask
 from trimtab.tasks.files import Row, needed
 from trimtab.tasks.scores import NUMBER_SCORES, Truth
 from trimtab.tasks.spec import one_of
 
 
-class RegressionSpec(TextSpec):
+class RegressionSpec(PooledSpec):
     """Text (or a pair of texts) in, one number out."""
 
     SCORES = NUMBER_SCORES
@@ -30,7 +30,11 @@ class RegressionTask(TextTask[RegressionSpec]):
 
     spec_class = RegressionSpec
     read_by = "logits.item()"
-    head = Head("AutoModelForSequenceClassification", {"num_labels": 1, "problem_type": "regression"})
+
+    @property
+    def head(self) -> Head:
+        config = {"num_labels": 1, "problem_type": "regression"}
+        return Head("AutoModelForSequenceClassification", config, self.spec.pool)
 
     def example(self, row: Row, where: str) -> Example:
         value = needed(row, self.spec.label, where)

@@ -116,6 +116,8 @@ class DataSpec(Section):
     conversation: str | None = None
     """The field that holds a conversation (`messages`, or ShareGPT's `conversations`). To a task of another type than
     conversation it has one turn, whose texts become the fields `system`, `user` and `assistant`."""
+    group: str | None = None
+    """The field that says which rows are of one source (a document, a person), so that `compare` counts them as one."""
     skip_bad_rows: bool = False
     """Leave out lines of a CSV or TSV file with too many or too few cells, and rows of train that cannot be used."""
     limit: Limits = Limits()

@@ -206,7 +206,10 @@ def _matching(model: nn.Module, pattern: str) -> list[tuple[str, nn.Module]]:
         ) from None
     if not found:
         some = ", ".join([n for n, _ in names][:12])
-        raise ValueError(f"site={pattern!r}: matches no module name as a whole. The model's modules begin: {some}, ...")
+        raise ValueError(
+            f"site={pattern!r}: matches no module name as a whole; it is block, attention, mlp, or a pattern such as "
+            f"'.*q_proj'. The model's modules begin: {some}, ..."
+        )
     return found
 
 

@@ -1,0 +1,68 @@
+"""Equal budgets: every method at the largest rank, or on the most layers, whose parameters fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from trimtab.errors import NotPossible
+from trimtab.runs.models import skeleton
+from trimtab.runs.trial import Experiment
+from trimtab.runs.ways import Way
+from trimtab.where.sites import find_blocks
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A way at its budget."""
+
+    way: Way
+    parameters: int | None
+    """Trained ones, a new head aside; None where the model has no place for the way."""
+    said: str
+    """What was chosen, or why nothing was."""
+
+
+def fitted(experiment: Experiment, way: Way, budget: int) -> Fitted:
+    """The way with the most parameters up to `budget`: the largest rank, or below rank 1 the most layers, that fit."""
+    try:
+        own = parameters(experiment, way)
+        if way.size_field is None:
+            return Fitted(way, own, f"{own:,} parameters, with nothing to choose")
+        one, two = (parameters(experiment, way.resized(size)) for size in (1, 2))
+        size = 1 + (budget - one) // (two - one)
+        if size < 1:
+            return _on_layers(experiment, way.resized(1), one, budget)
+        found, count = way.resized(size), one + (size - 1) * (two - one)
+        return Fitted(found, count, f"{way.size_field} {size} gives {count:,} of {budget:,} parameters")
+    except NotPossible as error:
+        return Fitted(way, None, str(error))
+
+
+def _on_layers(experiment: Experiment, way: Way, whole: int, budget: int) -> Fitted:
+    blocks = len(find_blocks(_empty(experiment)))
+    for number in range(min(budget * blocks // whole, blocks - 1), 0, -1):
+        layers = spread(blocks, number)
+        found = way.on_layers(layers, blocks)
+        count = whole if found is None else parameters(experiment, found)
+        if found is not None and count <= budget:
+            said = f"{way.size_field} 1 on blocks {layers} gives {count:,} of {budget:,} parameters"
+            return Fitted(found, count, said)
+    return Fitted(way, whole, f"{whole:,} parameters, the fewest it can have; the budget is {budget:,}")
+
+
+def spread(blocks: int, count: int) -> list[int]:
+    """So many blocks, evenly spread, the last among them."""
+    return sorted(blocks - 1 - i * blocks // count for i in range(count))
+
+
+def parameters(experiment: Experiment, way: Way) -> int:
+    """What the way trains on the experiment's model, a new head aside; no weight is read. Raises NotPossible."""
+    adapted = way.build(_empty(experiment), experiment.task.task_type)
+    named = adapted.named_parameters()
+    return sum(p.numel() for name, p in named if p.requires_grad and "modules_to_save" not in name)
+
+
+def _empty(experiment: Experiment) -> nn.Module:
+    return skeleton(experiment.source.name, experiment.task.head).float()  # a count, whatever the weights are kept as

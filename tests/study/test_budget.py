@@ -1,0 +1,59 @@
+"""Equal budgets: the most that fits, by parameters counted on the real model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trimtab.recipe.load import load_recipe
+from trimtab.runs.models import Base
+from trimtab.runs.trial import trained_parameters
+from trimtab.runs.ways import as_way
+from trimtab.study.budget import fitted, spread
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def experiment(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.chdir(ROOT)
+    return load_recipe(ROOT / "recipes/words.yaml", settings=["dtype=float32"]).experiments()["plural"]
+
+
+@pytest.mark.parametrize(
+    ("name", "budget", "settings"),
+    [
+        ("loreft", 12_320, {"r": 4, "layers": "all"}),
+        ("loreft", 12_319, {"r": 3}),
+        ("loreft", 2_000, {"r": 1, "layers": [1, 3, 4, 6, 7]}),
+        ("lora-qv", 41_000, {"r": 8, "lora_alpha": 16}),
+        ("lora", 12_320, {"r": 1, "lora_alpha": 2}),
+        ("prompt", 12_320, {"num_virtual_tokens": 64}),
+    ],
+)
+def test_a_method_gets_the_most_that_fits(name: str, budget: int, settings: dict[str, Any], experiment: Any) -> None:
+    found = fitted(experiment, as_way(name, experiment.adapter), budget)
+    assert {key: found.way.settings[key] for key in settings} == settings, found
+    base = Base(experiment.source)
+    adapted = found.way.build(base.load(experiment.task.head, 0).model, "CAUSAL_LM")
+    assert found.parameters == trained_parameters(adapted) <= budget
+    assert f"{found.parameters:,} of {budget:,} parameters" in found.said
+
+
+@pytest.mark.parametrize(
+    ("name", "budget", "said"),
+    [
+        ("ia3", 12_320, "5,120 parameters, with nothing to choose"),
+        ("full", 12_320, "3,935,424 parameters, with nothing to choose"),
+        ("loreft", 100, "the fewest it can have; the budget is 100"),
+        ("bitfit", 100, "the model has no biases"),
+    ],
+)
+def test_what_cannot_be_fitted_is_said(name: str, budget: int, said: str, experiment: Any) -> None:
+    assert said in fitted(experiment, as_way(name, experiment.adapter), budget).said
+
+
+def test_layers_are_spread() -> None:
+    assert [spread(8, n) for n in (1, 2, 3, 8)] == [[7], [3, 7], [2, 5, 7], list(range(8))]
