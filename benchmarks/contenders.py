@@ -224,14 +224,14 @@ class Trimtab(Contender):
 
     def prepare(self, batch: Batch) -> Batch:
         if self.reuse is not None:  # so that the step measured is one from the second epoch on
-            with self.reuse.applied(self._plain(batch), batch["numbers"]):
+            with self.reuse.applied(self._plain(batch)):
                 pass
         return batch
 
     def loss(self, batch: Batch) -> Tensor:
         if self.reuse is None:
             return self._loss(self._plain(batch))
-        with self.reuse.applied(self._plain(batch), batch["numbers"]) as lighter:
+        with self.reuse.applied(self._plain(batch)) as lighter:
             return self._loss(lighter)
 
     def _loss(self, batch: Batch) -> Tensor:

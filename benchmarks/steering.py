@@ -54,8 +54,8 @@ def surprise(model: Any, tokenizer: Any, encoded: list[Any], answers: list[str])
 def steered(model: Any, tokenizer: Any, found: Steering, times: float, rows: Any, encoded: Any) -> dict[str, Any]:
     """One line of the table."""
     layer = next(own for own in found.layers if own.number in found.chosen)
-    how = {"layers": [layer.number], "positions": found.positions, "scale": times * layer.strength}
-    with trimtab.edit(model, layer.vector, **how):
+    how = {"layers": [layer.number], "positions": found.config.positions, "scale": times}
+    with trimtab.edit(model, layer.change, **how):
         said = answered(model, tokenizer, rows, encoded)
     said["surprise"] = surprise(model, tokenizer, encoded, said.pop("answers"))
     return {"times": times, "strength": times * layer.strength, **said}

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from trimtab.adapter.config import ReftConfig
     from trimtab.adapter.edit import edit
     from trimtab.adapter.folder import adapter_from
+    from trimtab.adapter.parts import share_rotation
     from trimtab.adapter.running import prompts
     from trimtab.adapter.sharding import shard_edits
     from trimtab.adapter.tuner import ReftModel, set_scale
@@ -34,6 +35,7 @@ __all__ = [
     "prompts",
     "set_scale",
     "shard_edits",
+    "share_rotation",
     "supervised_only",
     "with_prompts",
 ]
@@ -49,6 +51,7 @@ _HOMES = {
     "prompts": "adapter.running",
     "set_scale": "adapter.tuner",
     "shard_edits": "adapter.sharding",
+    "share_rotation": "adapter.parts",
     "supervised_only": "runs.trainer",
     "with_prompts": "runs.trainer",
 }

@@ -1,4 +1,4 @@
-"""The trainers people use, as they are: transformers' and TRL's, on tiny models, offline."""
+"""transformers' own trainers and pipelines, as they are, on tiny models, offline."""
 
 from __future__ import annotations
 
@@ -9,33 +9,26 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import VOCAB, tiny
+from datasets import Dataset
+from helpers import VOCAB
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from trainers import MODELS, adapter_of, base, check_saved, logged, reft, settings
 from transformers import (
+    AutoModelForCausalLM,
     AutoTokenizer,
     BartConfig,
     BartForConditionalGeneration,
-    PreTrainedTokenizerBase,
+    BertConfig,
+    BertForQuestionAnswering,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
     Trainer,
     TrainingArguments,
+    pipeline,
 )
 
-from trimtab import ReftConfig, prompts, with_prompts
-from trimtab.adapter.running import Forwards
-from trimtab.adapter.tuner import ReftLayer
-from trimtab.edits.orthonormal import orthonormality_error
-
-trl = pytest.importorskip("trl")
-
-from datasets import Dataset  # noqa: E402  (TRL needs it)
-
-MODELS = Path(__file__).parents[2] / "models"
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(MODELS / "tiny-llama")
+from trimtab import prompts, with_prompts
 
 
 @pytest.fixture(autouse=True)
@@ -43,47 +36,6 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def base(tokenizer: PreTrainedTokenizerBase | None = None, name: str = "llama", **overrides: Any) -> nn.Module:
-    if tokenizer is not None:
-        overrides |= {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "num_hidden_layers": 2}
-    return tiny(name, **overrides)
-
-
-def reft(**config: Any) -> ReftConfig:
-    return ReftConfig(**{"task_type": "CAUSAL_LM", "r": 2, "positions": "f2+l3", "init_weights": "paper", **config})
-
-
-def settings(folder: Path, **more: Any) -> dict[str, Any]:
-    steps = {"max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 2e-2, "lr_scheduler_type": "constant"}
-    shown = {"output_dir": str(folder), "report_to": [], "logging_steps": 1, "disable_tqdm": True}
-    return {**steps, **shown, "use_cpu": True, "bf16": False, "save_steps": 3, "weight_decay": 0.1, **more}
-
-
-def adapter_of(model: nn.Module) -> dict[str, Tensor]:
-    return {n: p.detach().clone() for n, p in model.named_parameters() if "reft_" in n}
-
-
-def losses_of(trainer: Any) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-@torch.no_grad()
-def check_saved(trainer: Any, fresh_base: nn.Module, folder: Path) -> None:
-    """The checkpoint, loaded on a new base, is the very model that was trained."""
-    trained = trainer.model.eval()
-    (checkpoint,) = folder.glob("checkpoint-3")
-    loaded = PeftModel.from_pretrained(fresh_base, checkpoint).eval()
-    ids = torch.arange(3, 20)[None]
-    assert torch.equal(loaded(input_ids=ids).logits, trained(input_ids=ids).logits)
-    with loaded.disable_adapter():
-        assert not torch.equal(loaded(input_ids=ids).logits, trained(input_ids=ids).logits)
-    for layer in (m for m in trained.modules() if isinstance(m, ReftLayer)):
-        assert orthonormality_error(layer.edits("default")["edit"].rotation()) < 1e-6
-
-
-# ---- transformers ----------------------------------------------------------------------------------------------------
 
 
 def answers(count: int = 8) -> list[dict[str, list[int]]]:
@@ -106,8 +58,8 @@ def pad(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
 def causal_trainer(folder: Path, **more: Any) -> Trainer:
     torch.manual_seed(0)
     model = get_peft_model(base(), reft(dropout=0.1))
-    args = TrainingArguments(**settings(folder, seed=3, **more))
-    return Trainer(model=model, args=args, train_dataset=Dataset.from_list(answers()), data_collator=pad)
+    args, data = TrainingArguments(**settings(folder, seed=3, **more)), Dataset.from_list(answers())
+    return Trainer(model=model, args=args, train_dataset=data, eval_dataset=data, data_collator=pad)
 
 
 @pytest.mark.parametrize("special", [{}, {"gradient_checkpointing": True}, {"gradient_accumulation_steps": 2}])
@@ -116,7 +68,7 @@ def test_trainer(tmp_path: Path, special: dict[str, Any]) -> None:
     before = adapter_of(trainer.model)
     trainer.train()
     after = adapter_of(trainer.model)
-    assert losses_of(trainer)[-1] < losses_of(trainer)[0]
+    assert logged(trainer)[-1] < logged(trainer)[0]
     assert all(not torch.equal(before[name], after[name]) for name in before)
     check_saved(trainer, base(), tmp_path)
 
@@ -130,7 +82,7 @@ def test_trainer_resumes_to_the_same_adapter(tmp_path: Path) -> None:
     resumed.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-3"))
     expected = adapter_of(whole.model)
     assert all(torch.equal(value, expected[name]) for name, value in adapter_of(resumed.model).items())
-    assert losses_of(resumed)[-3:] == losses_of(whole)[-3:]
+    assert logged(resumed)[-3:] == logged(whole)[-3:]
 
 
 @pytest.mark.parametrize(("name", "head"), [("bert_seq_cls", "classifier"), ("llama_seq_cls", "score")])
@@ -152,7 +104,7 @@ def test_classification(tmp_path: Path, name: str, head: str, said: bool) -> Non
     args = TrainingArguments(**settings(tmp_path, max_steps=4, save_steps=4, per_device_train_batch_size=9))
     trainer = Trainer(model=model, args=args, train_dataset=data, eval_dataset=data, data_collator=collate)
     trainer.train()
-    assert losses_of(trainer)[-1] < losses_of(trainer)[0]
+    assert logged(trainer)[-1] < logged(trainer)[0]
     assert all(not torch.equal(p, head_before[n]) for n, p in model.named_parameters() if n in head_before)
     (checkpoint,) = tmp_path.glob("checkpoint-4")
     loaded = PeftModel.from_pretrained(base(name=name), checkpoint)
@@ -223,7 +175,7 @@ def test_labels_that_are_taken_away(tmp_path: Path, name: str, collate: Any, pos
         trainer = takes_away(tmp_path, with_prompts(collate) if how else collate, name, positions, how)
         evaluated = trainer.evaluate()["eval_loss"]
         trainer.train()
-        ways[way] = [evaluated, *losses_of(trainer)]
+        ways[way] = [evaluated, *logged(trainer)]
     assert ways["told"] == pytest.approx(ways["plain"], abs=2e-4)
     untold = takes_away(tmp_path, collate, name, positions, TAKES_AWAY[special])
     if name == "llama":
@@ -264,136 +216,118 @@ def test_a_loss_that_calls_the_model_by_itself(part: str) -> None:
         pass
 
 
-# ---- TRL -------------------------------------------------------------------------------------------------------------
-
-COMPLETIONS = [
-    {"prompt": "a cat is", "completion": " an animal"},
-    {"prompt": "the word dog in the plural", "completion": " is dogs"},
-] * 4
-PREFERENCES = [
-    {"prompt": row["prompt"], "chosen": row["completion"], "rejected": " wood and stone"} for row in COMPLETIONS
-]
+# ---- other heads, trainers and what they bring --------------------------------------------------------------------
 
 
-def sft(
-    folder: Path, tokenizer: PreTrainedTokenizerBase, rows: list[Any], config: ReftConfig | None = None, **more: Any
-) -> Any:
-    return trl.SFTTrainer(
-        base(tokenizer),
-        args=trl.SFTConfig(**settings(folder, **more)),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-        peft_config=config or reft(),
-    )
+def questions(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    batch = pad([{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in rows])
+    where = torch.tensor([len(row["input_ids"]) % 3 for row in rows])
+    return {k: v for k, v in batch.items() if k != "labels"} | {"start_positions": where, "end_positions": where + 1}
+
+
+def tags(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    batch = pad([{"input_ids": row["input_ids"], "labels": [i % 3 for i in row["input_ids"]]} for row in rows])
+    return batch
+
+
+def qa(**_: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return BertForQuestionAnswering(BertConfig(**SMALL_BERT))
+
+
+SMALL_BERT = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+              "intermediate_size": 48, "pad_token_id": 0}  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "special", [{}, {"padding_free": True, "max_length": None}, {"packing": True, "max_length": 48}]
+    ("task_type", "build", "collate"),
+    [("QUESTION_ANS", qa, questions), ("TOKEN_CLS", lambda: base(name="roberta_token_cls"), tags)],
 )
-def test_sft(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, special: dict[str, Any]) -> None:
-    trainer = sft(tmp_path, tokenizer, COMPLETIONS, **special)
+def test_heads_of_encoders(tmp_path: Path, task_type: str, build: Any, collate: Any) -> None:
+    """The whole input is the prompt, whatever the labels; the head is trained, and both come back."""
+    model = get_peft_model(build(), reft(task_type=task_type))
+    data = Dataset.from_list(answers())
+    args = TrainingArguments(**settings(tmp_path, max_steps=6, save_steps=6, remove_unused_columns=False))
+    trainer = Trainer(model, args, train_dataset=data, eval_dataset=data, data_collator=collate)
     trainer.train()
-    assert losses_of(trainer)[-1] < losses_of(trainer)[0]
-    check_saved(trainer, base(tokenizer), tmp_path)
+    assert logged(trainer)[-1] < logged(trainer)[0]
+    loaded = PeftModel.from_pretrained(build(), tmp_path / "checkpoint-6").eval()
+    batch = collate(answers())
+    trained, again = model.eval()(**batch), loaded(**batch)
+    assert torch.equal(trained.loss, again.loss) and torch.equal(trained[1], again[1])
+    inputs = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask")}
+    assert torch.equal(loaded(**inputs)[0], again[1])  # labels say nothing of where an encoder's prompt ends
 
 
-def test_sft_is_the_same_packed(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Without padding, and with it: the same steps."""
-    trainers = [
-        sft(tmp_path, tokenizer, COMPLETIONS, max_length=None, shuffle_dataset=False, save_strategy="no", **special)
-        for special in ({}, {"padding_free": True})
-    ]
-    for trainer in trainers:
+def test_seq2seq_trainer(tmp_path: Path) -> None:
+    """Generation within evaluation edits as `generate` does."""
+    shape = {"num_decoder_layers": 2}  # as many as the encoder has: transformers' cache counts those
+    model = get_peft_model(base(name="t5", **shape), reft(task_type="SEQ_2_SEQ_LM"))
+    args = Seq2SeqTrainingArguments(
+        **settings(tmp_path, predict_with_generate=True, generation_max_length=6, save_strategy="no")
+    )
+    data = Dataset.from_list(answers())
+    trainer = Seq2SeqTrainer(model, args, train_dataset=data, eval_dataset=data, data_collator=seq2seq)
+    trainer.train()
+    assert logged(trainer)[-1] < logged(trainer)[0]
+    predicted = torch.tensor(trainer.predict(data).predictions)
+    batch = seq2seq(answers())
+    alone = model.eval().generate(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_length=6, do_sample=False
+    )
+    assert torch.equal(predicted[:, : alone.shape[1]], alone)
+
+
+def test_the_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
+    """The highest loss counts as best here, so that the best checkpoint is the first."""
+    trainer = causal_trainer(
+        tmp_path,
+        max_steps=6,
+        save_steps=2,
+        eval_steps=2,
+        eval_strategy="steps",
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,
+    )
+    trainer.train()
+    losses = logged(trainer, "eval_loss")
+    assert trainer.state.best_metric == losses[0] > losses[-1]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[0], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_a_compiled_trainer_takes_the_same_steps(tmp_path: Path) -> None:
+    losses = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = get_peft_model(base(), reft())
+        args = TrainingArguments(**settings(tmp_path, save_strategy="no", torch_compile=compiled, seed=3))
+        trainer = Trainer(model, args, train_dataset=Dataset.from_list(answers()), data_collator=pad)
         trainer.train()
-    assert max(abs(a - b) for a, b in zip(*map(losses_of, trainers), strict=True)) < 1e-4
+        losses.append(logged(trainer))
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 
-@pytest.mark.parametrize("special", [{}, {"packing": True, "max_length": 48}])
-def test_sft_on_plain_text(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, special: dict[str, Any]) -> None:
-    """It has no prompt, so there is nothing to edit: that is said, with what to do; `all` edits every token."""
-    rows = [{"text": row["prompt"] + row["completion"]} for row in COMPLETIONS]
-    with pytest.raises(ValueError, match=r"every prompt in the batch is empty.*prompt-completion.*positions='all'"):
-        sft(tmp_path, tokenizer, rows, **special).train()
-    trainer = sft(tmp_path, tokenizer, rows, reft(positions="all"), **special)
-    trainer.train()
-    assert losses_of(trainer)[-1] < losses_of(trainer)[0]
-
-
-def test_sft_on_conversations(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    rows = [
-        {
-            "prompt": [{"role": "user", "content": row["prompt"]}],
-            "completion": [{"role": "assistant", "content": row["completion"]}],
-        }
-        for row in COMPLETIONS
+def test_pipelines(tmp_path: Path) -> None:
+    """Of a loaded adapter: what `generate` and the classifier's own forward give, in batches too."""
+    tokenizer = AutoTokenizer.from_pretrained(MODELS / "tiny-llama")
+    texts = ["<|user|>cat<|assistant|>", "<|user|>a house and<|assistant|>"]
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(MODELS / "tiny-llama"), reft(positions="f1+l2")).eval()
+    model.save_pretrained(tmp_path / "words")
+    loaded = AutoModelForCausalLM.from_pretrained(MODELS / "tiny-llama")
+    loaded.load_adapter(str(tmp_path / "words"))
+    expected = [
+        tokenizer.decode(model.generate(**tokenizer(text, return_tensors="pt"), max_new_tokens=5)[0]) for text in texts
     ]
-    trainer = sft(tmp_path, tokenizer, rows)
-    trainer.train()
-    assert losses_of(trainer)[-1] < losses_of(trainer)[0]
+    for size, whose in ((1, model), (2, model), (2, loaded)):
+        write = pipeline("text-generation", whose, tokenizer=tokenizer, batch_size=size)
+        written = write(texts, max_new_tokens=5, do_sample=False, skip_special_tokens=False, return_full_text=True)
+        found = [row[0]["generated_text"] for row in written]
+        assert [t.removesuffix("<|end|>") for t in found] == [t.removesuffix("<|end|>") for t in expected]
 
-
-@pytest.mark.parametrize("special", [{}, {"precompute_ref_log_probs": True}, {"gradient_checkpointing": True}])
-def test_dpo(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, special: dict[str, Any]) -> None:
-    """The reference is the model with its adapter disabled."""
-    trainer = trl.DPOTrainer(
-        base(tokenizer),
-        args=trl.DPOConfig(**settings(tmp_path, **special)),
-        train_dataset=Dataset.from_list(PREFERENCES),
-        processing_class=tokenizer,
-        peft_config=reft(),
-    )
-    before = adapter_of(trainer.model)
-    trainer.train()
-    assert all(not torch.equal(value, before[name]) for name, value in adapter_of(trainer.model).items())
-    assert losses_of(trainer)[-1] < 0.7 and losses_of(trainer)[-1] < losses_of(trainer)[0]
-    check_saved(trainer, base(tokenizer), tmp_path)
-
-
-def test_reward(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    def build() -> nn.Module:
-        return base(tokenizer, "llama_seq_cls", num_labels=1)
-
-    trainer = trl.RewardTrainer(
-        build(),
-        args=trl.RewardConfig(**settings(tmp_path)),
-        train_dataset=Dataset.from_list(PREFERENCES),
-        processing_class=tokenizer,
-        peft_config=reft(task_type="SEQ_CLS", modules_to_save=["score"]),
-    )
-    trainer.train()
-    assert losses_of(trainer)[-1] < losses_of(trainer)[0]
-    check_saved(trainer, build(), tmp_path)
-
-
-def test_grpo(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its log-prob passes hand over labels, -100 on the prompt: the prompt ends where it did while sampling."""
-    ends: list[list[int]] = []
-    original = Forwards._pass
-
-    def spy(self: Forwards, role: Any, arguments: dict[str, Any], call: Any) -> Any:
-        result = original(self, role, arguments, call)
-        if arguments.get("labels") is not None:
-            ends.append(result.prompt.lengths.tolist())
-        return result
-
-    monkeypatch.setattr(Forwards, "_pass", spy)
-    trainer = trl.GRPOTrainer(
-        base(tokenizer),
-        reward_funcs=lambda completions, **_: [float(len(set(c))) for c in completions],
-        args=trl.GRPOConfig(
-            **settings(tmp_path, per_device_train_batch_size=4),
-            num_generations=2,
-            max_completion_length=6,
-            beta=0.1,
-            num_iterations=2,
-        ),
-        train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in COMPLETIONS]),
-        processing_class=tokenizer,
-        peft_config=reft(),
-    )
-    before = adapter_of(trainer.model)
-    trainer.train()
-    allowed = {len(tokenizer(row["prompt"])["input_ids"]) for row in COMPLETIONS}
-    assert ends and {n for rows in ends for n in rows} == allowed and len(allowed) == 2
-    assert all(not torch.equal(value, before[name]) for name, value in adapter_of(trainer.model).items())
-    check_saved(trainer, base(tokenizer), tmp_path)
+    judge = get_peft_model(base(tokenizer, "llama_seq_cls"), reft(task_type="SEQ_CLS")).eval()
+    classify = pipeline("text-classification", judge, tokenizer=tokenizer, batch_size=2, top_k=None)
+    for text, rows in zip(texts, classify(texts), strict=True):
+        alone = judge(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0].sort(descending=True).values
+        assert [row["score"] for row in rows] == pytest.approx(alone.tolist(), abs=1e-5)

@@ -81,7 +81,26 @@ def test_train_again_skips_and_prints_the_table(trimtab: Command, runs: Path) ->
 
 def test_eval(trimtab: Command, runs: Path) -> None:
     code, text = trimtab("eval", runs / "recipe.yaml", "--task", "plural", "--split", "train")
-    assert code == 0 and "plural" in text and "kind" not in text
+    assert code == 0 and "plural" in text and "kind" not in text and "majority" in text
+
+
+def test_eval_shows_where_an_adapter_fails_and_writes_every_answer(
+    trimtab: Command, runs: Path, tmp_path: Path
+) -> None:
+    settings = ["--set", "tasks.kind.data.test=wrong.jsonl", "--set", "tasks.kind.score=choice"]
+    settings += ["--set", "tasks.kind.choices=[animal, food]"]
+    rows = [("cat", "animal"), ("dog", "food"), ("bread", "food")]
+    (runs / "wrong.jsonl").write_text("".join(json.dumps({"input": a, "output": b}) + "\n" for a, b in rows))
+    answers = tmp_path / "answers.json"
+    command = ["eval", runs / "recipe.yaml", "--task", "kind", *settings, "--predictions", answers]
+    code, text = trimtab(*command)
+    assert code == 0 and "kind: the worst of 3 on test" in text and "kind: by class" in text, text
+    assert "│ dog" in text and "animal 1" in text and "50%" in text and "1 classes all right" in text
+    found = json.loads(answers.read_text())["kind"]
+    assert found["input"] == ["cat", "dog", "bread"] and found["expected"] == ["animal", "food", "food"]
+    assert found["tuned"] == ["animal", "animal", "food"]
+    code, text = trimtab(*command)
+    assert code == 2 and "there already" in text
 
 
 def test_generate_answers_under_every_adapter_in_one_batch(trimtab: Command, runs: Path) -> None:

@@ -62,6 +62,21 @@ FILES: dict[str, tuple[Rows, str, dict[str, Any]]] = {
     ),
     "numbers": (of(text=sentence, score=lambda i: f"{i / 7:.3f}"), "regression", {"text": "text", "label": "score"}),
     "two texts": (of(id=lambda i: i, french=sentence, english=sentence), "generation", {"prompt": "{french}"}),
+    "words and tags": (
+        of(id=lambda i: str(i), tokens=lambda i: ["Al", "met", f"Bo{i}"], ner_tags=["B-PER", "O", "B-PER"]),
+        "token_classification",
+        {"text": "tokens", "label": "ner_tags", "score": "f1", "adapter": {"positions": "all"}},
+    ),
+    "words and numbers": (
+        of(words=lambda i: ["Al", f"met{i}"], pos=[3, 1], ner=[1, 0]),
+        "token_classification",
+        {"text": "words", "label": "ner", "score": "accuracy"},
+    ),
+    "text, several labels": (
+        of(text=sentence, about=lambda i: ["war", "art", "tax"][i % 2 : 1 + i % 3]),
+        "multi_label_classification",
+        {"text": "text", "label": "about", "score": "f1"},
+    ),
     "messages": (
         of(messages=talk("user", "assistant")),
         "generation",

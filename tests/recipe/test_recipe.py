@@ -118,6 +118,15 @@ def test_settings_replace_what_the_file_says(folder: Path) -> None:
     assert list(recipe.tasks) == ["plural", "mood"]
 
 
+def test_a_setting_puts_aside_what_it_replaces(folder: Path) -> None:
+    steps = load_recipe(write(folder, GOOD), ["training.max_steps=3"]).tasks["mood"].training
+    assert (steps.epochs, steps.max_steps) == (None, 3)
+    epochs = load_recipe(write(folder, GOOD.replace("epochs: 5", "max_steps: 5")), ["tasks.mood.training.epochs=2"])
+    assert [(t.training.epochs, t.training.max_steps) for t in epochs.tasks.values()] == [(None, 5), (2, None)]
+    kept = load_recipe(write(folder, GOOD), ["training.max_steps=null"]).tasks["mood"].training
+    assert (kept.epochs, kept.max_steps) == (5, None)
+
+
 def test_a_setting_changes_one_place_where_an_alias_shows_two(folder: Path) -> None:
     text = GOOD.replace("    prompt", "    training: &t {epochs: 1, batch_size: 2}\n    prompt", 1)
     text = text.replace("    text", "    training: *t\n    text").replace("  mood:", "  mood: ")
@@ -130,7 +139,7 @@ def test_a_setting_changes_one_place_where_an_alias_shows_two(folder: Path) -> N
     [
         ("training.epoch=3", "command line, training.epoch: is not a known key; did you mean 'epochs'"),
         ("adapter.r=0", "command line, adapter.r: r=0"),
-        ("training.max_steps=3", "command line, training: epochs and max_steps are both given"),
+        ("training={epochs: 2, max_steps: 3}", "command line, training: epochs and max_steps are both given"),
         ("tasks.plural.data={train: none.jsonl}", "command line, tasks.plural.data.train: no file 'none.jsonl'"),
         ("tasks.plural.prompt={a: b}", "command line, tasks.plural.prompt"),
         ("model.x=3", "command line: 'model.x=3': there is no mapping to set 'x' in"),
@@ -204,7 +213,7 @@ BAD = [
     ("model: some/model", "model: a\nmodel: b", ["line 2", "'model' is already given on line 1", "keep one"]),
     ("r: 2", "r: two", ["line 2, adapter.r", "integer", "'two'"]),
     ("r: 2", "rank: 2", ["line 2, adapter.rank", "not a known key: it is adapter: r:"]),
-    ("r: 2", "colour: 2", ["line 2, adapter.colour", "not a known key", "method, r, positions"]),
+    ("r: 2", "hue: 2", ["line 2, adapter.hue", "not a known key", "method, r, positions"]),
     ("  learning_rate: 4e-3", "\tlearning_rate: 4e-3", ["line 4", "a tab; YAML is indented with spaces"]),
     ("tasks:", "epochs: 3\ntasks:", ["line 6, epochs", "belongs under training:"]),
     ("tasks:", "label: x\ntasks:", ["line 6, label", "belongs to a task"]),

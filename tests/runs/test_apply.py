@@ -25,9 +25,18 @@ TASKS: dict[str, dict[str, Any]] = {
     "plural": {"type": "generation", "prompt": "{text} ->", "answer": "{many}", "system": "Be brief."},
     "mood": {"type": "classification", "text": "text", "label": "mood"},
     "size": {"type": "regression", "text": ["text", "many"], "label": "size"},
+    "traits": {"type": "multi_label_classification", "text": "text", "label": "traits"},
+    "pets": {"type": "token_classification", "text": "many", "label": "tags", "score": "f1"},
 }
 ROWS = [
-    {"text": text, "many": f"{text}s", "mood": mood, "size": len(text)}
+    {
+        "text": text,
+        "many": f"{text}s",
+        "mood": mood,
+        "size": len(text),
+        "traits": [mood, "big"] if len(text) > 3 else [],
+        "tags": "B-PET" if mood == "tame" else "O",
+    }
     for text, mood in [("cat", "tame"), ("dog", "tame"), ("wolf", "wild"), ("tiger", "wild")] * 3
 ]
 KINDS = pytest.mark.parametrize("kind", TASKS)
@@ -61,7 +70,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def asked(tmp_path: Path) -> Path:
     """More rows than one chunk, of different lengths, without answers."""
     file = tmp_path / "asked.csv"
-    file.write_text("text,many\n" + "".join(f"{'big ' * (i % 3)}cat {i},cats\n" for i in range(40)))
+    file.write_text(
+        "text,many\n" + "".join(f"{'big ' * (i % 3)}cat {i},cats {'and dogs ' * (i % 4)}\n" for i in range(40))
+    )
     return file
 
 
@@ -96,6 +107,17 @@ def test_a_classifier_says_names_and_probabilities(runs: Path, asked: Path, trim
     assert code == 2 and "there already" in text
     code, text = trimtab("predict", asked, "-a", runs / "mood")
     assert code == 0 and text == output.read_text()
+
+
+def test_the_files_own_columns_stand_beside_the_prediction(runs: Path, tmp_path: Path) -> None:
+    rows = [{"id": "A-1", "text": "cat", "row": 7, "tags": ["a", "b"]}, {"text": "dog", "note": "x,y"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Applied(runs / "mood").write(tmp_path / "rows.jsonl", tmp_path / "out.csv")
+    first, second = read(tmp_path / "out.csv")
+    names = ["row", "id", "text", "row (given)", "tags", "note", "prediction", "p(tame)", "p(wild)"]
+    assert list(first) == names
+    assert (first["id"], first["row"], first["row (given)"], first["tags"]) == ("A-1", "1", "7", '["a", "b"]')
+    assert (second["id"], second["text"], second["note"]) == ("", "dog", "x,y")
 
 
 @pytest.mark.parametrize("left", ["", '{"row": 17, "inp'])
@@ -133,13 +155,20 @@ def test_the_card_runs_as_printed(
         assert printed == line["prediction"].strip()
     elif kind == "size":
         assert float(printed) == pytest.approx(line["prediction"], abs=1e-4)
+    elif kind == "pets":
+        assert [tag for _, tag in eval(printed)][:1] == line["prediction"].split()
+    elif kind == "traits":
+        shares = {name: line[f"p({name})"] for name in ("big", "wild")}
+        assert eval(printed) == pytest.approx(shares, abs=1e-4)
+        assert line["prediction"] == ", ".join(name for name, share in shares.items() if share > 0.5)
     else:
         assert eval(printed) == pytest.approx({name: line[f"p({name})"] for name in ("tame", "wild")}, abs=1e-4)
 
 
 def test_class_names_go_with_the_run(runs: Path) -> None:
-    assert RunFolder(runs / "mood").task.head.config["id2label"] == {0: "tame", 1: "wild"}
-    assert Applied(runs / "mood")._model.config.id2label == {0: "tame", 1: "wild"}
+    for kind, names in (("mood", ["tame", "wild"]), ("traits", ["big", "wild"]), ("pets", ["B-PET", "O"])):
+        assert RunFolder(runs / kind).task.head.config["id2label"] == dict(enumerate(names))
+        assert Applied(runs / kind)._model.config.id2label == dict(enumerate(names))
 
 
 def test_chat_puts_each_turn_as_training_did(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

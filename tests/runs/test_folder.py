@@ -82,10 +82,11 @@ def test_a_checkpoint_that_was_cut_is_passed_over(tmp_path: Path) -> None:
         place = folder.checkpoints / f"checkpoint-{step}"
         place.mkdir(parents=True)
         save_file({"x": torch.zeros(3)}, place / ADAPTER)
-        torch.save({}, place / "optimizer.pt")
+        for state in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            torch.save({}, place / state)
         (place / "trainer_state.json").write_text(json.dumps({}))
     assert (folder.last_checkpoint() or "").endswith("checkpoint-4")
-    for name in (ADAPTER, "optimizer.pt", "trainer_state.json"):
+    for name in (ADAPTER, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"):
         file = folder.checkpoints / "checkpoint-4" / name
         whole = file.read_bytes()
         file.write_bytes(whole[:-2])

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from trimtab import ReftConfig
+from trimtab.runs.predict import predict
 from trimtab.runs.reuse import LowerBlocksReuse, PrefixReuse, Reuse, Store, choose_reuse
 from trimtab.runs.trainer import LengthGrouped, pack, supervised_only, with_supervised
 from trimtab.tasks.tokens import IGNORED, Collator, Encoded
@@ -48,11 +49,11 @@ def loss_and_gradients(model: PeftModel, batch: dict[str, Any]) -> tuple[float, 
     return loss.item(), [p.grad.clone() for p in model.parameters() if p.requires_grad]
 
 
-def assert_same(model: PeftModel, reuse: Reuse, batch: dict[str, Tensor], numbers: list[int]) -> None:
+def assert_same(model: PeftModel, reuse: Reuse, batch: dict[str, Tensor]) -> None:
     plain_loss, plain = loss_and_gradients(model, batch)
     for _ in range(2):  # computing what is kept, then taking it from the store
         model.zero_grad()
-        with reuse.applied(dict(batch), numbers) as smaller:
+        with reuse.applied(dict(batch)) as smaller:
             loss = model(**with_supervised(smaller)).loss
             loss.backward()
         assert abs(loss.item() - plain_loss) < 1e-5
@@ -66,10 +67,41 @@ def test_prefix_reuse_gives_the_plain_gradients(name: str, positions: str, tmp_p
     model, config = adapted(name, positions)
     reuse = choose_reuse(model, config, Store(2000, tmp_path / "kept"), checkpointing=False)
     assert isinstance(reuse, PrefixReuse), reuse
-    assert_same(model, reuse, Collator(TOKENIZER)(examples()), [3, 1, 4, 0, 2])
+    assert_same(model, reuse, Collator(TOKENIZER)(examples()))
     assert reuse.store.on_disk > 0  # 2 kB hold one prefix or two
     reuse.store.close()
     assert not (tmp_path / "kept").exists()
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "gpt_neox", "opt", "phi3"])
+@pytest.mark.parametrize("positions", ["l1", "l4"])
+def test_generation_goes_on_from_what_is_kept(name: str, positions: str, tmp_path: Path) -> None:
+    model, config = adapted(name, positions)
+    reuse = choose_reuse(model.eval(), config, Store(10**9, tmp_path), checkpointing=False)
+    assert isinstance(reuse, PrefixReuse)
+    prompts = [Encoded(e.input_ids[: e.prompt_length], e.prompt_length, None) for e in examples(7)]
+    how: dict[str, Any] = {"max_new_tokens": 5}
+    plain = predict(model, TOKENIZER, prompts, 4, **how)
+    for _ in range(2):
+        assert predict(model, TOKENIZER, prompts, 4, **how, reuse=reuse) == plain
+    assert reuse.store.used > 0
+    assert predict(model, TOKENIZER, prompts[:1], **how, reuse=reuse) == plain[:1]  # one token: nothing to go on from
+
+
+def test_a_part_is_computed_once_for_all_positions_seeds_and_tasks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, computed = Store(10**9, tmp_path), []
+    original = PrefixReuse.compute
+    monkeypatch.setattr(
+        PrefixReuse, "compute", lambda self, ids: (computed.append(len(ids[0])), original(self, ids))[1]
+    )
+    for positions in ("l4", "l1", "l7"):
+        model, config = adapted("llama", positions)
+        reuse = choose_reuse(model, config, store, checkpointing=False)
+        assert isinstance(reuse, PrefixReuse)
+        assert_same(model, reuse, Collator(TOKENIZER)(examples()))
+    assert sorted(computed) == [1, 8, 13, 19]  # of prompts of 2, 9, 14 and 20 tokens all but the last, once each
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "mistral", "gpt2", "gpt_neox", "opt", "mixtral", "phi3"])
@@ -78,7 +110,7 @@ def test_lower_blocks_reuse_gives_the_plain_gradients(name: str, site: str, tmp_
     model, config = adapted(name, "f2+l3", layers=[1, -1], site=site)
     reuse = choose_reuse(model, config, Store(10**9, tmp_path / "kept"), checkpointing=False)
     assert isinstance(reuse, LowerBlocksReuse), reuse
-    assert_same(model, reuse, Collator(TOKENIZER)(examples()), [3, 1, 4, 0, 2])
+    assert_same(model, reuse, Collator(TOKENIZER)(examples()))
     assert not any("forward" in block.__dict__ for block in reuse.blocks)
 
 

@@ -131,5 +131,8 @@ def test_a_bad_result_is_remarked() -> None:
     assert result_remarks({key: value for key, value in good.items() if "loss" not in key}) == []
     (worse,) = result_remarks({**good, "tuned": {"f1": 0.3}})
     assert "0.300 is worse than untuned, 0.400" in worse and "learning_rate" in worse
+    (guess,) = result_remarks({**good, "majority": {"answer": "late", "score": 0.6}})
+    assert "0.600 is no better" in guess and "always answering 'late' would score 0.600" in guess
+    assert result_remarks({**good, "majority": {"answer": "late", "score": 0.5}}) == []
     (risen,) = result_remarks({**good, "loss_at_end": 3.0})
     assert "rose from 2.000 to 3.000" in risen

@@ -81,20 +81,23 @@ class Served:
     def text(self, ids: list[int]) -> str:
         return str(self.service.tokens.tokenizer.decode(ids, skip_special_tokens=True))
 
-    def expected(self, ids: list[int], model: str = BASE, most: int = 8, scale: float = 1.0) -> list[int]:
-        """The greedy answer of plain `generate` on a model of its own."""
-        key = (tuple(ids), model, most, scale)
+    def expected(
+        self, ids: list[int], model: str = BASE, most: int = 8, scale: float = 1.0, prompt: int | None = None
+    ) -> list[int]:
+        """The greedy answer of plain `generate` on a model of its own, to a prompt of so many of the tokens."""
+        key = (tuple(ids), model, most, scale, prompt)
         if key not in self._said:
             self._said[key] = self._generate(*key)
         return self._said[key]
 
-    def _generate(self, ids: tuple[int, ...], model: str, most: int, scale: float) -> list[int]:
+    def _generate(self, ids: tuple[int, ...], model: str, most: int, scale: float, prompt: int | None) -> list[int]:
         with torch.no_grad(), self._reference(model, scale) as reference:
             out = reference.generate(
                 input_ids=torch.tensor([ids]),
                 attention_mask=torch.ones(1, len(ids), dtype=torch.long),
                 max_new_tokens=most,
                 do_sample=False,
+                prompt_lengths=[len(ids) if prompt is None else prompt],
             )
         return [int(token) for token in out[0, len(ids) :]]
 

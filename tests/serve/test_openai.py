@@ -44,7 +44,8 @@ def test_an_assistants_last_message_goes_on(served: Served) -> None:
     said: Any = [user("cat"), {"role": "assistant", "content": "ca"}]
     answer = served.openai.chat.completions.create(model="ends", messages=said, max_tokens=6, temperature=0)
     ids = served.service.tokens.tokenizer("<|bos|><|user|>cat<|assistant|>ca", add_special_tokens=False)["input_ids"]
-    assert answer.choices[0].message.content == served.expected_text(ids, "ends", 6)
+    wanted = served.expected(ids, "ends", 6, prompt=len(served.chat_ids("cat")))  # its words are no prompt
+    assert answer.choices[0].message.content == served.text(wanted) != served.expected_text(ids, "ends", 6)
 
 
 @pytest.mark.parametrize("scale", [-1.0, 0.0, 0.4, 2.0])

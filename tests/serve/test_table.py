@@ -63,6 +63,22 @@ def test_a_method_that_is_no_such_sum_says_so(method: str) -> None:
         METHODS[method](WIDTH).terms()
 
 
+def test_what_a_module_is_given_is_edited_where_the_site_is_its_input() -> None:
+    edit, linear, h = edit_of("loreft"), nn.Linear(WIDTH, 7), torch.randn(5, WIDTH)
+    table = AdapterTable(Layout([Site("o_proj", linear, WIDTH, of_input=True)], rank=8), 1)
+    entry = (table.acquire({(b"", "edit"): table.layout.vector({"o_proj": edit.terms()})}) or {})[b"", "edit"]
+    with table.editing([[span(entry, "l2", 5)]]):
+        found = linear(h)
+    torch.testing.assert_close(found, linear(torch.cat([h[:3], h[3:] + edit(h[3:])])))
+    table.close()
+    assert not linear._forward_pre_hooks
+
+
+def test_a_module_is_served_once() -> None:
+    with pytest.raises(ValueError, match="here is meant by two of the sites to be served"):
+        Layout([Site("here", nn.Identity(), WIDTH)] * 2, rank=8)
+
+
 def test_every_method_in_one_batch() -> None:
     """A line each of three sequences of seven tokens, of which positions of other lengths are edited."""
     tabled, texts = Tabled([edit_of(m, a) for m, a in EVERY]), ["f1", "l3", "all"]

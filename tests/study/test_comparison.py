@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -67,13 +68,18 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_recipe(models: Path, folder: Path, kind: str = "generation", **compare: Any) -> Path:
-    rows = [{"input": a, "output": b, "long": len(b) > 4, "size": len(b)} for a, b in WORDS * 3]
+    rows = [
+        {"input": a, "output": b, "long": len(b) > 4, "size": len(b), "ends": [b[-1], b[-2]], "kinds": ["B-A", "O"]}
+        for a, b in WORDS * 3
+    ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = {"train": "rows.jsonl", "validation": "rows.jsonl", "test": "rows.jsonl", "limit": {"test": 8}}
     tasks: dict[str, dict[str, Any]] = {
         "generation": {"prompt": "{input}", "answer": "{output}", "max_new_tokens": 3},
         "classification": {"text": "input", "label": "long"},
         "regression": {"text": ["input", "output"], "label": "size"},
+        "multi_label_classification": {"text": "input", "label": "ends"},
+        "token_classification": {"text": "ends", "label": "kinds", "score": "f1"},
     }
     recipe = {
         "model": str(models / ("llama" if kind == "generation" else "bert")),
@@ -133,27 +139,37 @@ def expected_tokens(recipe: Any) -> int:
         *((n, "classification") for n in QUICK),
         *(pytest.param(n, "classification", marks=pytest.mark.slow) for n in WAYS if n not in QUICK),
         *((n, "regression") for n in ("loreft", "head")),
+        *((n, "multi_label_classification") for n in ("loreft", "lora", "head", "full")),
+        *((n, "token_classification") for n in ("loreft", "lora", "head", "full", "prompt", "prefix")),
     ],
 )
 def test_every_method_trains_an_encoder(name: str, kind: str, models: Path, tmp_path: Path) -> None:
     recipe = load_recipe(write_recipe(models, tmp_path, kind))
     result = run_trial(trial(recipe, name), tmp_path / "trials")
-    if name == "few-shot":
+    if name == "few-shot" or (name, kind) == ("prompt", "token_classification"):
         assert result.impossible
         return
     assert len(result.predictions) == 8
-    head = 64 * (2 if kind == "classification" else 1) + (2 if kind == "classification" else 1)
+    experiment = recipe.experiments()["words"]
+    head = 65 * experiment.task.head.config["num_labels"]
     assert result.parameters == {"untuned": 0, "head": head}.get(name, result.parameters)
     if name not in ("untuned", "head"):
         assert result.parameters > head
 
 
 def test_a_method_that_trains_changes_what_it_should_and_nothing_else(models: Path) -> None:
-    for name, part in (("full", ""), ("lora", "lora_"), ("beft", "beft_"), ("ln", "norm"), ("loreft", "reft_")):
+    for name, part in (
+        ("full", ""),
+        ("lora", "lora_"),
+        ("beft", "beft_"),
+        ("ln", "norm"),
+        ("loreft", "reft_"),
+        ("joint", "reft_|lora_"),
+    ):
         model = LlamaForCausalLM.from_pretrained(models / "llama")
         adapted = as_way(name, AdapterSpec()).build(model, "CAUSAL_LM")
         trained = [n for n, p in adapted.named_parameters() if p.requires_grad]
-        assert trained and all(part in n for n in trained), (name, trained)
+        assert trained and all(re.search(part, n) for n in trained), (name, trained)
         if name == "full":
             assert len(trained) == len(list(model.parameters()))
 

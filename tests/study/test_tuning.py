@@ -11,6 +11,7 @@ from conftest import Command
 
 from trimtab.errors import RunError
 from trimtab.recipe.load import load_recipe
+from trimtab.recipe.write import with_value, write_tuned
 from trimtab.runs import trial
 from trimtab.study.search import Found, TuneSpec, tune
 from trimtab.where.layers import layer_sets
@@ -53,12 +54,12 @@ def test_a_search_is_resumed_and_leaves_a_recipe(recipe: Path, trimtab: Command,
     assert code == 2 and "recipe-tuned.yaml is there already" in out
     seen: list[int] = []
     search(load_recipe(recipe), 3, lambda number, *_: seen.append(number))
-    assert seen == [2]  # the first two are in the journal
+    assert seen == [0, 2]  # the recipe's own is read, the second is in the journal
     drawn = [json.loads(p.read_text())["run"] for p in (tmp_path / "runs/tune/trials").rglob("*.json")]
     assert len({json.dumps([d["settings"], d["learning_rate"]]) for d in drawn}) == 3  # none drawn again
     other = load_recipe(recipe, settings=["training.max_steps=2"])
     search(other, 1, lambda number, *_: seen.append(number))
-    assert seen == [2, 0]  # another search
+    assert seen == [0, 2, 0]  # another search
     best = search(load_recipe(recipe), 3)
     assert {"r", "positions", "layers"} == best.settings.keys() and best.learning_rate > 0
 
@@ -112,3 +113,77 @@ def test_wrong_arguments_are_refused_before_anything_runs(
     code, out = trimtab("compare", recipe, *arguments)
     assert code == 2 and message in out
     assert not (tmp_path / "runs").exists()
+
+
+COMMENTED = """\
+# my words
+model: {model}          # the small one
+adapter:
+  r: 2                  # rank
+  positions: f1+l2
+training: {{max_steps: 1, batch_size: 4}} # short
+tasks:
+  plural:               # one -> many
+    type: generation
+    data: {{train: rows.jsonl, validation: rows.jsonl}}
+    prompt: "{{input}}"   # as it is
+    answer: "{{output}}"
+"""
+
+
+def test_a_tuned_recipe_keeps_its_comments_and_has_an_output_of_its_own(recipe: Path, tmp_path: Path) -> None:
+    text = COMMENTED.format(model=Path(__file__).parents[2] / "models/tiny-llama")
+    recipe.write_text(text)
+    found = {"plural": Found({"r": 8, "positions": "f3+l3", "layers": [0, 1]}, 0.0012345, 0.5)}
+    output = tmp_path / "new/tuned.yaml"
+    for place in (tmp_path / "tuned.yaml", output):
+        place.parent.mkdir(exist_ok=True)
+        settings = [f"output={tmp_path / 'runs'}", "seed=3"]
+        runs = write_tuned(place, load_recipe(recipe, settings), found, recipe, settings)
+        made = load_recipe(place)
+        task = made.tasks["plural"]
+        assert (task.adapter.r, task.adapter.positions, task.adapter.layers) == (8, "f3+l3", [0, 1])
+        assert (task.training.learning_rate, task.training.max_steps, made.seed) == (0.00123, 1, 3)
+        assert made.output == runs == str(tmp_path / "runs-tuned")
+        kept = ["# my words", "# the small one", "# rank", "# short", "# one -> many", "# as it is"]
+        assert [comment for comment in kept if comment not in place.read_text()] == []
+    assert recipe.read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "value", "expected"),
+    [
+        ("a: 1 # one\nb: 2\n", ["a"], 3, "a: 3 # one\nb: 2\n"),
+        ("a:\n  b: 1 # x\n  c: 2\n", ["a", "d"], "y", 'a:\n  b: 1 # x\n  d: "y"\n  c: 2\n'),
+        ("a: {b: 1} # x\n", ["a", "c"], [1], "a: {c: [1], b: 1} # x\n"),
+        ("a: # x\nb: 2", ["a", "c"], 1, "a: {c: 1} # x\nb: 2"),
+        ("a: 1\n", ["b", "c", "d"], 2, "a: 1\nb: {c: {d: 2}}\n"),
+        ("a:\n  - 1 # x\n  - 2\n# end\n", ["a"], "all", 'a:\n  "all"\n# end\n'),
+        ("a: |\n  text\n  more\nb: 1\n", ["b"], 2, "a: |\n  text\n  more\nb: 2\n"),
+    ],
+)
+def test_a_value_changes_in_place(text: str, place: list[str], value: Any, expected: str) -> None:
+    assert with_value(text, place, value) == expected
+
+
+def test_where_one_text_stands_in_two_places_the_recipe_is_right_without_comments(recipe: Path, tmp_path: Path) -> None:
+    entry = COMMENTED.format(model=Path(__file__).parents[2] / "models/tiny-llama").replace("  plural:", "  plural: &p")
+    recipe.write_text(entry + "  other: *p\n")
+    found = {"plural": Found({"r": 8, "positions": "f3+l3", "layers": [0, 1]}, 0.001, 0.5)}
+    write_tuned(tmp_path / "tuned.yaml", load_recipe(recipe), found, recipe)
+    assert [task.adapter.r for task in load_recipe(tmp_path / "tuned.yaml").tasks.values()] == [8, 2]
+
+
+def test_tuning_never_returns_worse_than_the_recipe(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, bool, float]] = []
+    scores = iter([0.5, 0.4, 0.5, 0.6])
+
+    def scored(*_: Any) -> trial.Outcome:
+        return trial.Outcome(validation=next(scores))
+
+    monkeypatch.setattr(trial, "_run", scored)
+    spec = load_recipe(recipe)
+    best = search(spec, 3, lambda number, found: seen.append((number, found.own, found.validation)))
+    assert seen == [(0, True, 0.5), (1, False, 0.4), (2, False, 0.5)]
+    assert best.own and best.settings["r"] == spec.tasks["plural"].adapter.r
+    assert not search(spec, 4).own

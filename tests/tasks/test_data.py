@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from trimtab.errors import DataError
-from trimtab.tasks.conversations import one_turn
 from trimtab.tasks.files import locate, read_rows
+from trimtab.tasks.messages import one_turn
 from trimtab.tasks.templates import render
 from trimtab.tasks.tokens import Collator, Encoded, encode, encode_texts
 
@@ -121,7 +121,7 @@ def turns(*pairs: tuple[str, str], names: tuple[str, str] = ("role", "content"))
         (turns(("system", "s"), ("user", "a")), {"system": "s", "user": "a"}),
         (turns(("human", "a"), ("gpt", "b"), names=("from", "value")), {"system": "", "user": "a", "assistant": "b"}),
         (turns(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")), "goes user, assistant, user"),
-        (turns(("assistant", "a")), "goes assistant; a task takes one user turn"),
+        (turns(("assistant", "a")), "goes assistant; a generation takes one user turn"),
         ({"talk": "a text"}, "row 1: the field 'talk' holds no list of messages"),
         ({"chat": []}, "row 1: no field 'talk'"),
     ],
@@ -142,7 +142,7 @@ BAD: list[tuple[str, bytes, list[str]]] = [
     ("a.jsonl", b'{"a": 1}\n{"a": "cu', ["a.jsonl, line 2", "cut short", "remove the line"]),
     ("a.json", b'[{"a": 1},\n{"a"', ["a.json, line 2", "cut short"]),
     ("a.json", b'{"rows": 3}', ["a.json", '{"data": [...]}', "dict"]),
-    ("a.json", b"[[1]]", ["a.json, item 1", "named fields", "list"]),
+    ("a.json", b"[[1]]", ["a.json, row 1", "named fields", "list"]),
     ("a.jsonl", b"[1]", ["a.jsonl, line 1", "named fields", "list"]),
     ("a.csv", b"name,b\n\xe9t\xe9,1\n", ["a.csv, line 2", "not UTF-8", "iconv"]),
     ("a.json", pickle.dumps([{"a": 1}]), ["a.json", "pickle", "export", ".jsonl"]),

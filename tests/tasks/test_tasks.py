@@ -65,7 +65,14 @@ def prompts(task: Task[Any], split: str) -> list[str]:
 
 
 def test_every_type_of_a_recipe_has_a_task() -> None:
-    assert set(TASKS) == {"generation", "classification", "regression"}
+    assert set(TASKS) == {
+        "generation",
+        "conversation",
+        "classification",
+        "multi_label_classification",
+        "token_classification",
+        "regression",
+    }
 
 
 @pytest.mark.parametrize(("rows", "cut"), [(2, 1), (9, 1), (20, 2), (200, 20), (6000, 500)])
@@ -156,7 +163,7 @@ def test_labels_are_names_or_numbers(make: Make) -> None:
     assert derived.labels == ["2", "9", "10"]
     assert [e.label for e in derived.examples("train")] == [2, 0, 1, 2]
     with pytest.raises(DataError, match="label is '0', not one of the labels 2, 9, 10"):
-        derived.label(0, "row 1")  # not the first class
+        derived.place("0", "row 1")  # not the first class
     assert make(MOOD, train=[{"text": "a", "label": v} for v in (True, False)]).labels == ["false", "true"]
 
 

@@ -68,6 +68,49 @@ def test_parts_of_blocks(name: str, site: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
+def test_heads_are_edited_before_their_projection(name: str) -> None:
+    """A head that is scaled to nothing is one whose columns of the projection are zero."""
+    if MODELS[name].attention is None:
+        with pytest.raises(ValueError, match="found no attention module"):
+            find_sites(tiny(name), "heads", "all")
+        return
+    model = edited(name, site="heads", method="red", positions="all", layers=[0])
+    layer = next(m for m in model.modules() if isinstance(m, ReftLayer))
+    head = slice(layer.site.width // 4, layer.site.width // 2)  # the second of four
+    with torch.no_grad():
+        layer.edits("default")["edit"].scale[head] = 0  # type: ignore[operator, index]
+    expected = tiny(name)
+    projection: Any = expected.get_submodule(layer.site.name)
+    with torch.no_grad():
+        (projection.weight if isinstance(projection, nn.Linear) else projection.weight.T)[:, head] = 0
+    found, wanted, base = (outputs_of(each, name) for each in (model, expected, tiny(name)))
+    mask = batch_for(name).get("attention_mask", torch.ones(found.shape[:2])).bool()  # padding is not edited
+    real = mask if mask.shape == found.shape[:2] else slice(None)
+    torch.testing.assert_close(found[real], wanted[real])
+    assert not torch.equal(found[real], base[real])
+
+
+def test_heads_without_a_projection_that_runs() -> None:
+    """PyTorch's own attention takes its projection's weights without running it."""
+    model = PlainModel()
+    model.blocks = nn.ModuleList(nn.TransformerEncoderLayer(WIDTH, 4, batch_first=True) for _ in range(2))
+    with pytest.raises(ValueError, match=r"site='heads': found no one output projection .* in blocks.0.self_attn"):
+        find_sites(model, "heads", "all")
+    model = tiny("llama")
+    for block in model.model.layers:  # type: ignore[union-attr]
+        block.self_attn.o_proj = nn.Identity()
+    with pytest.raises(ValueError, match="with the linear layers q_proj, k_proj, v_proj"):
+        find_sites(model, "heads", "all")
+
+
+@pytest.mark.parametrize("sites", [("heads", r".*\.o_proj"), (r".*\.o_proj", "heads")])
+def test_both_sides_of_one_module_are_not_mistaken_for_each_other(sites: tuple[str, str]) -> None:
+    model: Any = edited("llama", site=sites[0])
+    with pytest.raises(ValueError, match=r"o_proj: an adapter edits its (input|output) already"):
+        model.add_adapter("other", ReftConfig(task_type="CAUSAL_LM", r=2, positions="f2", site=sites[1]))
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_a_fresh_edit_changes_nothing(name: str) -> None:
     assert torch.equal(outputs_of(edited(name), name), outputs_of(tiny(name), name))
 
@@ -146,7 +189,7 @@ def test_patterns(name: str, pattern: str, width: int) -> None:
     [
         ("no_such", r"site='no_such': matches no module name as a whole. The model's modules begin: model, "),
         ("layers", r"matches no module name as a whole"),
-        ("(", r"site='\(': not a regular expression .* nor block, attention or mlp"),
+        ("(", r"site='\(': not a regular expression .* nor block, attention, mlp or heads"),
         (r"model\.layers", r"model.layers only lists modules and never runs itself. .* site=r'model\\.layers\\.\\d\+'"),
         (r".*rotary_emb", r"cannot tell the width of model.rotary_emb"),
     ],

@@ -52,11 +52,11 @@ def compose(
         raise AdapterError(f"weights {list(weights)}: give one finite number for each adapter, not all of them 0.")
     adapters = [read_adapter(folder) for folder in folders]
     used = [(weight, adapter) for weight, adapter in zip(weights, adapters, strict=True) if weight]
-    for name in ("base_model_name_or_path", "task_type", "positions", "site"):
+    for name in ("base_model_name_or_path", "task_type", "positions", "edit_turns", "site"):
         _check_same(name, folders, adapters)
     for folder, adapter in zip(folders, adapters, strict=True):
         if adapter.extras:
-            raise AdapterError(f"{folder}: carries {adapter.extras[0]}, trained whole, which has no place in a sum.")
+            raise AdapterError(f"{folder}: carries {adapter.extras[0]} beside its edits, which no sum has a place for.")
     tied = all(adapter.config.tied for _, adapter in used)
     modules = dict.fromkeys(module for _, adapter in used for module, _ in adapter.edits)
     parts: tuple[Part, ...] = ("edit",) if tied else ("prefix", "suffix")
@@ -78,7 +78,11 @@ def _check_same(name: str, folders: Sequence[Any], adapters: Sequence[SavedAdapt
         if own != first:
             raise AdapterError(
                 f"{name}: {first!r} in {folders[0]}, {own!r} in {folder}; one adapter has one. "
-                + (_AT_ONCE if name in ("positions", "site") else "They do not belong to one model and task.")
+                + (
+                    _AT_ONCE
+                    if name in ("positions", "edit_turns", "site")
+                    else "They do not belong to one model and task."
+                )
             )
 
 
@@ -139,6 +143,7 @@ def _config(
         method="direft",
         r=rank,
         positions=first.positions,
+        edit_turns=first.edit_turns,
         layers=_layers([adapter.config.layers for adapter in adapters], modules),
         site=first.site,
         tied=tied,

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, cast, get_args
 
 from peft import PeftConfig, PeftType
 
 from trimtab.adapter.card import complete_card
+from trimtab.adapter.joint import as_lora
 from trimtab.edits import ACTIVATIONS, METHODS
 from trimtab.where.plan import Part
-from trimtab.where.positions import Positions, parse_positions
+from trimtab.where.positions import Positions, Turns, parse_positions
 
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 NO_PICKLES = "a pickle, which can run code when opened; it was not opened. Ask for safetensors."
@@ -66,14 +67,21 @@ class ReftConfig(PeftConfig):
             "randomN, a control."
         },
     )
+    edit_turns: Turns = field(
+        default="each",
+        metadata={
+            "help": "What the prompt is in a conversation: of each answer all that comes before it, or for all of them "
+            "what comes before the 'first' answer."
+        },
+    )
     layers: Literal["all"] | list[int] = field(
         default="all", metadata={"help": "Edited blocks: 'all' or a list of indices, negative from the end."}
     )
     site: str = field(
         default="block",
         metadata={
-            "help": "Whose output is edited: block, attention, mlp, or a regular expression that matches module names "
-            "whole, as target_modules does elsewhere in PEFT."
+            "help": "Whose output is edited: block, attention, mlp, heads (attention's, before their projection), or a "
+            "regular expression that matches module names whole, as target_modules does elsewhere in PEFT."
         },
     )
     tied: bool = field(
@@ -91,6 +99,11 @@ class ReftConfig(PeftConfig):
     )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules trained and saved whole beside the edits, such as a classifier."}
+    )
+
+    lora: dict[str, Any] | None = field(
+        default=None,
+        metadata={"help": "A LoRA trained with the edits and saved with them: fields of peft.LoraConfig, or null."},
     )
 
     requires: str = field(
@@ -112,6 +125,7 @@ class ReftConfig(PeftConfig):
                 isinstance(self.r, int) and _is_int(self.r) and self.r >= 1, "r", "a whole number of at least 1"
             )
         positions = parse_positions(self.positions)
+        self._check_choice("edit_turns", get_args(Turns))
         if isinstance(self.layers, tuple | set | range):
             self.layers = list(cast(Any, self.layers))
         if isinstance(self.modules_to_save, tuple | set):
@@ -124,7 +138,8 @@ class ReftConfig(PeftConfig):
         )
         if isinstance(self.layers, list):
             self._check(len(set(self.layers)) == len(self.layers), "layers", "each block once")
-        self._check(isinstance(self.site, str) and self.site != "", "site", "block, attention, mlp or a module pattern")
+        allowed = "block, attention, mlp, heads or a module pattern"
+        self._check(isinstance(self.site, str) and self.site != "", "site", allowed)
         self._check(isinstance(self.tied, bool), "tied", "true or false")
         if not self.tied and not (positions.first and positions.last):
             raise ValueError(
@@ -151,6 +166,8 @@ class ReftConfig(PeftConfig):
             "modules_to_save",
             "null or a list of module names such as ['classifier']",
         )
+        if self.lora is not None:
+            as_lora(self.lora)
         self._check(
             self.base_model_name_or_path is None or isinstance(self.base_model_name_or_path, str | PathLike),
             "base_model_name_or_path",
@@ -177,12 +194,13 @@ class ReftConfig(PeftConfig):
 
     @property
     def parsed_positions(self) -> Positions:
-        return parse_positions(self.positions)
+        return replace(parse_positions(self.positions), turns=self.edit_turns)
 
     @property
     def method_text(self) -> str:
         """The method and its rank, if it has one, for people."""
-        return self.method if self.r is None else f"{self.method}, rank {self.r}"
+        text = self.method if self.r is None else f"{self.method}, rank {self.r}"
+        return text if self.lora is None else f"{text}, with a LoRA of rank {as_lora(self.lora).r}"
 
     def edit_names(self) -> tuple[Part, ...]:
         """The edits of one block: `edit` where prefix and suffix share one, else `prefix` and `suffix`."""

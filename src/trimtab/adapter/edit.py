@@ -8,7 +8,7 @@ nothing, or something of its own.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from trimtab.adapter.hooks import hook, hooks_of
 from trimtab.adapter.running import Forwards
 from trimtab.adapter.tuner import OUTSIDE, ReftLayer, check_scale, check_states
 from trimtab.where.positions import Positions, parse_positions
@@ -57,16 +58,33 @@ def edit(
         ValueError: a field is wrong, the tensor does not fit, or the model is compiled or checkpoints its gradients.
     """
     check_scale(scale)
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    sites = find_sites(_base_of(model), site, layers)
+    with edit_at(model, sites, _as_function(change, sites), positions, scale):
+        yield
+
+
+@contextmanager
+def edit_at(
+    model: nn.Module,
+    sites: Sequence[Site],
+    function: Callable[[Tensor], Tensor],
+    positions: str = "all",
+    scale: float = 1.0,
+) -> Iterator[None]:
+    """As `edit`, for sites that were found and a change that is a function."""
+    base = _base_of(model)
     _check_model(base)
-    sites = find_sites(base, site, layers)
-    mine = _Edit(_as_function(change, sites), parse_positions(positions), float(scale))
+    mine = _Edit(function, parse_positions(positions), float(scale))
     with _hooked(base, sites, mine):
         token = _open.set((*_open.get(), mine))
         try:
             yield
         finally:
             _open.reset(token)
+
+
+def _base_of(model: nn.Module) -> Any:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,11 +99,11 @@ _lock = threading.Lock()
 
 
 @contextmanager
-def _hooked(base: nn.Module, sites: list[Site], mine: _Edit) -> Iterator[None]:
+def _hooked(base: nn.Module, sites: Sequence[Site], mine: _Edit) -> Iterator[None]:
     with _lock:
         forwards = Forwards.of(base)
         forwards.guests += 1
-    handles = [_hook(site.module, _Hook(forwards, site, mine)) for site in sites]
+    handles = [_hook(site, _Guest(forwards, site, mine)) for site in sites]
     try:
         yield
     finally:
@@ -96,38 +114,36 @@ def _hooked(base: nn.Module, sites: list[Site], mine: _Edit) -> Iterator[None]:
             forwards.release()
 
 
-def _hook(module: nn.Module, hook: _Hook) -> RemovableHandle:
+def _hook(site: Site, guest: _Guest) -> RemovableHandle:
     """Behind the edits that are there already, and before all other hooks, which see what the next block reads."""
-    handle = module.register_forward_hook(hook)
-    hooks: Any = module._forward_hooks
+    handle, hooks = hook(site, guest.edited), hooks_of(site)
     for key, other in list(hooks.items()):
-        if not isinstance(other, _Hook) and not isinstance(getattr(other, "__self__", None), ReftLayer):
+        owner = getattr(getattr(other, "change", None), "__self__", None)
+        if not isinstance(owner, _Guest | ReftLayer):
             hooks.move_to_end(key)
     return handle
 
 
 @dataclass(frozen=True)
-class _Hook:
+class _Guest:
     forwards: Forwards
     site: Site
     edit: _Edit
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """The output with the edited tokens changed; None, which leaves it, where this edit is not open."""
+    def edited(self, hidden: Tensor) -> Tensor:
+        """With the edited tokens changed; themselves where this edit is not open."""
         if self.edit not in _open.get():
-            return None
+            return hidden
         running = self.forwards.current()
         if running is None or torch.compiler.is_compiling():
             raise RuntimeError(_COMPILED if running else OUTSIDE.format(self.site.name))
-        hidden = output if isinstance(output, Tensor) else output[0]
         check_states(self.site, hidden)
         rows = running.rows(None, self.edit.positions, hidden)
         index = rows.flat[rows.valid.squeeze(-1)] if rows is not None else torch.empty(0)
         if not len(index):
-            return None
+            return hidden
         states = hidden.reshape(-1, self.site.width)
-        edited = states.index_copy(0, index, self._changed(states.index_select(0, index))).view_as(hidden)
-        return edited if isinstance(output, Tensor) else type(output)((edited, *output[1:]))
+        return states.index_copy(0, index, self._changed(states.index_select(0, index))).view_as(hidden)
 
     def _changed(self, states: Tensor) -> Tensor:
         h = states.to(torch.promote_types(states.dtype, torch.float32))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -15,7 +14,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from trimtab.adapter.edit import edit
+from trimtab.adapter.edit import edit_at
+from trimtab.adapter.hooks import hook
 from trimtab.adapter.tuner import ReftLayer
 
 
@@ -61,6 +61,8 @@ def explain(model: PeftModel, ids: Tensor) -> Explanation:
     layers = [m for m in model.modules() if isinstance(m, ReftLayer)]
     if not layers:
         raise ValueError("explain: the model has no ReFT adapter.")
+    if any(any(layer.loras.values()) for layer in layers):
+        raise ValueError("explain: the adapter has a LoRA too, which changes every token at once; there is no picture.")
     moved: dict[str, Any] = {}
 
     def look(name: str, h: Tensor, before: Tensor) -> Tensor:
@@ -88,17 +90,18 @@ def _next(
     before: dict[str, Tensor] = {}
     thread = threading.get_ident()
 
-    def keep(name: str, module: nn.Module, args: Any, output: Any) -> None:
+    def keep(name: str, hidden: Tensor) -> Tensor:
         if threading.get_ident() == thread:
-            before[name] = output if isinstance(output, Tensor) else output[0]
+            before[name] = hidden
+        return hidden
 
     def changed(name: str, h: Tensor) -> Tensor:
         return change(name, h, before[name].reshape(h.shape).to(h))
 
     with ExitStack() as within:
-        for name, module in ((layer.site.name, layer.site.module) for layer in layers):
-            within.enter_context(edit(model, partial(changed, name), site=re.escape(name)))
-            within.callback(module.register_forward_hook(partial(keep, name), prepend=True).remove)
+        for site in (layer.site for layer in layers):
+            within.enter_context(edit_at(model, [site], partial(changed, site.name)))
+            within.callback(hook(site, partial(keep, site.name), first=True).remove)
         logits = model(input_ids=ids[None].to(model.device), prompt_lengths=[len(ids)]).logits
     return logits[0, -1].float().log_softmax(-1).cpu()  # type: ignore[no-any-return]
 

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from trimtab.adapter.config import NO_PICKLES, PICKLE, WEIGHTS, ReftConfig, check_kind
+from trimtab.adapter.joint import check_lora, is_lora
 from trimtab.edits import METHODS, Edit, check_dtype
 from trimtab.errors import AdapterError
 from trimtab.where.plan import Part
@@ -48,7 +49,7 @@ class AdapterInfo:
     """By edited module (and /prefix or /suffix): the Frobenius norm of [A c], where the edit is h + A h + c."""
 
     extras: tuple[str, ...] = ()
-    """Keys of whatever else it carries: `modules_to_save`, resized embeddings."""
+    """Keys of whatever else it carries: `modules_to_save`, resized embeddings, a LoRA."""
 
     @property
     def base_model(self) -> str | None:
@@ -75,7 +76,7 @@ class SavedAdapter:
     sizes: dict[str, float]
     """Of each edit, as `AdapterInfo.edit_norms`."""
     extras: tuple[str, ...]
-    """Keys of whatever else it carries: `modules_to_save`, resized embeddings."""
+    """Keys of whatever else it carries: `modules_to_save`, resized embeddings, a LoRA."""
 
 
 def read_adapter(folder: str | Path) -> SavedAdapter:
@@ -88,18 +89,7 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
     config = _read_config(folder)
     tensors = read_tensors(folder / WEIGHTS)
     edits, others = sorted_edits(tensors)
-    saved_whole = [*(config.modules_to_save or []), *EMBEDDING_LAYER_NAMES]
-    for key in others:
-        if not any(f".{name}." in f".{key}" for name in saved_whole):
-            raise AdapterError(
-                f"{folder / WEIGHTS}: {key} is no part of this ReFT adapter: the weights are another method's, or "
-                "modules_to_save is missing from the config. Copy both files from one save."
-            )
-        try:
-            if key.endswith((".weight", ".bias")):  # not a buffer, which may hold counts
-                check_dtype(f"{folder / WEIGHTS}: {key}", others[key])
-        except ValueError as error:
-            raise AdapterError(str(error)) from None
+    _check_others(folder / WEIGHTS, config, others)
     if not edits:
         raise AdapterError(
             f"{folder / WEIGHTS}: holds no edit (no tensor named ...reft.reft_...). Save the adapter again."
@@ -111,6 +101,27 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
         sizes[module if part == "edit" else f"{module}/{part}"] = edit.size()
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     return SavedAdapter(config, edits, shapes, sizes, tuple(others))
+
+
+def _check_others(path: Path, config: ReftConfig, others: Mapping[str, Tensor]) -> None:
+    """Whether what a file carries beside edits is what its config says: modules trained whole, a LoRA."""
+    saved_whole = [*(config.modules_to_save or []), *EMBEDDING_LAYER_NAMES]
+    lora = {key: tensor for key, tensor in others.items() if is_lora(key)} if config.lora is not None else {}
+    for key in others:
+        if key not in lora and not any(f".{name}." in f".{key}" for name in saved_whole):
+            raise AdapterError(
+                f"{path}: {key} is no part of this ReFT adapter: the weights are another method's, or modules_to_save "
+                "is missing from the config. Copy both files from one save."
+            )
+    if config.lora is not None and not lora:
+        raise AdapterError(f"{path}: holds no tensor of the LoRA that its config has: {_APART}")
+    try:
+        check_lora(f"{path}: ", lora)
+        for key in others:
+            if key.endswith((".weight", ".bias")):  # not a buffer, which may hold counts
+                check_dtype(f"{path}: {key}", others[key])
+    except ValueError as error:
+        raise AdapterError(str(error)) from None
 
 
 def write_adapter(

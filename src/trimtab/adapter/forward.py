@@ -192,7 +192,7 @@ class Pass:
                 "smoothing, compute_loss_func): data_collator=trimtab.with_prompts(collator). Around a loss that calls "
                 "the model by itself: with trimtab.prompts(model, lengths)."
             )
-        if self.several_turns and positions.needs_prompt_end:
+        if self.several_turns and positions.needs_prompt_end and positions.turns == "each":
             say_once(self.notes, "turns", TURNS.format(positions.text))
         self._check_empty(prompt, positions, batch, device)
 
@@ -232,7 +232,8 @@ TURNS = (
     "positions={0!r}: some rows have several supervised turns (labels, -100, labels again). Their prompt ends before "
     "the first one, so that only the edits before it are trained, while at the second turn generate takes all that "
     "came before for the prompt. Give each turn a row of its own: the earlier turns as prompt, the last as completion. "
-    "Said once."
+    "Or say edit_turns='first' in ReftConfig, by which chat and server go too, and pass the first prompt's "
+    "prompt_lengths to a generate of your own. Said once."
 )
 WATCHED = 8
 """Training forwards whose prompts are looked at for what is worth a warning; from then on labels on an accelerator,

@@ -139,7 +139,7 @@ def prompts(model: nn.Module, lengths: Any = None, decoder_lengths: Any = None) 
     Raises:
         ValueError: the model has no ReFT adapter, or the lengths are not one whole number a row.
     """
-    records = {id(f): f for m in model.modules() if (f := vars(m).get("_reft_forwards")) is not None}
+    records = _records(model)
     if not records:
         raise ValueError("prompts: the model has no ReFT adapter.")
     told = as_lengths(lengths), as_lengths(decoder_lengths)
@@ -150,6 +150,15 @@ def prompts(model: nn.Module, lengths: Any = None, decoder_lengths: Any = None) 
     finally:
         _telling[0] -= 1
         _told.reset(token)
+
+
+def takes_prompts(model: nn.Module) -> bool:
+    """Whether `forward` and `generate` of the model take `prompt_lengths`: those of one with a ReFT adapter do."""
+    return bool(_records(model))
+
+
+def _records(model: nn.Module) -> dict[int, Forwards]:
+    return {id(f): f for m in model.modules() if (f := vars(m).get("_reft_forwards")) is not None}
 
 
 class Forwards:

@@ -11,9 +11,10 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import accumulate
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn, cast, get_args
 
 import torch
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.peft_types import register_peft_method
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 
 from trimtab.adapter.config import ReftConfig
 from trimtab.adapter.forward import BASE, Pass
+from trimtab.adapter.hooks import hook
+from trimtab.adapter.joint import as_lora, check_lora, inject, lora_keys, loras, remove
 from trimtab.adapter.loading import as_saved, own_modules, resized_embeddings, saved_twice, take_over_loading
 from trimtab.adapter.offloading import bring_back, execution_device
 from trimtab.adapter.running import Forwards
@@ -50,7 +53,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
     """The edits of one block, by adapter name: `reft_edit` where tied, else `reft_prefix` and `reft_suffix`."""
 
     adapter_layer_names = ("reft_edit", "reft_prefix", "reft_suffix")
-    other_param_names = ("positions", "scaling", "tasks")
+    other_param_names = ("positions", "scaling", "tasks", "loras")
 
     def __init__(self, site: Site, passes: Forwards) -> None:
         super().__init__()
@@ -60,11 +63,13 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self.positions: dict[str, Positions] = {}
         self.scaling: dict[str, float] = {}
         self.tasks: dict[str, Any] = {}
+        self.loras: dict[str, tuple[LoraLayer, ...]] = {}
+        """The LoRA layers of the adapters that have some, of the whole model."""
         self._active_adapter: list[str] = []
         self.loaded: dict[Edit, dict[str, Tensor]] = {}
         """What loading found for edits of an offloaded block, until PEFT is done with it."""
         # Before other hooks, which then see what the next block reads, such as those that record hidden states.
-        self.hook = site.module.register_forward_hook(self._edit_output, prepend=True)
+        self.hook = hook(site, self.edited, first=True)
 
     @property
     def site(self) -> Site:
@@ -74,7 +79,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
     def base_layer(self) -> nn.Module:
         return self.site.module
 
-    def add(self, adapter: str, config: ReftConfig) -> None:
+    def add(self, adapter: str, config: ReftConfig, lora: tuple[LoraLayer, ...] = ()) -> None:
         """Create the adapter's edits for this block, on the block's device."""
         for name in config.edit_names():
             with warnings.catch_warnings():
@@ -89,7 +94,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
                 )
             getattr(self, f"reft_{name}")[adapter] = edit
         self.positions[adapter] = config.parsed_positions
-        self.scaling[adapter], self.tasks[adapter] = 1.0, config.task_type
+        self.scaling[adapter], self.tasks[adapter], self.loras[adapter] = 1.0, config.task_type, lora
         self._move_adapter_to_device_of_base_layer(adapter)
 
     def rotations(self) -> list[Rotation]:
@@ -109,27 +114,22 @@ class ReftLayer(nn.Module, BaseTunerLayer):
     def rename(self, adapter: str, new: str) -> None:
         """Let the adapter here go by another name."""
         named: Any
-        for named in (*self.edit_dicts().values(), self.positions, self.scaling, self.tasks):
+        for named in (*self.edit_dicts().values(), self.positions, self.scaling, self.tasks, self.loras):
             if adapter in named:
                 named[new] = named.pop(adapter)
 
-    def _edit_output(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """The forward hook: the block's output with the rows of this pass edited; None leaves it as it is."""
+    def edited(self, hidden: Tensor) -> Tensor:
+        """Hidden states (B, T, d) with the rows of this pass edited; themselves where there are none."""
         if self.disable_adapters or not self.positions:
-            return None
+            return hidden
         running = self._passes.current()
         names = self.active_adapters if running is None or running.adapter_names is None else running.adapter_names
         names = [n for n in dict.fromkeys(names) if n in self.positions and self.scaling[n] != 0]
-        if not names:
-            return None
-        if running is None:
+        if names and running is None:
             raise RuntimeError(OUTSIDE.format(self.site.name))
-        hidden = before = output if isinstance(output, Tensor) else output[0]
         for name in names:
-            hidden = self._edited(hidden, name, running)
-        if hidden is before:
-            return None
-        return hidden if isinstance(output, Tensor) else type(output)((hidden, *output[1:]))
+            hidden = self._edited(hidden, name, cast(Pass, running))
+        return hidden
 
     def _edited(self, hidden: Tensor, adapter: str, running: Pass) -> Tensor:
         check_states(self.site, hidden)
@@ -192,10 +192,21 @@ class ReftModel(BaseTuner):
             raise
         take_over_loading(model)
 
+    @property
+    def has_loras(self) -> bool:
+        """Whether an adapter here brought a LoRA, since when all LoRA layers of the model are this tuner's."""
+        return self.tuner_layer_cls is not ReftLayer
+
     # ---- placing edits -----------------------------------------------------------------------------------------
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        self._sites = self._checked_sites(model, self.peft_config[adapter_name], adapter_name)
+        config: Any = self.peft_config[adapter_name]
+        self._sites = self._checked_sites(model, config, adapter_name)
+        if config.lora is not None:
+            inject(model, as_lora(config.lora, config.task_type), adapter_name, own=self.has_loras)
+            kinds: Any = (ReftLayer, LoraLayer)  # whose layers PEFT goes through, by isinstance
+            self.tuner_layer_cls = kinds
+            self._sites = self._checked_sites(model, config, adapter_name)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _checked_sites(self, model: nn.Module, config: Any, adapter_name: str) -> dict[str, Site]:
@@ -208,6 +219,9 @@ class ReftModel(BaseTuner):
         for site in sites:
             there = getattr(host(site.module), "reft", None)
             _check_saved_modules(config, site.name)
+            if isinstance(there, ReftLayer) and there.site.module is site.module and there.site != site:
+                side = "output" if site.of_input else "input"
+                raise ValueError(f"{site.name}: an adapter edits its {side} already; use a model of its own.")
             if there is not None and not (isinstance(there, ReftLayer) and there.site.module is site.module):
                 raise ValueError(f"{site.name} already has a submodule called 'reft'; choose another site.")
         return {site.name: site for site in sites}
@@ -235,7 +249,8 @@ class ReftModel(BaseTuner):
             layer = ReftLayer(self._sites[current_key], self._passes)
             place.add_module("reft", layer)
             self._passes.layers.append(layer)
-        layer.add(adapter_name, peft_config)
+        lora = loras(self.model, adapter_name) if peft_config.lora is not None else {}
+        layer.add(adapter_name, peft_config, tuple(lora.values()))
 
     # ---- running -----------------------------------------------------------------------------------------------
 
@@ -253,9 +268,12 @@ class ReftModel(BaseTuner):
 
         def pass_names(module: nn.Module, args: Any, kwargs: Any) -> Any:
             own = self._passes.adapter_names()  # of the thread that runs the wrapper, which may be another one
+            if own is not None and isinstance(module, LoraLayer):  # which counts beams as rows of their own
+                own = [name for name in own for _ in range(len(args[0]) // len(own))]
             return (args, {**kwargs, "adapter_names": own}) if own is not None else None
 
-        wrappers = [m for m in self.model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+        kinds = (AuxiliaryTrainingWrapper, LoraLayer) if self.has_loras else AuxiliaryTrainingWrapper
+        wrappers: list[Any] = [m for m in self.model.modules() if isinstance(m, kinds)]
         handles = [m.register_forward_pre_hook(pass_names, with_kwargs=True) for m in wrappers]
         try:
             with self._passes.named(list(names)):
@@ -272,6 +290,8 @@ class ReftModel(BaseTuner):
         for layer in self._passes.layers:
             layer.hook.remove()
             del host(layer.site.module).reft
+        if self.has_loras:
+            remove(self.model)
         vars(self.model).pop("_load_pretrained_model", None)
         for module in list(self.model.modules()):
             if isinstance(module, AuxiliaryTrainingWrapper):
@@ -321,6 +341,9 @@ class ReftModel(BaseTuner):
         ]
         expected = {f"{at}.{adapter_name}.{tensor}" for at, edit, _ in edits for tensor, _ in edit.named_parameters()}
         mapped = {key: tensor for key, tensor in mapped.items() if key not in saved_twice(model, mapped)}
+        if config.lora is not None:
+            expected |= (own := lora_keys(model, adapter_name))
+            check_lora("", {key: mapped[key] for key in own & set(mapped)})
         missing = sorted(expected - set(mapped))
         own = own_modules(model, adapter_name) | resized_embeddings(model)
         left_over = sorted(set(mapped) - expected - own | set(state_dict) & expected)
@@ -381,6 +404,8 @@ def set_scale(model: nn.Module, adapter: str, scale: float) -> None:
     for layer in layers:
         if adapter in layer.scaling:
             layer.scaling[adapter] = float(scale)
+            for lora in layer.loras[adapter]:
+                lora.set_scale(adapter, float(scale))
 
 
 def _some(names: list[str]) -> str:

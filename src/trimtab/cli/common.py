@@ -39,15 +39,29 @@ console = PlainConsole(highlight=False)
 class QuietCommand(TyperCommand):
     """Silences the libraries underneath when it runs, which loads them, and not when its help is read."""
 
+    together = False
+    """Whether several processes may run it, as torchrun starts them."""
+
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
+        from trimtab.runs import processes
         from trimtab.runs.models import quiet
 
+        if processes.count() > 1 and not self.together:
+            raise ValueError(f"{self.name} runs in one process; start it without torchrun or accelerate launch.")
+        console.quiet = processes.rank() > 0
         quiet()
         return super().invoke(ctx)
 
 
+class JointCommand(QuietCommand):
+    """One that several processes may run."""
+
+    together = True
+
+
 command = partial(app.command, cls=QuietCommand)
+joint_command = partial(app.command, cls=JointCommand)
 
 RecipeFile = Annotated[
     Path, typer.Argument(help="The recipe: a YAML file, or the name of one that comes with trimtab.", metavar="RECIPE")
@@ -86,6 +100,16 @@ def extra(name: str) -> Iterator[None]:
         raise ValueError(f"this command needs {error.name}: pip install 'trimtab[{name}]'") from None
 
 
+@contextmanager
+def resumable(said: str) -> Iterator[None]:
+    """Around work that may be gone on with: at Ctrl-C, one line that says so, and how."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print(f"\nStopped. {said}")
+        raise typer.Exit(130) from None
+
+
 def read_recipe(
     file: Path,
     model: str | None,
@@ -97,9 +121,14 @@ def read_recipe(
     """The recipe as the options change it; only the files of `tasks` have to be there."""
     from trimtab.recipe.load import load_recipe
 
+    return load_recipe(file, as_settings(model, output, settings), data=data, only=tasks)
+
+
+def as_settings(model: str | None, output: str | None, settings: list[str] | None) -> list[str]:
+    """What options change in a recipe, as `key.path=value`."""
     own = {"model": model, "output": output}
     given = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in own.items() if value is not None]
-    return load_recipe(file, [*given, *(settings or [])], data=data, only=tasks)
+    return [*given, *(settings or [])]
 
 
 def size_of(count: float) -> str:

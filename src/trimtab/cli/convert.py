@@ -1,4 +1,4 @@
-"""`trimtab convert` and `trimtab merge`."""
+"""Commands that take adapters elsewhere: convert, merge, push."""
 
 from __future__ import annotations
 
@@ -81,3 +81,15 @@ def _show(report: Report, output: Path) -> None:
 
     console.print(facts)
     console.print(f"Wrote {output!s}.", soft_wrap=True)
+
+
+@command()
+def push(
+    adapter: Annotated[Path, typer.Argument(help="The folder of an adapter or of one trained task.")],
+    repository: Annotated[str, typer.Argument(help="Where on the Hub: user/name.")],
+    private: Annotated[bool, typer.Option(help="Make a new repository private.")] = False,
+) -> None:
+    """Upload an adapter to the Hub, from where `--adapter user/name` has it."""
+    from trimtab.adapter.hub import push as upload
+
+    console.print(f"{upload(adapter, repository, private=private)}: use it with --adapter {repository}")

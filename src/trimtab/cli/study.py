@@ -17,15 +17,20 @@ from trimtab.cli.common import (
     RecipeModel,
     Settings,
     TaskNames,
+    as_settings,
     command,
     console,
     extra,
     must_be_new,
     read_recipe,
+    resumable,
 )
 
 if TYPE_CHECKING:
     from trimtab.runs.trial import Experiment
+
+
+KEPT = "What is done is kept; the same command goes on from there."
 
 
 @command()
@@ -80,7 +85,8 @@ def compare(
     _say(experiments)
     jobs = jobs or room_for(recipe.model)
     console.print(f"{len(study.groups)} comparisons, {jobs} trials at a time; what is done already is read.")
-    study.run(jobs, watch)
+    with resumable(KEPT):
+        study.run(jobs, watch)
     name = "-".join(["ablation"] * bool(ablate) + ["few-shot"] * bool(few_shot)) or "report"
     command = " ".join(["trimtab", *sys.argv[1:]])
     report = write_report(study.groups, chosen, folder, name, command)
@@ -108,13 +114,12 @@ def tune(
     with extra("bench"):
         import optuna  # noqa: F401 (before anything is done)
     from trimtab.recipe.init import look_at
-    from trimtab.recipe.write import tuned_recipe
-    from trimtab.runs.folder import write_text
+    from trimtab.recipe.write import write_tuned
     from trimtab.study.search import Found
     from trimtab.study.search import tune as search
 
     recipe = read_recipe(file, model, data, None, settings, task)
-    output = output or file.with_name(f"{file.stem}-tuned{file.suffix}")
+    output = output or file.with_name(f"{file.stem}-tuned{file.suffix or '.yaml'}")
     must_be_new(output)
     blocks, folder = look_at(recipe.model).blocks, Path(recipe.output) / "tune"
     best: dict[str, Found] = {}
@@ -126,14 +131,18 @@ def tune(
             said = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in tried.items())
             console.print(f"{name} {number}: validation {found.validation:.3f} with {said}")
 
-        best[name] = search(experiment, recipe.tune, folder, blocks, trials, watch)
+        with resumable(KEPT):
+            best[name] = search(experiment, recipe.tune, folder, blocks, trials, watch)
     table = Table("task", "validation", "r", "positions", "layers", "learning rate")
     for name, found in best.items():
         shown = (str(found.settings[k]) for k in ("r", "positions", "layers"))
         table.add_row(name, f"{found.validation:.3f}", *shown, f"{found.learning_rate:.2g}")
     console.print(table)
-    write_text(output, tuned_recipe(recipe, best))
-    console.print(f"Wrote {output}. Train it: trimtab train {output}")
+    runs = write_tuned(output, recipe, best, file, as_settings(model, None, settings), data)
+    kept = [name for name, found in best.items() if found.own]
+    if kept:
+        console.print(f"{', '.join(kept)}: nothing better than the recipe's own settings was found.")
+    console.print(f"Wrote {output}, whose runs go to {runs}. Train it: trimtab train {output}")
 
 
 def _say(experiments: Mapping[str, Experiment]) -> None:

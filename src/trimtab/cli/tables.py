@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from rich.table import Column, Table
@@ -30,14 +31,64 @@ def progress_table(rows: dict[str, Any]) -> Table:
 def results_table(metrics: dict[str, dict[str, Any]]) -> Table:
     """Scores and costs of finished runs."""
     name_column = Column("task", overflow="fold")  # never cut
-    table = Table(name_column, "score", "untuned", "tuned", "parameters", "on disk", "seconds")
+    table = Table(name_column, "score", "majority", "untuned", "tuned", "parameters\non disk", "seconds")
     for name, m in metrics.items():
         score = f"{score_name(m)}\n{m['split']} ({m['examples']})"
         scores = (f"{m[which][m['score']]:.3f}" for which in ("untuned", "tuned"))
-        table.add_row(name, score, *scores, f"{m['parameters']:,}", size_of(m["bytes"]), f"{m['seconds']:.1f}")
+        size = f"{m['parameters']:,}\n{size_of(m['bytes'])}"
+        table.add_row(name, score, majority_of(m), *scores, size, f"{m['seconds']:.1f}")
         for label, row in indented(m.get("sets", {})).items():
-            table.add_row(label, row["score"], f"{row['untuned']:.3f}", f"{row['tuned']:.3f}")
+            table.add_row(label, row["score"], "", f"{row['untuned']:.3f}", f"{row['tuned']:.3f}")
     return table
+
+
+def scores_table(results: dict[str, dict[str, Any]]) -> Table:
+    """What `eval` found."""
+    table = Table("task", "score", "split", "examples", "majority", "untuned", "tuned")
+    for name, result in results.items():
+        for label, row in {name: result, **indented(result["sets"])}.items():
+            scores = (f"{row[which]:.3f}" for which in ("untuned", "tuned"))
+            table.add_row(label, score_name(row), result["split"], str(row["examples"]), majority_of(row), *scores)
+    return table
+
+
+def majority_of(result: dict[str, Any]) -> str:
+    """What always giving the commonest answer of train scores; runs of earlier versions do not say."""
+    return f"{result['majority']['score']:.3f}" if "majority" in result else ""
+
+
+CLASSES = 12
+"""Classes of which a confusion is shown."""
+
+
+def failure_tables(name: str, result: dict[str, Any], most: int) -> Iterator[Table]:
+    """Where a task's adapter fails: its worst examples, and the classes that are taken for others."""
+    found = result.get("failures", {"worst": [], "confusion": {}})  # runs of earlier versions do not say
+    counts = f"the worst of {result['examples']} on {result['split']}"
+    worst = Table("input", "expected", "got", title=f"{name}: {counts}", title_justify="left")
+    for miss in found["worst"][:most]:
+        worst.add_row(*(shortened(str(miss[key])) for key in ("input", "expected", "got")))
+    if worst.rows:
+        yield worst
+    classes = [(expected, of, of.get(expected, 0) / sum(of.values())) for expected, of in found["confusion"].items()]
+    missed = sorted((one for one in classes if one[2] < 1), key=lambda one: one[2])
+    table = Table("expected", "rows", "right", "taken for", title=f"{name}: by class", title_justify="left")
+    for expected, of, right in missed[:CLASSES]:
+        others = sorted(((n, other) for other, n in of.items() if other != expected), reverse=True)
+        taken = ", ".join(f"{other} {n}" for n, other in others[:3]) + ", ..." * (len(others) > 3)
+        table.add_row(expected, str(sum(of.values())), f"{right:.0%}", taken)
+    if table.rows:
+        all_right = len(classes) - len(missed)
+        rest = [f"{all_right} classes all right"] if all_right else []
+        rest += [f"{len(missed) - CLASSES} more not shown"] if len(missed) > CLASSES else []
+        table.caption = "; ".join(rest) or None
+        yield table
+
+
+def shortened(text: str, most: int = 120) -> str:
+    """A text on one line, its middle left out where it is long."""
+    line = text.replace("\n", "\\n")
+    return line if len(line) <= most else f"{line[: most // 2]} ... {line[-most // 2 :]}"
 
 
 def score_name(result: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from trimtab.cli.common import Folders, ModelName, command, console, must_be_new
+from trimtab.cli.common import Folders, ModelName, command, console, must_be_new, resumable
 
 
 @command()
@@ -87,7 +87,8 @@ def predict(
         for number, lines in enumerate(applied.lines(applied.examples(file))):
             typer.echo(as_csv(iter(lines), header=not number), nl=False)
         return
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    bar = Progress(console=console, transient=True, disable=not console.is_terminal)
+    with resumable("What is done is kept; the same command goes on from there."), bar:
         rows = bar.add_task("rows", total=None)
         before = applied.write(file, output, lambda done, of: bar.update(rows, completed=done, total=of))
     if before:

@@ -17,11 +17,16 @@ from trimtab.cli.common import (
     TaskNames,
     command,
     console,
+    joint_command,
     must_be_new,
     read_recipe,
+    resumable,
     size_of,
 )
-from trimtab.cli.tables import indented, progress_table, results_table, score_name
+from trimtab.cli.tables import failure_tables, progress_table, results_table, scores_table
+
+SHOWN, SHOWN_BY_TRAIN = 5, 3
+"""Wrong predictions of a task that `eval` shows, and `train`; also the most tasks of which `train` shows any."""
 
 
 @command()
@@ -53,7 +58,7 @@ def init(
         console.print(first_row(experiment))
 
 
-@command()
+@joint_command()
 def train(
     file: RecipeFile,
     model: RecipeModel = None,
@@ -89,14 +94,18 @@ def train(
         live.start()  # not before, so that a mistake in the recipe or its data is told without a table
         live.update(progress_table(rows))
 
-    try:
-        metrics = train_all(experiments, recipe.output, resume=resume, watch=watch, say=console.print)
-    finally:
-        if live.is_started:
-            live.stop()
-            if not console.is_terminal:
-                console.print()  # Live ends without a line break there
+    with resumable("The same command goes on from the last checkpoint, and skips the tasks that are done."):
+        try:
+            metrics = train_all(experiments, recipe.output, resume=resume, watch=watch, say=console.print)
+        finally:
+            if live.is_started:
+                live.stop()
+                if not console.is_terminal:
+                    console.print()  # Live ends without a line break there
     console.print(results_table(metrics))
+    for name, m in metrics.items() if len(metrics) <= SHOWN_BY_TRAIN else ():
+        for table in failure_tables(name, m, most=SHOWN_BY_TRAIN):
+            console.print(table)
     for name, m in metrics.items():
         for said in result_remarks(m):
             console.print(f"{name}: {said}")
@@ -116,14 +125,22 @@ def evaluate_recipe(
     settings: Settings = None,
     task: TaskNames = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    predictions: Annotated[
+        Path | None, typer.Option(help="A .json file to write: what was asked, expected and answered, row by row.")
+    ] = None,
 ) -> None:
-    """Score the trained adapters of a recipe, and the base model beside them."""
+    """Score the trained adapters of a recipe, the base model beside them, and show where they fail."""
+    from trimtab.runs.folder import write_json
     from trimtab.runs.train import evaluate_runs
 
+    if predictions is not None:
+        must_be_new(predictions)
     recipe = read_recipe(file, model, data, output, settings, task)
-    table = Table("task", "score", "split", "examples", "untuned", "tuned")
-    for name, result in evaluate_runs(recipe.experiments(task), recipe.output, split).items():
-        for label, row in {name: result, **indented(result["sets"])}.items():
-            scores = (f"{row[which]:.3f}" for which in ("untuned", "tuned"))
-            table.add_row(label, score_name(row), result["split"], str(row["examples"]), *scores)
-    console.print(table)
+    results = evaluate_runs(recipe.experiments(task), recipe.output, split)
+    console.print(scores_table(results))
+    for name, result in results.items():
+        for table in failure_tables(name, result, most=SHOWN):
+            console.print(table)
+    if predictions is not None:
+        write_json(predictions, {name: result["answers"] for name, result in results.items()})
+        console.print(f"Wrote {predictions}.")

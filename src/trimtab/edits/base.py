@@ -101,6 +101,9 @@ class Edit(nn.Module):
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 
+    def follow(self, before: Tensor) -> None:
+        """Make up for R having been moved from `before` (r, d) by hand, where the method can."""
+
     def terms(self) -> tuple[Term, ...]:
         """Φ(h) - h as a sum of terms Bᵀ f(A h + b), for whoever runs the edits of many adapters as one.
 

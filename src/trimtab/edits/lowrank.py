@@ -52,6 +52,11 @@ class LowRank(Edit):
         """The rows (r, d) that span the edit: R, or the free projection."""
         return self.rotation() if self.rows == "rotation" else self.projection
 
+    @torch.no_grad()
+    def follow(self, before: Tensor) -> None:
+        if self.subtracts and self.has_weight:
+            self.weight += self.basis() - before  # so that W - R, zero at the start, is as it was
+
     def read(self, h: Tensor) -> Tensor:
         """W h + b, through the activation: (n, r)."""
         source = F.linear(h, self.weight, self.bias)

@@ -97,6 +97,8 @@ class Rotation(nn.Module):
         self.halved = nn.Parameter(rows / 2)
         self._checked_version = -1
         self._drift: Tensor | None = None
+        self.family: Family = ()
+        """Those that this one is kept orthonormal with, itself among them; empty for it alone."""
         self.number = next(_NUMBERS)
         _LIVE.add(self)
 
@@ -131,6 +133,10 @@ class Rotation(nn.Module):
         _LIVE.add(self)
 
 
+Family = tuple[Rotation, ...]
+"""Rotations whose rows are orthonormal all together."""
+
+
 def _distributed_like(whole: Tensor, parameter: Any) -> Tensor:
     from torch.distributed.tensor import DTensor, Replicate
 
@@ -162,24 +168,57 @@ def as_rotation(name: str, tensor: Tensor) -> Tensor:
 def restore(rotations: Iterable[Rotation], stepped: bool = False) -> None:
     """Retract, in place, every rotation that anyone moved off the manifold; the others keep their bits.
 
-    Rotations of one shape and device share one batched computation and one look at the result from the host.
+    Rotations of one shape and device share one batched computation and one look at the result from the host. A family
+    is retracted as one matrix; members that are frozen, if others are not, stay where they are.
 
     Args:
         stepped: an optimizer has just stepped the parameters themselves, so that it goes on from what is written here.
     """
     groups = defaultdict(list)
-    for module in rotations:
-        if module.here():
-            groups[module.halved.shape, module.halved.device, module.halved.dtype].append(module)
-    for modules in groups.values():
-        stack = torch.stack([_whole(module.halved) for module in modules]) * 2
-        moved = not float(orthonormality_error(stack)) <= TOLERANCE
-        for module, rotation, before in zip(modules, retract(stack) if moved else stack, stack, strict=True):
+    for family in dict.fromkeys(module.family or (module,) for module in rotations):
+        if all(module.here() for module in family):
+            halves = [module.halved for module in family]
+            shapes = tuple(half.shape for half in halves)
+            groups[shapes, _learning(family), halves[0].device, halves[0].dtype].append(family)
+    for (shapes, free, *_), families in groups.items():
+        _restore_alike(families, [shape[0] for shape in shapes], free, stepped)
+
+
+def _restore_alike(families: list[Family], rows: list[int], free: tuple[bool, ...], stepped: bool) -> None:
+    """Those of like members, of so many rows each, of which the free ones may be moved."""
+    stack = torch.stack([torch.cat([_whole(module.halved) for module in family]) for family in families]) * 2
+    moved = not float(orthonormality_error(stack)) <= TOLERANCE
+    after = _retract_some(stack, rows, free) if moved else stack
+    for family, whole, before in zip(families, after, stack, strict=True):
+        off = moved and not float(orthonormality_error(before)) <= TOLERANCE
+        for module, movable, rotation, was in zip(family, free, whole.split(rows), before.split(rows), strict=True):
             module._drift = None
-            if moved and not float(orthonormality_error(before)) <= TOLERANCE:
+            if off and movable:
                 module.set(rotation)
-                module._drift = None if stepped else before - rotation
+                module._drift = None if stepped else was - rotation
             module._checked_version = module.halved._version
+
+
+def _learning(family: Family) -> tuple[bool, ...]:
+    """Which members may be moved: those that learn, or all where none does."""
+    learn = tuple(module.halved.requires_grad for module in family)
+    return learn if any(learn) else (True,) * len(family)
+
+
+def _retract_some(stack: Tensor, rows: list[int], free: tuple[bool, ...]) -> Tensor:
+    """`retract` of the free parts of (..., r, d) beside the others, which are kept."""
+    if all(free):
+        return retract(stack)
+    chosen = torch.tensor(free).repeat_interleave(torch.tensor(rows)).to(stack.device)
+    result = stack.clone()
+    result[..., chosen, :] = retract_beside(stack[..., chosen, :], stack[..., ~chosen, :])
+    return result
+
+
+def retract_beside(matrix: Tensor, kept: Tensor) -> Tensor:
+    """The nearest matrix whose rows are orthonormal and orthogonal to those of `kept` (..., k, d), which are too."""
+    rows = _in_double(kept)
+    return retract(_in_double(matrix) - _in_double(matrix) @ rows.mT @ rows).to(matrix)
 
 
 def _whole(tensor: Any) -> Tensor:

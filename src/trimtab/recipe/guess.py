@@ -10,8 +10,9 @@ from typing import Any
 
 from trimtab.errors import DataError
 from trimtab.tasks.classification import label_name
-from trimtab.tasks.conversations import one_turn
 from trimtab.tasks.files import Row, is_missing, locate, read_rows
+from trimtab.tasks.messages import one_turn
+from trimtab.tasks.scores import BIO
 
 LOOKED_AT, CLASSES = 2000, 50
 """Rows that are read, and the most values of a column that names classes."""
@@ -58,9 +59,11 @@ def guess(path: str, generates: bool) -> Guess:
     if talk := next((name for name in CONVERSATIONS if isinstance(rows[0].get(name), list)), None):
         found: Guess | None = _conversation(path, rows, talk)
     else:
-        columns = _columns(rows)
-        found = _asked(columns) or _labelled(columns) or _two_texts(columns)
-        if not generates:
+        columns, lists = _columns(rows), _lists(rows)
+        found = _tagged(lists) or _several(lists, columns)
+        if found is None and generates:
+            found = _asked(columns) or _labelled(columns) or _two_texts(columns)
+        elif found is None:
             found = _labelled(columns)
     if found is None or (found.type == "generation" and not generates):
         kind = "a prompt and an answer, or a text and a label" if generates else "a text and a label"
@@ -182,6 +185,47 @@ def _labelled(columns: dict[str, Column]) -> Guess | None:
     others = [c for c in others if c is not label and c.name not in (pair or [longest])]
     said = f"{', '.join(c.name for c in others)} could be labels too" if others and not named else ""
     return Guess("classification", {**keys, "score": "accuracy"}, {}, said)
+
+
+def _tagged(lists: dict[str, list[Any]]) -> Guess | None:
+    """Words, and in another list as many tags as there are words."""
+    texts = {name: _different(values) for name, values in lists.items() if _are_texts(values)}
+    words = max(texts, key=texts.__getitem__, default=None)
+    if words is None:
+        return None
+    lengths, most = [len(value) for value in lists[words]], min(CLASSES, texts[words] - 1)
+    alike = [name for name, values in lists.items() if [len(value) for value in values] == lengths]
+    tags = sorted(filter(lambda n: 2 <= _different(lists[n]) <= most, alike), key=lambda n: "ner" not in n.lower())
+    if not tags:
+        return None
+    bio = all(BIO.fullmatch(label_name(tag)) for value in lists[tags[0]] for tag in value)
+    said = f"{', '.join(tags[1:])} could be tags too" if tags[1:] else ""
+    keys = {"text": words, "label": tags[0], "score": "f1" if bio else "accuracy", "adapter": {"positions": "all"}}
+    return Guess("token_classification", keys, {}, said)
+
+
+def _several(lists: dict[str, list[Any]], columns: dict[str, Column]) -> Guess | None:
+    """A text, and a list of few different names."""
+    texts = [c for c in columns.values() if c.is_text]
+    for name, values in lists.items():
+        if texts and _are_texts(values) and 2 <= _different(values) <= min(CLASSES, len(values) // 2):
+            longest = max(texts, key=lambda c: c.length).name
+            return Guess("multi_label_classification", {"text": longest, "label": name, "score": "f1"})
+    return None
+
+
+def _lists(rows: list[Row]) -> dict[str, list[Any]]:
+    """The fields that hold a list in every row."""
+    found = {name: [row.get(name) for row in rows] for name in rows[0]}
+    return {name: values for name, values in found.items() if all(isinstance(value, list) for value in values)}
+
+
+def _different(lists: list[Any]) -> int:
+    return len({str(part) for value in lists for part in value})
+
+
+def _are_texts(lists: list[Any]) -> bool:
+    return all(isinstance(part, str) for value in lists for part in value)
 
 
 def _two_texts(columns: dict[str, Column]) -> Guess | None:

@@ -36,6 +36,11 @@ SHOWN = 10  # problems listed before "and N more"
 Place = tuple[str | int, ...]
 
 
+def recipe_file(path: str | Path) -> Path:
+    """A recipe's file, of a name that is none the one that comes with trimtab under it."""
+    return Path(path) if Path(path).is_file() else SHIPPED.get(str(path), Path(path))
+
+
 def load_recipe(
     path: str | Path,
     settings: Sequence[str] = (),
@@ -56,11 +61,11 @@ def load_recipe(
     Raises:
         RecipeError: listing what is wrong, each problem with its line, its place and what to do.
     """
-    path = Path(path) if Path(path).is_file() else SHIPPED.get(str(path), Path(path))
+    path = recipe_file(path)
     if data is not None and not Path(data).is_dir():
         raise RecipeError(f"the data folder {str(data)!r} is no folder.")
     try:
-        raw, node = parse_yaml(path.read_text(encoding="utf-8-sig"), settings)
+        raw, node = parse_yaml(path.read_text(encoding="utf-8-sig"), [*put_aside(settings), *settings])
     except OSError as error:
         shipped = f"; the recipes that go by a name are {', '.join(SHIPPED)}"
         raise RecipeError(f"cannot read the recipe {path}: {error.strerror}{shipped}") from None
@@ -85,6 +90,18 @@ def load_recipe(
     return recipe
 
 
+REPLACED = {"epochs": "max_steps", "max_steps": "epochs"}
+"""Keys of which a recipe has one, so that one given on the command line puts the file's other aside."""
+
+
+def put_aside(settings: Sequence[str]) -> list[str]:
+    """The settings that make room for others."""
+    given = dict(setting.partition("=")[::2] for setting in settings)
+    paths = [(path.rpartition("."), value) for path, value in given.items()]
+    others = [f"{section}.{REPLACED[key]}" for (section, _, key), value in paths if key in REPLACED and value != "null"]
+    return [f"{other}=null" for other in others if other not in given]
+
+
 def _section(raw: Any, key: str) -> dict[Any, Any]:
     value = raw.get(key) if isinstance(raw, dict) else None
     return value if isinstance(value, dict) else {}
@@ -104,21 +121,29 @@ def _find_model(raw: dict[Any, Any], folder: Path) -> list[tuple[Place, str]]:
 def _find_files(raw: dict[Any, Any], folder: Path, only: Collection[str] | None) -> list[tuple[Place, str]]:
     """Replace the paths in `raw` by those of existing files; return what could not be found."""
     problems: list[tuple[Place, str]] = []
-    files = [
-        (holder, key, ("tasks", name, "data", *place))
-        for name, task in _section(raw, "tasks").items()
-        if only is None or name in only
-        for holder, key, place in _files(_section(task, "data"))
-    ]
-    compare = _section(raw, "compare")
-    if isinstance(compare.get("held_out"), str):
-        files.append((compare, "held_out", ("compare", "held_out")))
-    for holder, key, place in files:
+    for holder, key, place in _placed_files(raw, only):
         try:
             holder[key] = str(locate(holder[key], folder))
         except DataError as error:
             problems.append((place, str(error)))
     return problems
+
+
+def resolved_files(text: str, folder: Path) -> list[tuple[list[str], str]]:
+    """The place of each file that a recipe names, and its whole path. Raises DataError."""
+    raw, _ = parse_yaml(text)
+    found = _placed_files(raw, None)
+    return [([*map(str, place)], str(locate(holder[key], folder).resolve())) for holder, key, place in found]
+
+
+def _placed_files(raw: Any, only: Collection[str] | None) -> Iterator[tuple[dict[Any, Any], Any, Place]]:
+    for name, task in _section(raw, "tasks").items():
+        if only is None or name in only:
+            for holder, key, place in _files(_section(task, "data")):
+                yield holder, key, ("tasks", name, "data", *place)
+    compare = _section(raw, "compare")
+    if isinstance(compare.get("held_out"), str):
+        yield compare, "held_out", ("compare", "held_out")
 
 
 def _files(data: dict[Any, Any]) -> Iterator[tuple[dict[Any, Any], Any, Place]]:

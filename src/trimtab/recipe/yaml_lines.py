@@ -81,6 +81,13 @@ def find(node: yaml.Node | None, path: Sequence[str | int]) -> tuple[int, list[s
     return line, found
 
 
+def node_at(node: yaml.Node | None, path: Sequence[str | int]) -> yaml.Node | None:
+    """The part of the tree at a path that is there."""
+    for part in path:
+        node = next(child for name, _, child in _children(node) if name == part)
+    return node
+
+
 def _set(loader: _Loader, node: yaml.Node | None, setting: str) -> yaml.Node:
     path, sep, text = setting.partition("=")
     if not sep or not all(path.split(".")):

@@ -1,7 +1,7 @@
 """A finished run on the rows of a file: what `trimtab predict` runs on.
 
 applied = Applied("runs/mood")
-for lines in applied.lines(applied.examples("tickets.csv")): ...     # {"row": 1, "input": ..., "prediction": ...}
+for lines in applied.lines(applied.examples("tickets.csv")): ...     # {"row": 1, "text": ..., "prediction": ...}
 """
 
 from __future__ import annotations
@@ -10,14 +10,17 @@ import csv
 import fcntl
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
 from peft import PeftModel
 
 from trimtab.adapter.folder import inspect_adapter
+from trimtab.adapter.hub import local
 from trimtab.errors import DataError, RunError
 from trimtab.runs.folder import ADAPTER, RunFolder, digest_of, put, write_text
 from trimtab.runs.models import Base, ModelSource
@@ -26,7 +29,7 @@ from trimtab.runs.trainer import TrainingSpec
 from trimtab.runs.trial import Experiment, digest
 from trimtab.runs.ways import AdapterSpec
 from trimtab.tasks import Example
-from trimtab.tasks.files import locate
+from trimtab.tasks.files import Row, locate
 
 Line = dict[str, Any]
 CHUNK = 8
@@ -38,7 +41,7 @@ class Applied:
     """A run's adapter on its model, which is loaded when the first row is predicted.
 
     Args:
-        folder: of one task.
+        folder: of one task, or its name on the Hub.
         model: the base model, where it is not the one that the run names.
 
     Raises:
@@ -47,7 +50,7 @@ class Applied:
     """
 
     def __init__(self, folder: str | Path, model: str | None = None) -> None:
-        self.folder = RunFolder(folder)
+        self.folder = RunFolder(local(folder))
         run, task = self.folder.run, self.folder.task
         inspect_adapter(self.folder.path)
         self.experiment = Experiment(
@@ -73,7 +76,9 @@ class Applied:
         return PeftModel.from_pretrained(plain, str(self.folder.path)).eval()
 
     def examples(self, file: str | Path) -> dict[int, Example]:
-        """The file's rows by number, from 1, as the task asks them; they need no answers.
+        """The file's rows by number, from 1, as the task asks them, each with what the file holds of it.
+
+        They need no answers.
 
         Where training left out rows that cannot be used (`skip_bad_rows`), they are left out here too (`left_out`).
 
@@ -84,7 +89,7 @@ class Applied:
         for number, row in enumerate(task.rows(path), 1):
             where = f"{path}, row {number}"
             try:
-                found[number] = task.question(task.prepared(row, where), where)
+                found[number] = replace(task.question(task.prepared(row, where), where), row=row)
             except DataError as error:
                 if not task.spec.data.skip_bad_rows:
                     raise
@@ -94,7 +99,9 @@ class Applied:
         return found
 
     def lines(self, examples: Mapping[int, Example], start: int = 0) -> Iterator[list[Line]]:
-        """Predictions with the number of the row and what was asked, some rows at a time.
+        """Predictions, each behind its row's number and the file's own columns, some rows at a time.
+
+        A column of the file that is called as one of a prediction's is `NAME (given)`.
 
         Args:
             start: how many rows to pass over.
@@ -103,17 +110,16 @@ class Applied:
             DataError: before the first, where a prompt is longer than the model reads.
         """
         experiment, task = self.experiment, self.experiment.task
-        asked = [(number, "\n".join(example.texts)) for number, example in examples.items()]
+        numbers = list(examples)
+        columns = list(dict.fromkeys(name for example in examples.values() for name in example.row))
         encoded, self.cut = experiment.encode(self._base.tokenizer, list(examples.values()), training=False)
         decoding, size = task.decoding(), experiment.training.eval_batch_size
-        check_context(self._model, encoded, decoding.get("max_new_tokens", 0), lambda i: f"row {asked[i][0]}")
+        check_context(self._model, encoded, decoding.get("max_new_tokens", 0), lambda i: f"row {numbers[i]}")
         for at in range(start, len(encoded), size * CHUNK):
             some = encoded[at : at + size * CHUNK]
             told = task.told(predict(self._model, self._base.tokenizer, some, size, **decoding))
-            yield [
-                {"row": number, "input": text, **line}
-                for (number, text), line in zip(asked[at : at + len(told)], told, strict=True)
-            ]
+            rows = [(number, examples[number].row) for number in numbers[at : at + len(told)]]
+            yield [_line(number, row, columns, line) for (number, row), line in zip(rows, told, strict=True)]
 
     def write(self, file: str | Path, output: Path, watch: Callable[[int, int], None] = lambda done, of: None) -> int:
         """Predict a file's rows into `output`, a .csv or .jsonl file; an interrupted call is gone on with.
@@ -146,12 +152,18 @@ class Applied:
             _lock(opened, part)
             before = done = _whole(opened)
             for lines in self.lines(examples, before) if before < len(examples) else ():
-                opened.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+                opened.writelines(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines)
                 opened.flush()
                 done += len(lines)
                 watch(done, len(examples))
             _finish(part, output)
         return before
+
+
+def _line(number: int, row: Row, columns: Sequence[str], told: Line) -> Line:
+    own = {"row": number, **told}
+    given = {f"{name} (given)" if name in own else name: row.get(name) for name in columns}
+    return {"row": number, **given, **told}
 
 
 def _lock(opened: IO[str], part: Path) -> None:
@@ -182,12 +194,16 @@ def _finish(part: Path, output: Path) -> None:
 
 
 def as_csv(lines: Iterator[Line], header: bool = True) -> str:
-    """Lines of the same fields as CSV."""
+    """Lines of the same fields as CSV, what is no text or number in them as JSON."""
     out = io.StringIO(newline="")
     first = next(lines)
     writer = csv.DictWriter(out, list(first), lineterminator="\n")
     if header:
         writer.writeheader()
-    writer.writerow(first)
-    writer.writerows(lines)
+    for line in chain([first], lines):
+        writer.writerow({name: _cell(value) for name, value in line.items()})
     return out.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, list | dict) else value

@@ -9,13 +9,20 @@ from transformers import PreTrainedTokenizerBase
 
 from trimtab.adapter.config import ReftConfig
 from trimtab.runs.trial import Experiment
-from trimtab.tasks.tokens import rendered
 
 
-def card(experiment: Experiment, folder: Path, tokenizer: PreTrainedTokenizerBase, model: Any) -> str:
-    """The README of an adapter on `model`, run from where its training was."""
+def card(
+    experiment: Experiment,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    model: Any,
+    untuned: float,
+    tuned: float,
+) -> str:
+    """The README of an adapter on `model`, whose lines run where its training ran; both scores are on test."""
     config = ReftConfig(**experiment.adapter.model_dump())
-    head = experiment.task.head
+    task, head = experiment.task, experiment.task.head
+    split = "validation" if task.test_is_validation else "test"
     arguments = {"dtype": experiment.source.dtype, **head.config}
     if head.is_new:
         arguments["pad_token_id"] = model.config.pad_token_id
@@ -29,6 +36,8 @@ tags: [trimtab, reft, {config.method}]
 ---
 A ReFT adapter ({config.method_text}, positions {config.positions}) for `{experiment.source.name}`, the task
 `{experiment.name}` ({experiment.spec.type}).
+Trained on {len(task.examples("train"))} rows; {task.score.name} on {len(task.examples("test"))} {split} rows: \
+{tuned:.3f}, without it {untuned:.3f}.
 
 ```python
 import trimtab  # registers the method with PEFT
@@ -49,18 +58,24 @@ On a file of rows: `trimtab predict FILE -a {folder}`.
 def _use(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> str:
     """Lines that ask the model about one row, its fields' names in place of what they hold."""
     task = experiment.task
-    row = {name: f"<{name}>" for name in task.examples("train")[0].row}
-    texts = task.question(row, "the card").texts
+    sample = task.sample()
     if not task.generates:
-        length = experiment.training.max_length
+        texts, length = sample.texts, experiment.training.max_length
         return f"""\
 batch = tokenizer({", ".join(map(repr, texts))}, truncation=True, max_length={length}, return_tensors="pt")
 logits = model(**batch).logits[0]
 print({task.read_by})"""
-    text, special = rendered(tokenizer, texts[0], chat=task.spec.chat, system=task.spec.system)
+    text, special = task.rendered(tokenizer, sample)
     options = "" if special else ", add_special_tokens=False"
     how = "".join(f", {key}={value!r}" for key, value in task.decoding().items())
     return f"""\
 batch = tokenizer([{text!r}]{options}, return_tensors="pt")
 out = model.generate(**batch, do_sample=False{how})
-print(tokenizer.decode(out[0, batch["input_ids"].shape[1]:], skip_special_tokens=True))"""
+print(tokenizer.decode(out[0, batch["input_ids"].shape[1]:], skip_special_tokens=True)){_TURNS[task.edit_turns]}"""
+
+
+_TURNS = {
+    "each": "",
+    "first": """
+# With later turns: model.generate(..., prompt_lengths=[n]), n the tokens of what comes before the first answer.""",
+}

@@ -18,11 +18,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from trimtab.errors import RunError
+from trimtab.runs.earlier import SECTIONS, completed
 from trimtab.tasks import TASKS, Task, build_task
 
 ADAPTER, LOCK = "adapter_model.safetensors", ".lock"
-SETTINGS = ("adapter", "training")
-"""What `run.json` says of a task beside its spec."""
 
 
 class RunFolder:
@@ -31,11 +30,10 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
-        self.reuse = self.path / "reuse"
 
     @property
     def run(self) -> dict[str, Any]:
-        """What was run.
+        """What was run, in this version's keys.
 
         Raises:
             RunError: trimtab left no run there.
@@ -43,8 +41,7 @@ class RunFolder:
         found = self._read("run.json")
         if not isinstance(found, dict) or not isinstance(found.get("run"), dict):
             raise RunError(f"{self.path}: no run of trimtab there (run.json); give the folder of one task")
-        run: dict[str, Any] = found["run"]
-        return run
+        return completed(found["run"])
 
     @property
     def content(self) -> dict[str, str] | None:
@@ -89,7 +86,7 @@ class RunFolder:
         """
         run = self.run
         settled = self._read("run.json").get("settled") or run["task"]  # in runs of earlier versions as the recipe was
-        spec = {key: value for key, value in settled.items() if key not in SETTINGS}
+        spec = {key: value for key, value in settled.items() if key not in SECTIONS}
         return build_task(run["name"], TASKS[spec["type"]].spec_class.model_validate(spec), run["seed"])
 
     def predictions(self, which: str) -> list[Any]:
@@ -166,8 +163,10 @@ def _complete(checkpoint: Path) -> bool:
         return False
     try:
         with safe_open(checkpoint / ADAPTER, framework="pt"):  # which reads how long the file must be
-            return zipfile.is_zipfile(checkpoint / "optimizer.pt")
-    except (OSError, SafetensorError):
+            pass
+        states = [checkpoint / "optimizer.pt", *checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]
+        return all(zipfile.ZipFile(state).testzip() is None for state in states)
+    except (OSError, SafetensorError, zipfile.BadZipFile):
         return False
 
 

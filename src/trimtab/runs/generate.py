@@ -10,24 +10,27 @@ from peft import PeftModel
 
 from trimtab.adapter.folder import inspect_adapter
 from trimtab.adapter.forward import BASE
+from trimtab.adapter.hub import local
 from trimtab.errors import AdapterError, RunError
 from trimtab.runs.folder import RunFolder
 from trimtab.runs.models import ModelSource, load_model, load_tokenizer
 from trimtab.runs.predict import check_context, predict
 from trimtab.tasks.templates import parse_template
-from trimtab.tasks.tokens import Encoded, encode, encode_messages, is_templated
+from trimtab.tasks.tokens import Encoded, Turns, encode, is_templated
+from trimtab.tasks.turns import encode_messages
 
 Message = dict[str, str]
 
 
 def find_adapters(folders: Sequence[str]) -> dict[str, Path]:
-    """Adapter folders by name: each folder itself, or those that stand in it.
+    """Adapter folders by name: each folder itself, or those that stand in it; a name on the Hub is fetched.
 
     Raises:
         AdapterError: a folder holds no adapter, or two adapters share a name.
     """
     found: dict[str, Path] = {}
-    for folder in map(Path, folders):
+    for given in folders:
+        folder = local(given)
         inside = (
             [folder]
             if (folder / "adapter_config.json").exists()
@@ -36,7 +39,10 @@ def find_adapters(folders: Sequence[str]) -> dict[str, Path]:
         if not inside:
             raise AdapterError(f"{folder}: no adapter there, nor in a folder inside it (no adapter_config.json).")
         for path in inside:
-            name = path.resolve().name.replace(".", "_")
+            called = (
+                given.partition("@")[0] if folder != Path(given) else path.resolve()
+            )  # of the Hub's, not its cache's
+            name = Path(called).name.replace(".", "_")
             if name in found:
                 raise AdapterError(f"two adapters are called {name!r}, {found[name]} and {path}; rename a folder.")
             found[name] = path
@@ -69,6 +75,7 @@ class Answerer:
         self.base_name = model if model is not None else str(bases.pop())
         self.tokenizer = load_tokenizer(self.base_name)
         self.prompts = {name: _prompting(path) for name, path in adapters.items()}
+        self.turns: dict[str, Turns] = {name: info.config.edit_turns for name, info in infos.items()}
         loaded = load_model(ModelSource(self.base_name, _dtype(list(adapters.values()))))
         for name, path in adapters.items():
             if isinstance(loaded, PeftModel):
@@ -88,7 +95,8 @@ class Answerer:
     def reply(self, messages: list[Message], name: str, max_new_tokens: int = 256) -> str:
         """The next turn of a conversation, each of whose user turns is put as the adapter's training put prompts.
 
-        Where that was without a chat template, only the last turn is asked.
+        Where that was without a chat template, only the last turn is asked. What of it is edited, the adapter's
+        `edit_turns` says.
 
         Raises:
             DataError: the conversation is longer than the model reads.
@@ -101,7 +109,8 @@ class Answerer:
                 {**m, "content": _filled(how["prompt"], m["content"], name)} if m["role"] == "user" else m
                 for m in messages
             ]
-            encoded = encode_messages(self.tokenizer, put, how["system"])
+            turns = self.turns.get(name, "each")
+            encoded = encode_messages(self.tokenizer, put, system=how["system"], turns=turns)
         return self._run([encoded], [name], max_new_tokens)[0]
 
     def _run(self, encoded: Sequence[Encoded], names: Sequence[str], max_new_tokens: int) -> list[str]:
@@ -142,8 +151,9 @@ def _prompting(folder: Path) -> dict[str, Any]:
     task = _run_of(folder).get("task")
     if not task:
         return _PLAIN
-    prompts = task["prompt"] if isinstance(task["prompt"], list) else [task["prompt"]]
-    return {**{key: task[key] for key in _PLAIN}, "prompt": prompts[-1]}  # of several, the one of the fewest fields
+    how = {key: task.get(key, plain) for key, plain in _PLAIN.items()}
+    prompts = how["prompt"] if isinstance(how["prompt"], list) else [how["prompt"]]
+    return {**how, "prompt": prompts[-1]}  # of several, the one of the fewest fields
 
 
 def _dtype(folders: list[Path]) -> str:

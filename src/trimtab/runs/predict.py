@@ -15,9 +15,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from trimtab.adapter.running import takes_prompts
 from trimtab.errors import DataError
+from trimtab.runs import processes
+from trimtab.runs.reuse import Reuse
 from trimtab.tasks import Example, Task
-from trimtab.tasks.tokens import Collator, Encoded
+from trimtab.tasks.tokens import IGNORED, Collator, Encoded
 
 
 @dataclass(frozen=True)
@@ -42,15 +45,18 @@ def evaluate(
     *,
     equal_lengths: bool = False,
     until: str | None = None,
+    reuse: Reuse | None = None,
 ) -> Evaluation:
-    """Score the model on examples of the task.
+    """Score the model on examples of the task; processes that train together share them out.
 
     Args:
         encoded: the examples as tokens, without answers.
         equal_lengths: batches without padding, for a model whose answers it would change.
         until: a generated text ends before this.
+        reuse: what of the model's work on the prompts is kept.
     """
-    outputs = predict(model, tokenizer, encoded, batch_size, equal_lengths=equal_lengths, **task.decoding())
+    how = {"equal_lengths": equal_lengths, "reuse": reuse, **task.decoding()}
+    outputs = processes.shared(lambda part: predict(model, tokenizer, part, batch_size, **how), encoded)
     if until is not None:
         outputs = [text.lstrip().partition(until)[0] for text in outputs]
     predictions = task.read(outputs)
@@ -67,13 +73,17 @@ def predict(
     max_new_tokens: int | None = None,
     adapter_names: Sequence[str] | None = None,
     equal_lengths: bool = False,
+    reuse: Reuse | None = None,
     **repetition: Any,
 ) -> list[Any]:
     """Greedy continuations as texts, or, where `max_new_tokens` is None, the logits of a classifier's head as lists.
 
+    Of a head that reads tokens they are those of the tokens with a label.
+
     Args:
         adapter_names: one adapter (or `__base__`) for each example.
         equal_lengths: batches of examples of one length, so that nothing is padded.
+        reuse: what of the model's work on the prompts is kept.
         repetition: `repetition_penalty` and `no_repeat_ngram_size`, as transformers' `generate` takes them.
     """
     collate, device = Collator(tokenizer), next(model.parameters()).device
@@ -81,12 +91,16 @@ def predict(
     results: list[Any] = [None] * len(encoded)
     with evaluating(model):
         for chosen in _batches(order, batch_size, [len(e.input_ids) for e in encoded] if equal_lengths else None):
-            batch = {k: v.to(device) for k, v in collate([encoded[i] for i in chosen]).items() if k != "labels"}
+            batch = {k: v.to(device) for k, v in collate([encoded[i] for i in chosen]).items()}
+            labels = batch.pop("labels", None)
+            if max_new_tokens is None or not takes_prompts(model):  # to a head the whole text is the prompt
+                batch.pop("prompt_lengths", None)
             extra = {"adapter_names": [adapter_names[i] for i in chosen]} if adapter_names else {}
             if max_new_tokens is None:
-                outputs = model(**batch, **extra).logits.float().tolist()
+                outputs = _logits(model(**batch, **extra).logits.float(), labels)
             else:
-                how = {"max_new_tokens": max_new_tokens, "pad_token_id": collate.pad_id, **repetition}
+                kept = reuse.started(batch["input_ids"], batch["attention_mask"]) if reuse is not None else {}
+                how = {"max_new_tokens": max_new_tokens, "pad_token_id": collate.pad_id, **repetition, **kept}
                 outputs = _generate(model, tokenizer, batch, **how, **extra)
             for i, output in zip(chosen, outputs, strict=True):
                 results[i] = output
@@ -98,6 +112,13 @@ def _batches(order: list[int], size: int, lengths: list[int] | None) -> Iterator
     for run in runs:
         for at in range(0, len(run), size):
             yield run[at : at + size]
+
+
+def _logits(logits: Tensor, labels: Tensor | None) -> list[Any]:
+    """As lists: (B, C), or of (B, T, C) those at tokens that have a label."""
+    if logits.dim() == 2 or labels is None:
+        return list(logits.tolist())
+    return [row[real].tolist() for row, real in zip(logits, labels != IGNORED, strict=True)]
 
 
 def _generate(model: Any, tokenizer: PreTrainedTokenizerBase, batch: dict[str, Tensor], **how: Any) -> list[str]:

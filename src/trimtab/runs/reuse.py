@@ -8,15 +8,17 @@ Under a frozen base model much of a forward pass is the same at every step of ev
   (`LowerBlocksReuse`).
 
 Both are exact to rounding. Each example's part is computed alone, without padding, so that it does not depend on the
-batch it first came in: a resumed run ends in the same bits as an uninterrupted one. Kept parts stay in memory up to a
-budget and go to disk past it.
+batch it first came in: a resumed run ends in the same bits as an uninterrupted one. A part is kept under what it was
+computed from, so that tasks, seeds, rates and ranks share it and a search computes it once. Kept parts stay
+in memory up to a budget and go to disk past it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,29 +37,31 @@ from trimtab.where.sites import find_blocks, find_sites
 
 
 class Store:
-    """Tensors by example number: in memory up to `budget` bytes, past it as files in `folder`."""
+    """Parts of one frozen model's work by name: in memory up to `budget` bytes, past it as files in `folder`."""
 
     def __init__(self, budget: int, folder: Path) -> None:
         self.budget, self.folder, self.used, self.on_disk = budget, folder, 0, 0
-        self._kept: dict[int, Tensor | Path] = {}
+        self.checked: set[str] = set()
+        """The kinds of reuse that were seen to give the plain loss."""
+        self._kept: dict[str, Tensor | Path] = {}
 
-    def __contains__(self, example: int) -> bool:
-        return example in self._kept
+    def __contains__(self, name: str) -> bool:
+        return name in self._kept
 
-    def put(self, example: int, tensor: Tensor) -> None:
+    def put(self, name: str, tensor: Tensor) -> None:
         size = tensor.numel() * tensor.element_size()
         if self.used + size <= self.budget:
             self.used += size
-            self._kept[example] = tensor
+            self._kept[name] = tensor
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{example}.safetensors"
+        path = self.folder / f"{name}.safetensors"
         save_file({"kept": tensor.contiguous()}, path)
         self.on_disk += size
-        self._kept[example] = path
+        self._kept[name] = path
 
-    def get(self, example: int) -> Tensor:
-        kept = self._kept[example]
+    def get(self, name: str) -> Tensor:
+        kept = self._kept[name]
         return kept if isinstance(kept, Tensor) else load_file(kept)["kept"]
 
     def close(self) -> None:
@@ -78,15 +82,23 @@ class Reuse(ABC):
     def what(self) -> str:
         """What is reused, in words."""
 
+    @property
+    @abstractmethod
+    def kind(self) -> str:
+        """A name for what is kept, of whatever example."""
+
     @abstractmethod
     @contextmanager
-    def applied(self, batch: dict[str, Tensor], examples: Sequence[int]) -> Iterator[dict[str, Any]]:
+    def applied(self, batch: dict[str, Tensor]) -> Iterator[dict[str, Any]]:
         """The batch to call the model with, within the context.
 
         Args:
             batch: input_ids, attention_mask, labels (B, T), padded on the right, and prompt_lengths (B,).
-            examples: the number of each row's example, under which its part is kept.
         """
+
+    def started(self, ids: Tensor, mask: Tensor) -> dict[str, Any]:
+        """What to hand to `generate` beside prompts (B, T), padded on the left, so that it need not repeat the rest."""
+        return {}
 
     def summary(self) -> dict[str, Any]:
         """For the run's metrics: what was reused, and what it saved."""
@@ -98,13 +110,14 @@ class Reuse(ABC):
             "bytes_on_disk": self.store.on_disk,
         }
 
-    def part(self, example: int, ids: Tensor) -> Tensor:
-        """The example's kept part, worked out at its first use from its token ids (1, n)."""
-        if example not in self.store:
+    def part(self, ids: Tensor) -> Tensor:
+        """What is kept of an example, worked out at its first use from the token ids (1, n) it depends on."""
+        name = hashlib.sha256(self.kind.encode() + ids.cpu().numpy().tobytes()).hexdigest()
+        if name not in self.store:
             tuner: Any = self.model.base_model
             with torch.no_grad(), tuner._enable_peft_forward_hooks(adapter_names=[BASE]):  # as the base model alone
-                self.store.put(example, self.compute(ids).cpu())
-        return self.store.get(example).to(ids.device)
+                self.store.put(name, self.compute(ids).cpu())
+        return self.store.get(name).to(ids.device)
 
     @abstractmethod
     def compute(self, ids: Tensor) -> Tensor:
@@ -112,7 +125,12 @@ class Reuse(ABC):
 
 
 class PrefixReuse(Reuse):
-    """Keys and values of the tokens before the first edited one, as (layers, 2, heads, tokens, head size)."""
+    """Keys and values of the tokens before the first edited one, as (layers, 2, heads, tokens, head size).
+
+    Those of all of the prompt but its last token are kept, since the first edited one depends on the positions.
+    """
+
+    kind = "prefix"
 
     def __init__(self, model: PeftModel, store: Store, positions: Positions) -> None:
         super().__init__(model, store)
@@ -127,14 +145,31 @@ class PrefixReuse(Reuse):
         cache = base(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
         return torch.stack([torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers])
 
+    def _first(self, prompts: Tensor) -> Tensor:
+        """(B,) tokens before the first edited one, for prompts of so many."""
+        ordinals, valid = self.positions.slots(prompts)
+        return torch.where(valid, ordinals, int(prompts.max())).amin(1)
+
+    def _before(self, prompt: Tensor, start: int) -> Tensor | None:
+        """Of the first `start` tokens of a prompt (1, n)."""
+        return self.part(prompt[:, :-1])[:, :, :, :start] if start else None
+
+    def started(self, ids: Tensor, mask: Tensor) -> dict[str, Any]:
+        lengths = mask.sum(1)
+        left = lengths - self._first(lengths)  # from the first edited token on
+        width = ids.shape[1] - int(left.max())
+        rows = zip(ids.split(1), lengths.tolist(), strict=True)
+        parts = [self._before(row[:, -n:], max(0, width - ids.shape[1] + n)) for row, n in rows]
+        cache = self._cache(parts, width)
+        return {} if cache is None else {"past_key_values": cache, "prompt_lengths": lengths}
+
     @contextmanager
-    def applied(self, batch: dict[str, Tensor], examples: Sequence[int]) -> Iterator[dict[str, Any]]:
-        ids, lengths = batch["input_ids"], batch["attention_mask"].sum(1)
-        ordinals, valid = self.positions.slots(batch["prompt_lengths"])
-        first = torch.where(valid, ordinals, ids.shape[1]).amin(1)  # (B,) tokens before the first edited one
+    def applied(self, batch: dict[str, Tensor]) -> Iterator[dict[str, Any]]:
+        ids, lengths, prompts = batch["input_ids"], batch["attention_mask"].sum(1), batch["prompt_lengths"]
+        first = self._first(prompts)
         starts = first.tolist()
-        rows = list(zip(examples, ids.split(1), starts, strict=True))
-        parts = [self.part(i, row[:, :n]) if n else None for i, row, n in rows]
+        rows = zip(ids.split(1), prompts.tolist(), starts, strict=True)
+        parts = [self._before(row[:, :n], start) for row, n, start in rows]
         self.tokens += int(lengths.sum())
         self.tokens_saved += sum(starts)
         width = int((lengths - first).max())
@@ -150,7 +185,7 @@ class PrefixReuse(Reuse):
             "attention_mask": torch.cat([before, real], 1).long(),
             "position_ids": taken,
             "past_key_values": self._cache(parts, max(starts)),
-            "prompt_lengths": batch["prompt_lengths"],
+            "prompt_lengths": prompts,
             "use_cache": True,
         }
 
@@ -181,6 +216,10 @@ class LowerBlocksReuse(Reuse):
         self._as_output: Any = None
 
     @property
+    def kind(self) -> str:
+        return f"block {len(self.blocks)}"
+
+    @property
     def what(self) -> str:
         return f"hidden states that enter block {len(self.blocks)}, the lowest edited one"
 
@@ -204,9 +243,9 @@ class LowerBlocksReuse(Reuse):
         return hidden
 
     @contextmanager
-    def applied(self, batch: dict[str, Tensor], examples: Sequence[int]) -> Iterator[dict[str, Any]]:
+    def applied(self, batch: dict[str, Tensor]) -> Iterator[dict[str, Any]]:
         ids, lengths = batch["input_ids"], batch["attention_mask"].sum(1).tolist()
-        parts = [self.part(i, row[:, :n]) for i, row, n in zip(examples, ids.split(1), lengths, strict=True)]
+        parts = [self.part(row[:, :n]) for row, n in zip(ids.split(1), lengths, strict=True)]
         self.tokens += sum(lengths)
         self.tokens_saved += self.share * sum(lengths)
         hidden = nn.utils.rnn.pad_sequence(parts, batch_first=True)
@@ -244,7 +283,7 @@ def choose_reuse(model: PeftModel, config: ReftConfig, store: Store, checkpointi
     positions = config.parsed_positions
     if positions.last and not positions.first and not checkpointing and _plain_cache(base.config):
         return PrefixReuse(model, store, positions)
-    if config.site in ("block", "attention", "mlp") and config.layers != "all":
+    if config.site in ("block", "attention", "mlp", "heads") and config.layers != "all":
         blocks = [block for _, block in find_blocks(base)]
         lowest = find_sites(base, "block", config.layers)[0].module
         below = next(i for i, block in enumerate(blocks) if block is lowest)

@@ -73,12 +73,13 @@ def summary(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, model: n
     task, adapter = experiment.task, experiment.adapter
     census, odd = task.census(task.examples("train"))
     rank = f", rank {adapter.r}" if adapter.r else ""
+    edited = f"{adapter.method}{rank}, positions {adapter.positions}, layers {adapter.layers}, {adapter.site}"
     lines = {
         "train": ": ".join(filter(None, [_rows(experiment, "train"), census])),
         "validation": _rows(experiment, "validation"),
         "test": _rows(experiment, "test"),
         "tokens": _tokens(trained[0], model),
-        "edited": f"{adapter.method}{rank}, positions {adapter.positions}, layers {adapter.layers}, {adapter.site}",
+        "edited": "; ".join(filter(None, [edited, task.prompt_said])),
         "first row": _first(experiment, tokenizer),
     }
     text = "".join(f"\n  {key:<11}{value}" for key, value in lines.items())
@@ -92,7 +93,7 @@ def _rows(experiment: Experiment, split: str) -> str:
         return "none"
     if split == "test" and task.test_is_validation:
         return "the rows of validation, since no test data is given"
-    count = f"{len(task.examples(split))} rows"
+    count = f"{len(task.examples(split))} {task.unit}"
     if split == "validation" and task.validation_is_cut:
         return f"{count} drawn from train by the seed"
     if split == "test" and data.sets:
@@ -112,10 +113,8 @@ def _left_out(experiment: Experiment, trained: Trained) -> list[str]:
     said = []
     if too_long:
         done = "cut" if training.too_long == "cut" or not task.generates else "left out"
-        of = len(task.examples("train"))
-        said.append(
-            f"{too_long} of {of} rows are longer than {training.max_length} tokens and {done}; training: max_length:"
-        )
+        of = f"{too_long} of {len(task.examples('train'))} {task.unit}"
+        said.append(f"{of} are longer than {training.max_length} tokens and {done}; training: max_length:")
     if task.skipped:
         said.append(f"{task.skipped} rows cannot be used and are left out, first {task.first_flaw}")
     return said
@@ -143,6 +142,11 @@ def result_remarks(metrics: dict[str, Any]) -> list[str]:
     said = []
     if tuned < untuned:
         said.append(f"{tuned:.3f} is worse than untuned, {untuned:.3f}: lower training: learning_rate:, or more rows")
+    majority = metrics.get("majority", {"answer": "", "score": 0.0})  # runs of earlier versions do not say
+    if 0 < tuned <= majority["score"]:
+        always = f"always answering {majority['answer']!r} would score {majority['score']:.3f}"
+        remedy = "more training: epochs:, or a higher learning_rate:"
+        said.append(f"{tuned:.3f} is no better than a constant, since {always}: {remedy}")
     start, end = metrics.get("loss_at_start"), metrics.get("loss_at_end")
     if start is not None and end is not None and end > start:
         said.append(f"the loss rose from {start:.3f} to {end:.3f}: lower training: learning_rate:, or try trimtab tune")
@@ -150,12 +154,12 @@ def result_remarks(metrics: dict[str, Any]) -> list[str]:
 
 
 def marked(tokenizer: PreTrainedTokenizerBase, encoded: Encoded, positions: str) -> str:
-    """A prompt's text with the edited tokens in «», long stretches without an edit shortened."""
-    ids, prompt = encoded.input_ids, encoded.prompt_length
-    chosen = set(edited(parse_positions(positions), prompt, 0, prompt))
+    """The text up to the answer with the edited tokens in «», long stretches without an edit shortened."""
+    ids, count = encoded.input_ids, len(encoded.input_ids)
+    chosen = set(edited(parse_positions(positions), encoded.prompt_length, 0, count))
     text, at = "", 0
-    while at < prompt:
-        end = next((i for i in range(at, prompt) if (i in chosen) != (at in chosen)), prompt)
+    while at < count:
+        end = next((i for i in range(at, count) if (i in chosen) != (at in chosen)), count)
         shown = _decoded(tokenizer, ids[at:end])
         text += f"«{shown}»" if at in chosen else shown
         at = end

@@ -10,8 +10,9 @@ from __future__ import annotations
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,17 @@ from transformers import set_seed
 
 from trimtab.adapter.folder import inspect_adapter
 from trimtab.errors import RunError
+from trimtab.runs import processes
 from trimtab.runs.card import card
 from trimtab.runs.folder import ADAPTER, RunFolder, differing, digest_of, put
 from trimtab.runs.models import Base
 from trimtab.runs.predict import Evaluation
 from trimtab.runs.summary import checked_summary
 from trimtab.runs.trainer import Progress, Watch
-from trimtab.runs.trial import Experiment, Fit, Trial, fingerprints, trained_parameters
+from trimtab.runs.trial import Experiment, Fit, Trial, close_stores, fingerprints, trained_parameters
 from trimtab.runs.ways import ReftWay
 from trimtab.tasks import Example, Task
+from trimtab.tasks.failures import failures
 from trimtab.tasks.tokens import Encoded
 
 LOOKED_AT = 100
@@ -59,16 +62,22 @@ def train(
     """
     runs = [Run(experiment, Path(output) / name) for name, experiment in experiments.items()]
     with ExitStack() as locks:
+        processes.meet()
         for run in runs:
             run.check_folder(resume)
-            locks.enter_context(run.folder.locked())
+            if processes.rank() == 0:
+                locks.enter_context(run.folder.locked())
         base = Base(runs[0].experiment.source)
         for run in runs:  # every error in data or folders before the first step, and before anything is removed
             run.encode(base, resume, say)
+        processes.wait()
         for run in runs:
             if not resume:
-                run.folder.remove()
-        return {run.experiment.name: run.finish(base, watch) for run in runs}
+                processes.once(run.folder.remove)
+        try:
+            return {run.experiment.name: run.finish(base, watch) for run in runs}
+        finally:
+            close_stores()
 
 
 def evaluate_runs(
@@ -103,6 +112,8 @@ def evaluate_runs(
             "untuned": untuned.main,
             "tuned": tuned.main,
             "sets": by_set(task, examples, untuned, tuned),
+            **beside(task, examples, tuned),
+            "answers": answers(task, examples, untuned, tuned),
         }
     return results
 
@@ -166,9 +177,7 @@ class Run:
         if not resume or not folder.is_started:
             return
         remedy = f"Give another output: to keep it, or --no-resume --task {self.experiment.name} to replace it."
-        if changed := differing(
-            earlier, described(self.experiment)
-        ):  # a key that earlier versions did not have is null
+        if changed := differing(earlier, described(self.experiment)):
             raise RunError(f"{folder.path} holds a run with other settings ({', '.join(changed)}). {remedy}")
         if folder.content is not None and folder.content != self.content:
             files = ", ".join(differing(folder.content, self.content))
@@ -198,18 +207,19 @@ class Run:
         return progress.metrics
 
     def _train(self, base: Base, progress: Progress, watch: Watch) -> None:
-        self.folder.begin(described(self.experiment), self.content, self.task.settled.model_dump(mode="json"))
+        settled = self.task.settled.model_dump(mode="json")
+        processes.once(self.folder.begin, described(self.experiment), self.content, settled)
         progress.state = "untuned score"
         watch(progress)
         experiment, tokenizer = self.experiment, base.tokenizer
         model, new = base.load(self.task.head, experiment.seed)
         untuned = experiment.evaluate(model, tokenizer, "test")
         set_seed(experiment.seed)
-        adapted: Any = self.trial.way.build(model, self.task.task_type, new)
+        adapted: Any = self.trial.way.build(model, self.task.task_type, new, edit_turns=self.task.edit_turns)
 
         def look() -> float:
             some = self.task.examples("validation")[:LOOKED_AT]
-            return experiment.evaluate(adapted, tokenizer, "validation", examples=some).main
+            return experiment.evaluate(adapted, tokenizer, "validation", examples=some, reuse=fit.reuse).main
 
         try:
             fit = Fit(
@@ -223,25 +233,19 @@ class Run:
                 look=None if experiment.spec.data.validation is False else look,
                 checkpoints=self.folder.checkpoints,
             )
-            try:
-                progress.state = "training"
-                fit.run(self.folder.last_checkpoint())
-                progress.state = "tuned score"
-                watch(progress)
-                tuned = experiment.evaluate(adapted, tokenizer, "test")
-                save_adapter(adapted, self.folder.path, card(self.experiment, self.folder.path, tokenizer, model))
-                parameters = trained_parameters(adapted)
-            finally:
-                fit.close()
+            progress.state = "training"
+            fit.run(self.folder.last_checkpoint())
+            progress.state = "tuned score"
+            watch(progress)
+            tuned = experiment.evaluate(adapted, tokenizer, "test", reuse=fit.reuse)
+            text = card(self.experiment, self.folder.path, tokenizer, model, untuned.main, tuned.main)
+            processes.once(save_adapter, adapted, self.folder.path, text)
+            parameters = trained_parameters(adapted)
         finally:
             unload(adapted)
         metrics = self._metrics(progress, fit, untuned, tuned, parameters)
         examples = self.task.examples("test")
-        asked = {
-            "input": ["\n".join(e.texts) for e in examples],
-            "expected": [e.answer if e.label is None else e.label for e in examples],
-        }
-        self.folder.finish(metrics, {**asked, "untuned": untuned.predictions, "tuned": tuned.predictions})
+        processes.once(self.folder.finish, metrics, answers(self.task, examples, untuned, tuned))
 
     def _metrics(
         self, progress: Progress, fit: Fit, untuned: Evaluation, tuned: Evaluation, parameters: int
@@ -256,6 +260,7 @@ class Run:
             "untuned": untuned.scores,
             "tuned": tuned.scores,
             "sets": by_set(self.task, test, untuned, tuned),
+            **beside(self.task, test, tuned),
             "parameters": parameters,
             "bytes": (self.folder.path / ADAPTER).stat().st_size,
             "digest": digest_of(self.folder.path / ADAPTER),
@@ -286,6 +291,24 @@ def by_set(
         for name, one in task.sets.items()
         if counts[name]
     }
+
+
+def beside(task: Task[Any], examples: Sequence[Example], tuned: Evaluation) -> dict[str, Any]:
+    """What makes a score readable: what always giving the commonest answer would score, and where the model fails."""
+    answer, score = task.majority(examples)
+    return {
+        "majority": {"answer": answer, "score": score},
+        "failures": asdict(failures(task, examples, tuned.predictions)),
+    }
+
+
+def answers(
+    task: Task[Any], examples: Sequence[Example], untuned: Evaluation, tuned: Evaluation
+) -> dict[str, list[Any]]:
+    """Of each example what was asked, expected and given."""
+    given = {"expected": task.truth(examples).wanted, "untuned": untuned.predictions, "tuned": tuned.predictions}
+    readable = {key: [task.readable(one) for one in values] for key, values in given.items()}
+    return {"input": ["\n".join(e.texts) for e in examples], **readable}
 
 
 def unload(model: PeftModel) -> None:

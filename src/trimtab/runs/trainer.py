@@ -11,7 +11,7 @@ import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,7 +21,8 @@ from torch import nn
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from trimtab.errors import DivergedError
+from trimtab.errors import DivergedError, RunError
+from trimtab.runs import processes
 from trimtab.runs.reuse import Reuse
 from trimtab.tasks.spec import Section
 from trimtab.tasks.tokens import IGNORED, Collator, Encoded
@@ -56,7 +57,7 @@ class TrainingSpec(Section):
     reuse: bool = True
     """Compute once what the frozen model makes the same at every step, where the adapter leaves any such part."""
     reuse_memory_gb: NonNegativeFloat = 4.0
-    """What is kept for reuse beyond this goes to disk, in the task's folder."""
+    """What is kept for reuse beyond this goes to disk, to the folder for temporary files (TMPDIR)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -113,13 +114,24 @@ def with_supervised(batch: Batch) -> Batch:
 
 
 class LengthGrouped(Sampler[int]):
-    """Random order in which neighbours, a batch at a time, have like lengths; the same for the same seed and epoch."""
+    """Random order in which neighbours, a batch at a time, have like lengths; the same for the same seed and epoch.
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+    Args:
+        batch_size: of all processes together, which take equal parts of a batch, one after another.
+        processes: how many they are.
+        blank: the number of an example without supervision, by which the last batch of an epoch is made whole; None
+            leaves it as it is.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], batch_size: int, seed: int, processes: int = 1, blank: int | None = None
+    ) -> None:
         self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+        self.processes, self.blank = processes, blank
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        whole, rest = divmod(len(self.lengths), self.batch_size)
+        return len(self.lengths) if self.blank is None else (whole + (rest > 0)) * self.batch_size
 
     def set_epoch(self, epoch: int) -> None:
         """Called at the start of each epoch, so that a resumed run draws the order that it would have drawn."""
@@ -134,7 +146,14 @@ class LengthGrouped(Sampler[int]):
         whole = [b for b in batches if len(b) == self.batch_size]
         rest = [b for b in batches if len(b) < self.batch_size]  # last, so that no batch straddles two groups
         shuffled = torch.randperm(len(whole), generator=generator).tolist()
-        return iter([i for b in (*(whole[k] for k in shuffled), *rest) for i in b])
+        return iter([i for b in (*(whole[k] for k in shuffled), *map(self._filled, rest)) for i in b])
+
+    def _filled(self, batch: list[int]) -> list[int]:
+        if self.blank is None:
+            return batch
+        each = self.batch_size // self.processes
+        parts = [batch[at :: self.processes] for at in range(self.processes)]
+        return [i for part in parts for i in (*part, *[self.blank] * (each - len(part)))]
 
 
 class NumberedCollator(Collator):
@@ -152,7 +171,7 @@ class NumberedCollator(Collator):
 
 
 def pack(examples: Sequence[Encoded]) -> Batch:
-    """One row of examples: input_ids, position_ids and labels (1, total). Each example's prompt has its own end.
+    """One row of examples: input_ids, position_ids and labels (1, total). Each example's prompt has its own length.
 
     Without a cache, since transformers tells packed examples apart only then.
     """
@@ -162,7 +181,7 @@ def pack(examples: Sequence[Encoded]) -> Batch:
         "labels": [e.labels for e in examples],
     }
     tensors = {name: torch.tensor([[i for part in parts for i in part]]) for name, parts in columns.items()}
-    return {**tensors, "use_cache": False}
+    return {**tensors, "prompt_lengths": torch.tensor([e.prompt_length for e in examples]), "use_cache": False}
 
 
 @dataclass
@@ -216,44 +235,50 @@ class ReftTrainer(Trainer):
         self.reuse_refused: str | None = None
         takes = inspect.signature(_base(model).forward).parameters
         self._keeps_supervised = supervised and "logits_to_keep" in takes
-        self._checked = False
-        super().__init__(model=model, args=args, train_dataset=list(enumerate(examples)), **kwargs)
+        first = examples[0]
+        # Among several processes: what one of them has too few of, where the loss can be told to pass it over.
+        fills = processes.count() > 1 and isinstance(first.labels, list)
+        blanks = [replace(first, labels=[IGNORED] * len(first.input_ids))] if fills else []
+        self._blank = len(examples) if fills else None
+        super().__init__(model=model, args=args, train_dataset=list(enumerate([*examples, *blanks])), **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGrouped:
-        args = self.args
-        return LengthGrouped(self.lengths, args.train_batch_size, args.data_seed or args.seed)
+        args, many = self.args, processes.count()
+        seed = args.data_seed or args.seed
+        return LengthGrouped(self.lengths, args.train_batch_size * many, seed, many, self._blank)
 
     def compute_loss(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
         """The loss of one batch, over less work where that gives the same."""
         examples = inputs.pop("example_ids").tolist()
-        self.progress.tokens += sum(self.lengths[i] for i in examples)
+        mine = sum(self.lengths[i] for i in examples if i != self._blank)
+        self.progress.tokens += mine * processes.count()  # the others have about as many
         if not self.takes_prompts:
             inputs.pop("prompt_lengths", None)
-        if self.reuse is not None and not self._checked:
-            self._check(model, inputs, examples)
-        with self.reuse.applied(inputs, examples) if self.reuse is not None else nullcontext(inputs) as batch:
+        if self.reuse is not None and self.reuse.kind not in self.reuse.store.checked:
+            self._check(model, inputs)
+        with self.reuse.applied(inputs) if self.reuse is not None else nullcontext(inputs) as batch:
             if self._keeps_supervised and batch["labels"].dim() == 2:
                 batch = with_supervised(batch)
             return super().compute_loss(model, batch, *args, **kwargs)
 
-    def _check(self, model: nn.Module, inputs: Batch, examples: Sequence[int]) -> None:
+    def _check(self, model: nn.Module, inputs: Batch) -> None:
         """Compare the first batch's loss with and without reuse, and give reuse up should they differ."""
-        self._checked = True
         assert self.reuse is not None
         state = torch.get_rng_state()
         was_training = model.training
         model.eval()
         with torch.no_grad():
             plain = float(model(**inputs).loss)
-            with self.reuse.applied(inputs, examples) as batch:
+            with self.reuse.applied(inputs) as batch:
                 reused = float(model(**batch).loss)
         model.train(was_training)
         torch.set_rng_state(state)
         narrow = next(_base(model).parameters()).dtype in (torch.bfloat16, torch.float16)
         if not abs(plain - reused) <= (0.05 if narrow else 1e-3) * max(1.0, abs(plain)):
             self.reuse_refused = f"the first loss came out as {reused:.5f} instead of {plain:.5f}"
-            self.reuse.store.close()
             self.reuse = None
+            return
+        self.reuse.store.checked.add(self.reuse.kind)
 
 
 def _base(model: Any) -> Any:
@@ -261,7 +286,16 @@ def _base(model: Any) -> Any:
 
 
 def training_arguments(spec: TrainingSpec, folder: Path, seed: int, examples: int) -> TrainingArguments:
-    """The recipe's training section in transformers' words."""
+    """The recipe's training section in transformers' words.
+
+    Raises:
+        RunError: there are more processes than a batch can be shared out among.
+    """
+    if spec.batch_size % processes.count():
+        raise RunError(
+            f"training: batch_size {spec.batch_size} is the batch of all {processes.count()} processes together, which "
+            "it cannot be shared out among; make it a multiple of their number."
+        )
     a_step = spec.batch_size * spec.gradient_accumulation
     steps_an_epoch = max(1, -(-examples // a_step))
     arguments = TrainingArguments(
@@ -269,7 +303,7 @@ def training_arguments(spec: TrainingSpec, folder: Path, seed: int, examples: in
         learning_rate=spec.learning_rate,
         num_train_epochs=spec.epochs or 1,
         max_steps=spec.max_steps or -1,
-        per_device_train_batch_size=spec.batch_size,
+        per_device_train_batch_size=spec.batch_size // processes.count(),
         gradient_accumulation_steps=spec.gradient_accumulation,
         lr_scheduler_type=spec.schedule,
         warmup_steps=spec.warmup,  # below 1, a share of all steps
@@ -286,6 +320,8 @@ def training_arguments(spec: TrainingSpec, folder: Path, seed: int, examples: in
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
+        use_cpu=not torch.cuda.is_available(),
     )
     if spec.gradient_checkpointing:  # naming it at all warns, since transformers is about to rename it
         arguments.gradient_checkpointing = arguments.activation_checkpointing = True

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
+import pickle
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -21,6 +23,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
 
 from trimtab.errors import DataError, NotPossible, RunError
+from trimtab.runs.earlier import completed_trial
 from trimtab.runs.folder import versions, write_json
 from trimtab.runs.measures import thinned, training_memory, window_loss, windows
 from trimtab.runs.models import Base, ModelSource
@@ -191,8 +194,8 @@ def run_trial(trial: Trial, folder: Path, content: dict[str, str] | None = None)
     """
     described = trial.described(content or fingerprints(trial.experiment, trial.held_out))
     file = folder / trial.experiment.name / trial.way.name / f"{digest(described)}.json"
-    if file.exists():
-        return Outcome.read(file)
+    if found := _done(file, described):
+        return found
     try:
         outcome, lasting = _run(trial), True
     except NotPossible as error:
@@ -208,8 +211,18 @@ def run_trial(trial: Trial, folder: Path, content: dict[str, str] | None = None)
     return outcome
 
 
+def _done(file: Path, described: dict[str, Any]) -> Outcome | None:
+    """The outcome in its file, or in one that an earlier version named, which knew fewer keys."""
+    if file.exists():
+        return Outcome.read(file)
+    others = map(Outcome.read, file.parent.glob("*.json"))
+    return next((outcome for outcome in others if completed_trial(outcome.run) == described), None)
+
+
 def _run(trial: Trial) -> Outcome:
     experiment, way, task = trial.experiment, trial.way, trial.experiment.task
+    if way.shots and not task.takes_shots:
+        raise NotPossible("the task takes no solved examples")
     base = Base(experiment.source)
     model, new = base.load(task.head, trial.seed)
     texts = windows(trial.held_out, base.tokenizer) if task.generates else []
@@ -220,9 +233,9 @@ def _run(trial: Trial) -> Outcome:
     examples = drawn(task.examples("train"), trial.examples, trial.seed)
     shots = drawn(task.examples("train"), trial.examples or way.shots, trial.seed) if way.shots else []
     set_seed(trial.seed)
-    adapted = way.build(model, task.task_type, new, trial.seed)
-    trained = _trained(trial, adapted, base.tokenizer, examples) if way.trains else {}
-    found = {split: _scored(trial, adapted, base.tokenizer, split, shots) for split in trial.splits}
+    adapted = way.build(model, task.task_type, new, trial.seed, task.edit_turns)
+    reuse, trained = _trained(trial, adapted, base.tokenizer, examples) if way.trains else (None, {})
+    found = {split: _scored(trial, adapted, base.tokenizer, split, shots, reuse) for split in trial.splits}
     lost = window_loss(adapted, texts, takes_prompts=way.takes_prompts) - _base_losses[key] if texts else None
     return Outcome(
         validation=found["validation"].main if "validation" in found else None,
@@ -237,15 +250,15 @@ def _run(trial: Trial) -> Outcome:
 
 def _trained(
     trial: Trial, model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
-) -> dict[str, Any]:
-    """Train in a folder that is thrown away; what that cost."""
+) -> tuple[Reuse | None, dict[str, Any]]:
+    """Train in a folder that is thrown away; what is kept of the frozen model's work, and what the training cost."""
     encoded, _ = trial.experiment.encode(tokenizer, examples, training=True)
     progress = Progress(trial.experiment.name)
     with tempfile.TemporaryDirectory() as folder:
-        fit = Fit(trial, model, tokenizer, encoded, Path(folder), progress, measured=True)
+        measured = "test" in trial.splits  # a search does not report what training takes
+        fit = Fit(trial, model, tokenizer, encoded, Path(folder), progress, measured=measured)
         fit.run()
-        fit.close()
-    return {
+    return fit.reuse, {
         "seconds": round(progress.seconds, 3),
         "steps": fit.steps,
         "tokens": progress.tokens,
@@ -254,11 +267,33 @@ def _trained(
     }
 
 
+_memories: dict[Any, int] = {}
+_stores: dict[Any, Store] = {}
+
+
+def store_for(experiment: Experiment) -> Store:
+    """What is kept of the frozen model's work, for all trials that this process makes on the same model."""
+    key = (experiment.source, hash_of_model(experiment.source))
+    if key not in _stores:
+        close_stores()
+        folder = Path(tempfile.mkdtemp(prefix="trimtab-reuse-"))
+        _stores[key] = Store(int(experiment.training.reuse_memory_gb * 1e9), folder)
+    return _stores[key]
+
+
+@atexit.register
+def close_stores() -> None:
+    """Drop what is kept, in memory and on disk."""
+    for store in _stores.values():
+        store.close()
+    _stores.clear()
+
+
 class Fit:
     """The training of one adapted model.
 
     Args:
-        folder: for checkpoints, and for what is kept for reuse beyond the memory allowed.
+        folder: for checkpoints.
         look: takes the validation score now and then, to be shown.
         checkpoints: where the training resumes from, and leaves some for others; None for none.
         measured: count the memory too.
@@ -279,8 +314,8 @@ class Fit:
         measured: bool = False,
     ) -> None:
         spec, way = trial.training, trial.way
-        self._store = Store(int(spec.reuse_memory_gb * 1e9), folder / "reuse")
-        found = way.reuse(model, self._store, spec.gradient_checkpointing) if spec.reuse else "reuse: false"
+        store = store_for(trial.experiment)
+        found = way.reuse(model, store, spec.gradient_checkpointing) if spec.reuse else "reuse: false"
         self._reuse = found if isinstance(found, Reuse) else None
         self._no_reuse = None if isinstance(found, Reuse) else found
         collate = NumberedCollator(tokenizer)
@@ -294,25 +329,36 @@ class Fit:
             arguments,
             encoded,
             self._reuse,
-            supervised=not way.adds_tokens,
+            supervised=trial.experiment.task.generates and not way.adds_tokens,
             takes_prompts=way.takes_prompts,
             progress=progress,
             data_collator=collate,
             callbacks=[Report(progress, watch, look, self._reuse)],
         )
         self.trainer.remove_callback(PrinterCallback)
-        self.memory = training_memory(self.trainer, model, encoded, spec.batch_size) if measured else 0
+        self.memory = self._memory(trial, model, encoded) if measured else 0
+
+    def _memory(self, trial: Trial, model: Any, encoded: list[Encoded]) -> int:
+        """Of training, counted once for all rates and seeds."""
+        experiment, way = trial.experiment, trial.way
+        key = (experiment.source, experiment.name, way.name, str(way.settings), len(encoded))
+        if key not in _memories:
+            _memories[key] = training_memory(self.trainer, model, encoded, trial.training.batch_size)
+        return _memories[key]
 
     def run(self, resume_from: str | None = None) -> None:
         """Train, or go on.
 
         Raises:
             DivergedError: the loss became NaN.
-            RunError: a checkpoint could not be written.
+            RunError: a checkpoint could not be read or written.
         """
         try:
             self.trainer.train(resume_from_checkpoint=resume_from)
-        except (OSError, RuntimeError, SafetensorError) as error:
+        except (OSError, EOFError, RuntimeError, KeyError, SafetensorError, pickle.UnpicklingError) as error:
+            if resume_from and not self.trainer.progress.step and not isinstance(error, torch.OutOfMemoryError):
+                remedy = f"remove it, or start over: --no-resume --task {self.trainer.progress.task}"
+                raise RunError(f"{resume_from}: this checkpoint cannot be read; {remedy}") from error
             folder = Path(str(self.trainer.args.output_dir))
             if folder.parent.exists() and shutil.disk_usage(folder.parent).free > ROOM:
                 raise
@@ -334,8 +380,10 @@ class Fit:
         refused = self.trainer.reuse_refused or self._no_reuse
         return {"reused": None, "because": refused} if refused or self._reuse is None else self._reuse.summary()
 
-    def close(self) -> None:
-        self._store.close()
+    @property
+    def reuse(self) -> Reuse | None:
+        """What of the frozen model's work is kept, where that held."""
+        return self.trainer.reuse
 
 
 def _packs(spec: TrainingSpec, model: Any, way: Way) -> bool:
@@ -347,14 +395,19 @@ def _packs(spec: TrainingSpec, model: Any, way: Way) -> bool:
 
 
 def _scored(
-    trial: Trial, model: nn.Module, tokenizer: PreTrainedTokenizerBase, split: str, shots: Sequence[Example]
+    trial: Trial,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    split: str,
+    shots: Sequence[Example],
+    reuse: Reuse | None,
 ) -> Evaluation:
     experiment = trial.experiment
     asked = with_shots(experiment, tokenizer, experiment.task.examples(split), shots)
     if shots:
         _check_context(model, experiment, tokenizer, asked, len(shots))
     until = "\n\n" if shots and not _chats(experiment, tokenizer) else None
-    how = {"examples": asked, "equal_lengths": trial.way.adds_tokens, "until": until}
+    how = {"examples": asked, "equal_lengths": trial.way.adds_tokens, "until": until, "reuse": reuse}
     return experiment.evaluate(model, tokenizer, split, **how)
 
 
@@ -418,9 +471,15 @@ def fingerprints(experiment: Experiment, held_out: str | None = None) -> dict[st
     if held_out:
         texts["held_out"] = Path(held_out).read_text(encoding="utf-8")
     found = {key: hashlib.sha256(text.encode()).hexdigest()[:16] for key, text in texts.items()}
+    model = hash_of_model(experiment.source)
+    return {**found, "model": model} if model else found
+
+
+def hash_of_model(source: ModelSource) -> str | None:
+    """Of a local model's files; None of one from the Hub."""
     kinds = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja")
-    files = sorted(f for f in Path(experiment.source.name).glob("*") if f.suffix in kinds)
-    return {**found, "model": _hash_of(tuple((f, f.stat().st_mtime_ns) for f in files))} if files else found
+    files = sorted(f for f in Path(source.name).glob("*") if f.suffix in kinds)
+    return _hash_of(tuple((f, f.stat().st_mtime_ns) for f in files)) if files else None
 
 
 @cache

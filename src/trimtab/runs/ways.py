@@ -23,12 +23,14 @@ from trimtab.errors import NotPossible
 from trimtab.runs.models import heads_beyond_peft
 from trimtab.runs.reuse import Reuse, Store, choose_reuse
 from trimtab.tasks.spec import Section
+from trimtab.where.positions import Turns
 
 _LINEAR = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 WAYS: dict[str, dict[str, Any]] = {
     "untuned": {"trains": "nothing"},
     "few-shot": {"trains": "nothing", "shots": 8},
     **{name: {"method": name} for name in METHODS},
+    "joint": {"method": "loreft", "lora": {k: v for k, v in _LINEAR.items() if k != "peft_type"}},
     "lora": _LINEAR,
     "lora-qv": {"peft_type": "LORA", "r": 8, "lora_alpha": 16},
     "dora": {**_LINEAR, "use_dora": True},
@@ -59,6 +61,8 @@ class AdapterSpec(Section):
     dropout: float = 0.0
     activation: str | None = None
     init_weights: bool | str = True
+    lora: dict[str, Any] | None = None
+    """A LoRA trained and saved with the edits: fields of `peft.LoraConfig`."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +82,15 @@ class Way(ABC):
     """Whether the adapted model takes `prompt_lengths`."""
 
     @abstractmethod
-    def build(self, model: nn.Module, task_type: str, new: Sequence[str] = (), seed: int = 0) -> nn.Module:
+    def build(
+        self, model: nn.Module, task_type: str, new: Sequence[str] = (), seed: int = 0, edit_turns: Turns = "each"
+    ) -> nn.Module:
         """The model with this way's parameters trainable and all others frozen.
 
         Args:
             new: the model's modules without pretrained weights, which every way trains.
             seed: of what a method draws outside the global generator.
+            edit_turns: what the prompt is in a conversation, to a way that counts in it.
         Raises:
             NotPossible: the model has no such parameters, or PEFT does not know where to put them.
         """
@@ -102,21 +109,27 @@ class ReftWay(Way):
 
     takes_prompts = True
 
-    def config(self, task_type: str, new: Sequence[str] = ()) -> ReftConfig:
-        return ReftConfig(task_type=task_type, modules_to_save=heads_beyond_peft(new) or None, **self.settings)
+    def config(self, task_type: str, new: Sequence[str] = (), edit_turns: Turns = "each") -> ReftConfig:
+        whole = heads_beyond_peft(new) or None
+        return ReftConfig(task_type=task_type, modules_to_save=whole, edit_turns=edit_turns, **self.settings)
 
     def check(self) -> None:
         self.config("CAUSAL_LM")
 
-    def build(self, model: nn.Module, task_type: str, new: Sequence[str] = (), seed: int = 0) -> nn.Module:
+    def build(
+        self, model: nn.Module, task_type: str, new: Sequence[str] = (), seed: int = 0, edit_turns: Turns = "each"
+    ) -> nn.Module:
         try:
-            adapted: nn.Module = get_peft_model(model, self.config(task_type, new))
+            adapted: nn.Module = get_peft_model(model, self.config(task_type, new, edit_turns))
         except ValueError as error:
             raise NotPossible(_first_line(error)) from error
         return adapted
 
     def reuse(self, model: Any, store: Store, checkpointing: bool) -> Reuse | str:
-        return choose_reuse(model, model.peft_config[model.active_adapter], store, checkpointing)
+        config = model.peft_config[model.active_adapter]
+        if config.lora is not None:
+            return super().reuse(model, store, checkpointing)
+        return choose_reuse(model, config, store, checkpointing)
 
 
 class PeftWay(Way):
@@ -143,6 +156,8 @@ class PeftWay(Way):
             raise ValueError(f"{self.name}: {self.kind.__name__}: {str(error).partition('() ')[2] or error}") from None
         if extra := heads_beyond_peft(new):
             config.modules_to_save = [*(config.modules_to_save or []), *extra]
+        if task_type == "TOKEN_CLS" and getattr(config, "target_modules", None) == "all-linear":
+            config.exclude_modules = [*new]  # which PEFT knows by itself of a classifier of whole texts alone
         if hasattr(config, "projection_prng_key") and "projection_prng_key" not in self.settings:
             config.projection_prng_key = seed
         return config
@@ -150,9 +165,13 @@ class PeftWay(Way):
     def check(self) -> None:
         self.config("CAUSAL_LM")
 
-    def build(self, model: nn.Module, task_type: str, new: Sequence[str] = (), seed: int = 0) -> nn.Module:
-        if task_type == "SEQ_CLS" and self.moves_last_token and hasattr(model, "score"):
+    def build(
+        self, model: nn.Module, task_type: str, new: Sequence[str] = (), seed: int = 0, edit_turns: Turns = "each"
+    ) -> nn.Module:
+        if self.moves_last_token and task_type == "SEQ_CLS" and hasattr(model, "score"):
             raise NotPossible("virtual tokens move the last token, which a decoder's classifier reads")
+        if self.moves_last_token and task_type == "TOKEN_CLS":
+            raise NotPossible("virtual tokens move the words whose tags are read")
         try:
             adapted: nn.Module = get_peft_model(model, self.config(task_type, new, seed))
         except (ValueError, TypeError, AttributeError, NotImplementedError) as error:  # PEFT's, of a model it lacks
@@ -171,11 +190,11 @@ class PartWay(Way):
     def shots(self) -> int:  # type: ignore[override]
         return int(self.settings.get("shots", 0))
 
-    def build(self, model: nn.Module, task_type: str, new: Sequence[str] = (), seed: int = 0) -> nn.Module:
+    def build(
+        self, model: nn.Module, task_type: str, new: Sequence[str] = (), seed: int = 0, edit_turns: Turns = "each"
+    ) -> nn.Module:
         part = self.settings["trains"]
-        if self.shots and task_type == "SEQ_CLS":
-            raise NotPossible("a classifier takes no solved examples")
-        if part == "head" and task_type != "SEQ_CLS":
+        if part == "head" and task_type == "CAUSAL_LM":
             raise NotPossible("a model that generates has no new head")
         names = [name for name, _ in model.named_parameters()]
         head = {name for name in names if any(name.startswith(f"{module}.") for module in new)}
@@ -242,12 +261,14 @@ def _made(name: str, settings: dict[str, Any], adapter: AdapterSpec) -> Way:
         if more := settings.keys() - {"trains", "shots"}:
             raise ValueError(f"{name}: {sorted(more)[0]!r} does not go with trains:")
         return PartWay(name, settings)
-    return ReftWay(name, AdapterSpec.model_validate({**adapter.model_dump(), **settings}).model_dump())
+    merged = AdapterSpec.model_validate({**adapter.model_dump(), **settings})
+    # A field that came later is left out where it says nothing, so that outcomes from before are found again.
+    return ReftWay(name, merged.model_dump(exclude=None if merged.lora else {"lora"}))
 
 
 def applicable(task_type: str) -> list[str]:
     """The ways to try when a recipe names none: all but the relatives of LoReFT that differ by a term."""
     left_out = {"noreft", "consreft", "lobireft", "direft_orthonormal"}
-    left_out |= {"few-shot"} if task_type == "SEQ_CLS" else {"head"}
+    left_out |= {"head"} if task_type == "CAUSAL_LM" else {"few-shot"}
     names = [name for name in WAYS if name not in left_out]
     return ["loreft", *(name for name in names if name != "loreft")]  # the reference comes first

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from itertools import accumulate, chain
@@ -16,10 +17,13 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
+from trimtab.errors import DataError
 from trimtab.serve import schemas
 from trimtab.serve.engine import Event, Logprob, Sampling
 from trimtab.serve.errors import ApiError
-from trimtab.tasks.tokens import encode
+from trimtab.tasks.messages import Message, as_message
+from trimtab.tasks.tokens import Turns, encode
+from trimtab.tasks.turns import prompt_end, prompt_ids
 
 
 class Tokens:
@@ -42,20 +46,32 @@ class Tokens:
             )
         return ids
 
-    def of_messages(self, messages: Sequence[schemas.Message]) -> list[int]:
+    def of_messages(self, messages: Sequence[schemas.Message], tools: list[Any] | None = None) -> list[int]:
         """Up to where the next answer starts; where the last message is the assistant's, to its end."""
         if not self.chat:
             raise ApiError(400, "the model has no chat template; use /v1/completions.", "no_chat_template", "messages")
-        said = [{"role": m.role, "content": m.text} | ({"name": m.name} if m.name else {}) for m in messages]
-        goes_on = messages[-1].role == "assistant"
-        try:
-            text = self.tokenizer.apply_chat_template(
-                said, add_generation_prompt=not goes_on, continue_final_message=goes_on, tokenize=False
-            )
-        except Exception as error:  # whatever a template raises
-            message = f"messages: the model's chat template refuses them ({error})."
-            raise ApiError(400, message, "invalid_value", "messages") from None
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        with _as_api_error():
+            return prompt_ids(self.tokenizer, _said(messages), tools)
+
+    def prompt_end(
+        self, ids: list[int], messages: Sequence[schemas.Message], tools: list[Any] | None, turns: Turns
+    ) -> int:
+        """How many of those tokens are the prompt that an adapter's positions are counted in."""
+        with _as_api_error():
+            return prompt_end(self.tokenizer, ids, _said(messages), tools, turns)
+
+
+def _said(messages: Sequence[schemas.Message]) -> list[Message]:
+    """As training reads them."""
+    return [as_message(m.model_dump(exclude_none=True), f"message {i}") for i, m in enumerate(messages, 1)]
+
+
+@contextmanager
+def _as_api_error() -> Iterator[None]:
+    try:
+        yield
+    except DataError as error:
+        raise ApiError(400, f"messages: {error}.", "invalid_value", "messages") from None
 
 
 class Form(Protocol):
@@ -64,6 +80,10 @@ class Form(Protocol):
     field: str
     """What the prompts come from."""
     prompts: list[list[int]]
+
+    def prompt_ends(self, turns: Turns) -> list[int | None]:
+        """How many tokens of each are the prompt that an adapter's positions are counted in; None for all."""
+        ...
 
     @property
     def body(self) -> schemas.Generation: ...
@@ -106,8 +126,11 @@ class Chat:
 
     def __init__(self, body: schemas.ChatRequest, tokens: Tokens) -> None:
         self.body, self.tokens = body, tokens
-        self.prompts = [tokens.of_messages(body.messages)]
+        self.prompts = [tokens.of_messages(body.messages, body.tools or None)]
         self.head = _head("chatcmpl", body)
+
+    def prompt_ends(self, turns: Turns) -> list[int | None]:
+        return [self.tokens.prompt_end(self.prompts[0], self.body.messages, self.body.tools or None, turns)]
 
     def sampling(self, room: int) -> Sampling:
         most = self.body.max_completion_tokens or self.body.max_tokens or room
@@ -154,6 +177,9 @@ class Text:
         self.prompts = [p if isinstance(p, list) else tokens.of_text(p) for p in _each(body.prompt)]
         self.head = {"object": "text_completion", **_head("cmpl", body)}
         self._offsets: dict[int, int] = {}
+
+    def prompt_ends(self, turns: Turns) -> list[int | None]:
+        return [None] * len(self.prompts)
 
     def sampling(self, room: int) -> Sampling:
         echoed = self.body.logprobs if self.body.echo else None

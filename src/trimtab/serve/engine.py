@@ -127,12 +127,14 @@ class Request:
 
     id: str
     tokens: Sequence[int]
-    """Of the prompt, whose length decides which tokens are edited."""
+    """Of the prompt, whose length decides which tokens are edited where `prompt_end` does not."""
     sampling: Sampling = Sampling()
     adapters: tuple[Applied, ...] = ()
     """In the order in which they edit; none for the base model."""
     salt: bytes = b""
     """Requests of different salt share no cached prefix."""
+    prompt_end: int | None = None
+    """How many of the tokens are the prompt that positions are counted in; the rest is taken for the answer."""
 
 
 @dataclass(frozen=True)

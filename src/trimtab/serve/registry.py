@@ -160,8 +160,8 @@ class Registry:
         saved = read_adapter(folder)
         if saved.config.modules_to_save or len(saved.shapes) > sum(map(len, saved.edits.values())):
             raise AdapterError(
-                f"{folder}: saves modules beside its edits (modules_to_save), which would change the model for every "
-                "request; serve it on a model of its own."
+                f"{folder}: saves more than its edits (modules_to_save, a LoRA), which would change the model for "
+                "every request; serve it on a model of its own."
             )
         try:
             self._check_places(saved)
@@ -240,7 +240,8 @@ def _terms(config: ReftConfig, module: str, tensors: dict[str, Tensor]) -> tuple
 
 def _digest(saved: SavedAdapter) -> bytes:
     config = saved.config
-    whole = hashlib.sha256(repr((config.method, config.r, config.activation, config.positions, config.tied)).encode())
+    said = (config.method, config.r, config.activation, config.positions, config.edit_turns, config.tied)
+    whole = hashlib.sha256(repr(said).encode())
     for (module, part), tensors in sorted(saved.edits.items()):
         for name, tensor in sorted(tensors.items()):
             whole.update(repr((module, part, name, tensor.dtype, tuple(tensor.shape))).encode())

@@ -54,6 +54,7 @@ class Row:
         self.request, self.emit, self.entries = request, emit, entries
         self.tokens = list(request.tokens)
         self.prompt = len(self.tokens)
+        self.prompt_end = self.prompt if request.prompt_end is None else request.prompt_end
         self.done = self.cached = self.index = 0
         """Tokens whose keys and values are there · those of them from the prefix store · the row of the cache."""
         self.stored = 0
@@ -78,13 +79,13 @@ class Row:
         return self.request.sampling.prompt_logprobs is not None
 
     def block_keys(self, end: int, block: int) -> list[bytes]:
-        return list(block_keys(self.tokens[:end], self.edits, self.prompt, block, self.request.salt))
+        return list(block_keys(self.tokens[:end], self.edits, self.prompt_end, block, self.request.salt))
 
     def spans(self, start: int, length: int, offset: int) -> Iterator[list[Span]]:
         """What edits a chunk of the row: a list for each of its adapters."""
         for applied in self.request.adapters:
             adapter, scale = applied.adapter, float(applied.scale)
-            where = (adapter.positions, self.prompt, start, length, offset, scale)
+            where = (adapter.positions, self.prompt_end, start, length, offset, scale)
             yield [Span(self.entries[adapter.digest, p], *where, p) for p in (adapter.parts if scale else ())]
 
 

@@ -138,13 +138,17 @@ class TextPart(_Body):
 class Message(_Body):
     """A turn of a conversation. One of the assistant's at its end is continued."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: String | Annotated[list[TextPart], Field(min_length=1)]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: String | Annotated[list[TextPart], Field(min_length=1)] | None = None
     name: String | None = None
+    tool_calls: list[dict[str, Any]] | None = Field(None, description="The assistant's, instead of content or with it.")
+    tool_call_id: String | None = None
 
-    @property
-    def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+    @model_validator(mode="after")
+    def _says_something(self) -> Message:
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise PydanticCustomError("missing", "give content, or the assistant's tool_calls")
+        return self
 
 
 Messages = Annotated[list[Message], Field(min_length=1)]
@@ -154,10 +158,21 @@ class ChatRequest(Generation):
     """A conversation to answer."""
 
     messages: Messages
+    tools: list[dict[str, Any]] = Field([], description="For the prompt; calls are not read out of the answer's text.")
+    tool_choice: Any = Field("auto", description="With tools: none.")
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
+
+    @model_validator(mode="after")
+    def _no_call_is_read(self) -> ChatRequest:
+        if self.tool_choice not in _NOT_DONE["tool_choice"]:
+            raise PydanticCustomError("unsupported_parameter", "not supported by this server", {"param": "tool_choice"})
+        if self.tools and self.tool_choice != "none":
+            said = "go with tool_choice none, which writes them into the prompt; calls are not read out of the answer"
+            raise PydanticCustomError("unsupported_parameter", said, {"param": "tools"})
+        return self
 
 
 Ids = Annotated[list[TokenId], Field(min_length=1)]

@@ -64,7 +64,11 @@ def open_service(settings: Settings) -> Service:
     layout = Layout([found for site in settings.sites for found in find_sites(model, site, "all")], settings.max_rank)
 
     def meant(config: ReftConfig) -> set[str]:
-        return {site.name for site in find_sites(model, config.site, config.layers)}
+        sites, served = find_sites(model, config.site, config.layers), {site.name: site for site in layout.sites}
+        for site in sites:
+            if served.get(site.name, site) != site:
+                raise ValueError(f"site={config.site!r}: {site.name} is served for edits of its other side.")
+        return {site.name for site in sites}
 
     registry = Registry(layout, settings.folder, reserved=[base], meant=meant)
     for name, folder in settings.adapters.items():

@@ -101,7 +101,9 @@ class Service:
             raise ApiError(
                 400, f"n: {len(form.prompts) * body.n} answers in one request; at most {self.choices}.", param="n"
             )
-        for prompt in form.prompts:
+        turns = next((one.adapter.positions.turns for one in applied), None)
+        ends = form.prompt_ends(turns) if turns else [None] * len(form.prompts)
+        for prompt, end in zip(form.prompts, ends, strict=True):
             room = self.engine.max_len - len(prompt)
             sampling = form.sampling(max(1, room))
             if sampling.max_tokens > room:
@@ -110,7 +112,7 @@ class Service:
                 raise ApiError(400, message, "context_length_exceeded", form.field)
             for i in range(body.n):
                 own = sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + i)
-                made.append(EngineRequest(uuid.uuid4().hex, prompt, own, applied, tenant))
+                made.append(EngineRequest(uuid.uuid4().hex, prompt, own, applied, tenant, end))
         return made
 
     def card(self, name: str) -> schemas.ModelCard:

@@ -10,13 +10,15 @@ Shapes: entries E · rank r, rows of the table at each site · width d · lines 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from trimtab.adapter.hooks import hook
 from trimtab.edits import ACTIVATIONS, Term
 from trimtab.where.plan import Group, Span, plan
 from trimtab.where.sites import Site
@@ -62,12 +64,16 @@ class Layout:
     Args:
         sites: the modules that adapters may edit.
         rank: rows of the table at each. An edit takes its r, or 2 r where it subtracts and has an activation.
+    Raises:
+        ValueError: a module is there twice.
     """
 
     def __init__(self, sites: Sequence[Site], rank: int) -> None:
         self.sites, self.rank, self.size = tuple(sites), rank, 0
         self.places: dict[str, _Place] = {}
         for site in sites:
+            if site.name in self.places:
+                raise ValueError(f"{site.name} is meant by two of the sites to be served; name it once.")
             self.places[site.name] = place = _Place(self.size, rank, site.width)
             self.size += place.size
 
@@ -147,7 +153,7 @@ class AdapterTable:
         self._codes: list[frozenset[int]] = [frozenset()] * entries
         self._sites: list[frozenset[str]] = [frozenset()] * entries
         self._lines: list[_Lines] = []
-        self._handles = [site.module.register_forward_hook(self._hook(site.name)) for site in layout.sites]
+        self._handles = [hook(site, partial(self._changed, site.name)) for site in layout.sites]
 
     def __len__(self) -> int:
         return len(self.vectors)
@@ -213,19 +219,12 @@ class AdapterTable:
             frozenset().union(*(self._sites[i] for i in entries)),
         )
 
-    def _hook(self, name: str) -> Callable[..., Any]:
-        def edit(module: nn.Module, args: Any, output: Any) -> Any:
-            running = [lines for lines in self._lines if name in lines.sites]
-            if not running:
-                return None
-            hidden = output if isinstance(output, Tensor) else output[0]
-            flat = hidden.reshape(-1, hidden.shape[-1])
-            for lines in running:
-                flat = self._edited(name, flat, lines)
-            edited = flat.view_as(hidden)
-            return edited if isinstance(output, Tensor) else type(output)((edited, *output[1:]))
-
-        return edit
+    def _changed(self, name: str, hidden: Tensor) -> Tensor:
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        running = [lines for lines in self._lines if name in lines.sites]
+        for lines in running:
+            flat = self._edited(name, flat, lines)
+        return flat.view_as(hidden) if running else hidden
 
     def _edited(self, name: str, flat: Tensor, lines: _Lines) -> Tensor:
         """States (n, d) with Bᵀ f(A h + b) added to the rows of `lines`; A, b, B gathered a line, not a row."""

@@ -40,9 +40,58 @@ class Found:
     """Of the adapter: r, positions and layers."""
     learning_rate: float
     validation: float
+    own: bool = False
+    """They are the recipe's."""
 
 
 Watch = Callable[[int, Found], None]
+
+
+class Search:
+    """The trials of one task under other settings, and their study.
+
+    Args:
+        folder: where both lie.
+        blocks: how many the model has.
+    """
+
+    def __init__(self, experiment: Experiment, space: TuneSpec, folder: Path, blocks: int) -> None:
+        self.experiment, self.space, self.folder, self.blocks = experiment, space, folder, blocks
+        self.content = fingerprints(experiment)
+
+    def own(self) -> Found | None:
+        """What the recipe's own settings score; None where they do not train."""
+        adapter, rate = self.experiment.adapter, self.experiment.training.learning_rate
+        score = run_trial(self._trial({}, None), self.folder / "trials", self.content).validation
+        settings = {key: getattr(adapter, key) for key in ("r", "positions", "layers")}
+        return None if score is None else Found(settings, rate, score, own=True)
+
+    def study(self) -> Any:
+        """Opened where there is one; named by all that decides what it finds."""
+        import optuna  # not at the top, since a recipe names what is searched whether or not optuna is there
+        from optuna.storages import JournalStorage
+        from optuna.storages.journal import JournalFileBackend
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        searched = [self._trial({}, None).described(self.content), self.space.model_dump()]
+        file = self.folder / f"{self.experiment.name}-{digest(searched)}.journal"
+        storage, name = JournalStorage(JournalFileBackend(str(file))), self.experiment.name
+        return optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
+
+    def suggested(self, trial: Any) -> Found:
+        """What an optuna trial says, scored."""
+        import optuna
+
+        settings, rate = suggested(trial, self.space, self.blocks)
+        outcome = run_trial(self._trial(settings, rate), self.folder / "trials", self.content)
+        if outcome.validation is None:
+            raise optuna.TrialPruned(outcome.failed or outcome.impossible)
+        return Found(settings, rate, outcome.validation)
+
+    def _trial(self, settings: dict[str, Any], rate: float | None) -> Trial:
+        way = as_way({"tuned": settings}, self.experiment.adapter)
+        return Trial(self.experiment, way, rate, self.experiment.seed, splits=("validation",))
 
 
 def tune(
@@ -53,52 +102,41 @@ def tune(
     trials: int,
     watch: Watch = lambda *_: None,
 ) -> Found:
-    """Search until the study holds `trials` finished trials; returns the best.
+    """Search until there are `trials` finished trials, the first of the recipe's own settings; returns the best.
+
+    Of equally good ones that is the recipe's own, so that what is returned is never worse than those on validation.
 
     Args:
         folder: where the study and its trials lie.
         blocks: how many the model has.
-        watch: called after each trial with its number and what it found.
+        watch: called after each trial with its number, from 0, and what it found.
 
     Raises:
         RunError: no trial trained.
     """
-    import optuna  # not at the top, since a recipe names what is searched whether or not optuna is there
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
+    import optuna
 
-    folder.mkdir(parents=True, exist_ok=True)
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    content, name = fingerprints(experiment), experiment.name
+    search = Search(experiment, space, folder, blocks)
+    own = search.own()
+    if own is not None:
+        watch(0, own)
+    study, states = search.study(), optuna.trial.TrialState
+    done = len(study.get_trials(deepcopy=False, states=(states.COMPLETE, states.PRUNED)))
+    for number in range(done + 1, trials):
 
-    def trial_of(settings: dict[str, Any], rate: float | None) -> Trial:
-        way = as_way({"tuned": settings}, experiment.adapter)
-        return Trial(experiment, way, rate, experiment.seed, splits=("validation",))
+        def objective(trial: Any, number: int = number) -> float:
+            found = search.suggested(trial)
+            watch(number, found)
+            return found.validation
 
-    searched = [trial_of({}, None).described(content), space.model_dump()]
-    study = optuna.create_study(
-        storage=JournalStorage(JournalFileBackend(str(folder / f"{name}-{digest(searched)}.journal"))),
-        study_name=name,
-        direction="maximize",
-        load_if_exists=True,
-    )
-
-    def objective(trial: Any) -> float:
-        settings, rate = suggested(trial, space, blocks)
-        outcome = run_trial(trial_of(settings, rate), folder / "trials", content)
-        if outcome.validation is None:
-            raise optuna.TrialPruned(outcome.failed or outcome.impossible)
-        watch(trial.number, Found(settings, rate, outcome.validation))
-        return outcome.validation
-
-    complete = optuna.trial.TrialState.COMPLETE
-    tried = (complete, optuna.trial.TrialState.PRUNED)
-    done = len(study.get_trials(deepcopy=False, states=tried))
-    for number in range(done, trials):  # seeded by its number, so that a resumed search draws the same
-        study.sampler = optuna.samplers.TPESampler(seed=experiment.seed + number)
+        # Seeded by its number, so that a resumed search draws the same.
+        study.sampler = optuna.samplers.TPESampler(seed=experiment.seed + number - 1)
         study.optimize(objective, n_trials=1)
-    if not study.get_trials(deepcopy=False, states=(complete,)):
-        raise RunError(f"{name}: no trial trained; lower tune: learning_rates.")
+    found = study.get_trials(deepcopy=False, states=(states.COMPLETE,))
+    if own is not None and (not found or study.best_value <= own.validation):
+        return own
+    if not found:
+        raise RunError(f"{experiment.name}: no trial trained; lower tune: learning_rates.")
     settings, rate = suggested(optuna.trial.FixedTrial(study.best_params), space, blocks)
     return Found(settings, rate, study.best_value)
 

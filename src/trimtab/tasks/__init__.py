@@ -6,15 +6,21 @@ from typing import Any
 
 from trimtab.tasks.base import Example, Head, Task
 from trimtab.tasks.classification import ClassificationTask
+from trimtab.tasks.conversation import ConversationTask
 from trimtab.tasks.generation import GenerationTask
+from trimtab.tasks.multilabel import MultiLabelTask
 from trimtab.tasks.regression import RegressionTask
 from trimtab.tasks.spec import TaskSpec
+from trimtab.tasks.tagging import TaggingTask
 
 __all__ = ["TASKS", "Example", "Head", "Task", "TaskSpec", "build_task"]
 
 TASKS: dict[str, type[Task[Any]]] = {
     "generation": GenerationTask,
+    "conversation": ConversationTask,
     "classification": ClassificationTask,
+    "multi_label_classification": MultiLabelTask,
+    "token_classification": TaggingTask,
     "regression": RegressionTask,
 }
 

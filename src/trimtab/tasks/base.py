@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -14,15 +14,17 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from trimtab.errors import DataError
-from trimtab.tasks.conversations import one_turn
 from trimtab.tasks.files import Row, read_rows
+from trimtab.tasks.messages import one_turn
 from trimtab.tasks.scores import Array, Score, Truth
 from trimtab.tasks.spec import SPLITS, TaskSpec
-from trimtab.tasks.tokens import Encoded
+from trimtab.tasks.tokens import Encoded, Turns
 
 SpecT = TypeVar("SpecT", bound=TaskSpec)
 CUT, CUT_MOST = 0.1, 500
 """The share of train, and at most how many rows, that validate when no validation data is given."""
+Label = int | float | tuple[int, ...] | None
+"""A class, a number, or several classes: all that a text has, or one a word; None of a text to write."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Example:
 
     texts: tuple[str, ...]
     answer: str
-    label: int | float | None
+    label: Label
     row: Row
     set: str | None = None
     """Which of several test sets it is from."""
@@ -58,6 +60,12 @@ class Task(ABC, Generic[SpecT]):
     """PEFT's name for it."""
     generates = False
     """Whether the model writes text, prompt first, instead of filling in a head's outputs."""
+    takes_shots = False
+    """Whether solved examples can stand before a prompt."""
+    unit = "rows"
+    """What its examples are called."""
+    prompt_said = ""
+    """What the prompt is, where that is not plain."""
 
     def __init__(self, name: str, spec: SpecT, seed: int = 0) -> None:
         """Nothing is read yet; `seed` draws the share of train that validates where no validation data is given."""
@@ -102,6 +110,10 @@ class Task(ABC, Generic[SpecT]):
     def example(self, row: Row, where: str) -> Example:
         """Make an example of a row; raises DataError starting with `where`."""
 
+    def examples_of(self, row: Row, where: str) -> list[Example]:
+        """All that a row gives; raises DataError starting with `where`."""
+        return [self.example(row, where)]
+
     @abstractmethod
     def question(self, row: Row, where: str) -> Example:
         """The example without its answer, which the row need not hold; raises DataError starting with `where`."""
@@ -115,6 +127,15 @@ class Task(ABC, Generic[SpecT]):
         """A file's rows, read as the task's own are. Raises DataError."""
         data = self.spec.data
         return read_rows(file, columns=data.columns, skip_bad_rows=skip_bad_rows, separator=data.separator)
+
+    def sample(self) -> Example:
+        """The question of a row that holds its fields' names."""
+        return self.question({name: f"<{name}>" for name in self.examples("train")[0].row}, "the sample")
+
+    @property
+    def edit_turns(self) -> Turns:
+        """What a prompt is in a conversation."""
+        return "each"
 
     @property
     def settled(self) -> SpecT:
@@ -144,6 +165,10 @@ class Task(ABC, Generic[SpecT]):
             max_length: in tokens.
             cut: what is longer is cut where the task allows it, instead of left out.
         """
+
+    def rendered(self, tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[str, bool]:
+        """The text that a prompt becomes, and whether the tokenizer adds its special tokens to that."""
+        raise NotImplementedError
 
     read_by: ClassVar[str] = ""
     """For a task that does not generate: the expression that a model card prints of `logits` and `base`."""
@@ -202,6 +227,39 @@ class Task(ABC, Generic[SpecT]):
             found[name] = one.score.value([predictions[i] for i in places], truth)
         return {self.score.name: sum(found.values()) / len(found), **found}
 
+    def readable(self, prediction: Any) -> Any:
+        """A prediction, or what was wanted, as people read it: a text, a number, the name of a class."""
+        return prediction
+
+    def faults(self, predictions: Sequence[Any], examples: Sequence[Example]) -> list[float]:
+        """How far each prediction is from right, which is 0."""
+        if parts := self._by_set(examples):
+            faults = [0.0] * len(examples)
+            for name, places in parts.items():
+                own = self.sets[name].faults([predictions[i] for i in places], [examples[i] for i in places])
+                for place, fault in zip(places, own, strict=True):
+                    faults[place] = fault
+            return faults
+        truth = self.truth(examples)
+        if self.score.item is not None:
+            return [1 - value for value in self.score.per_item(predictions, truth)]
+        pairs = zip(predictions, truth.wanted, strict=True)
+        return [float(self.readable(p) != self.readable(w)) for p, w in pairs]
+
+    def confusion(self, predictions: Sequence[Any], examples: Sequence[Example]) -> dict[str, dict[str, int]]:
+        """How often which class was predicted where which was expected, `{expected: {predicted: count}}`.
+
+        Empty where there are no classes.
+        """
+        return {}
+
+    def majority(self, examples: Sequence[Example]) -> tuple[Any, float]:
+        """The commonest answer of train, and the main score of giving it to each of the examples."""
+        wanted = self.truth(self.examples("train")).wanted
+        (common, _), *_ = Counter(repr(self.readable(one)) for one in wanted).most_common(1)
+        answer = next(one for one in wanted if repr(self.readable(one)) == common)
+        return self.readable(answer), self.scores([answer] * len(examples), examples)[self.score.name]
+
     def weighted(self, examples: Sequence[Example]) -> Callable[[Sequence[Any], Array], Array]:
         """The main score for resampled items: (predictions (n,), weights (B, n)) -> (B,)."""
         parts = self._by_set(examples)
@@ -229,7 +287,7 @@ class Task(ABC, Generic[SpecT]):
         for number, row in self._limited(split):
             try:
                 where = self._where(split, number)
-                made.append(self.example(self.prepared(row, where), where))
+                made += self.examples_of(self.prepared(row, where), where)
             except DataError as error:
                 if not skip:
                     raise
@@ -278,6 +336,14 @@ class Task(ABC, Generic[SpecT]):
     def _where(self, split: str, number: int) -> str:
         source = self.source("train" if split == "validation" and self.validation_is_cut else split)
         return f"{source}, row {number}"
+
+
+def crossed(pairs: Iterable[tuple[str, str]]) -> dict[str, dict[str, int]]:
+    """Pairs of an expected and a predicted class, counted."""
+    found: dict[str, dict[str, int]] = {}
+    for (expected, predicted), count in sorted(Counter(pairs).items()):
+        found.setdefault(expected, {})[predicted] = count
+    return found
 
 
 def share(strata: Sequence[str], count: int, seed: int) -> list[int]:

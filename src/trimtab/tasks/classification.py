@@ -6,15 +6,15 @@ import math
 import re
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from trimtab.errors import DataError
-from trimtab.tasks.base import Example, Head, Task
+from trimtab.tasks.base import Example, Head, Label, Task, crossed
 from trimtab.tasks.files import Row, as_text, field, is_missing, needed
 from trimtab.tasks.scores import CLASS_SCORES, Score, Truth
 from trimtab.tasks.spec import FieldNames, Names, TaskSpec, one_of
@@ -39,10 +39,6 @@ class TextTask(Task[TextSpecT]):
 
     task_type = "SEQ_CLS"
 
-    def example(self, row: Row, where: str) -> Example:
-        value = needed(row, self.label_field, where)
-        return replace(self.question(row, where), answer=str(value), label=self.label(value, where))
-
     def question(self, row: Row, where: str) -> Example:
         values = [field(row, name, where) for name in self.spec.text]
         if all(map(is_missing, values)):
@@ -63,80 +59,86 @@ class TextTask(Task[TextSpecT]):
         pairs = [encode_texts(tokenizer, e.texts, e.label, max_length) for e in examples]
         return [encoded for encoded, _ in pairs], sum(was_cut for _, was_cut in pairs)
 
-    def truth(self, examples: Sequence[Example]) -> Truth:
-        return Truth([e.label or 0 for e in examples])
-
     @property
     def shown(self) -> tuple[Score, ...]:
         others = (score for score in self.spec.SCORES.values() if score is not self.score)
         return (self.score, *others)
 
-    @property
-    @abstractmethod
-    def label_field(self) -> str:
-        """The field that holds what is to be told."""
 
-    @abstractmethod
-    def label(self, value: Any, where: str) -> int | float:
-        """The label a field's value stands for; raises DataError for none."""
+class LabelledSpec(TextSpec):
+    """What tasks whose answers have names share."""
 
-
-class ClassificationSpec(TextSpec):
-    """Text (or a pair of texts) in, one of several classes out."""
-
-    SCORES = CLASS_SCORES
-    type: Literal["classification"]
     label: str
     """the field that holds the class"""
     labels: Names | None = None
     """The classes in order; without it, those of the training file, sorted."""
-    score: Annotated[str, one_of(CLASS_SCORES)] = "accuracy"
 
 
-class ClassificationTask(TextTask[ClassificationSpec]):
-    """Predictions are class numbers, from 0."""
+LabelledSpecT = TypeVar("LabelledSpecT", bound=LabelledSpec)
 
-    spec_class = ClassificationSpec
-    read_by = "dict(zip(base.config.id2label.values(), logits.softmax(0).tolist()))"
 
-    @property
-    def label_field(self) -> str:
-        return self.spec.label
+class LabelledTask(TextTask[LabelledSpecT]):
+    """A task whose answers have names, that the model's config holds too."""
+
+    auto: ClassVar[str] = "AutoModelForSequenceClassification"
+    """The class of transformers."""
+    problem: ClassVar[Mapping[str, Any]] = {}
+    """What the model's config says beside the names."""
+
+    def example(self, row: Row, where: str) -> Example:
+        names = self.named(row, where)
+        places = tuple(self.place(name, where) for name in names)
+        return replace(self.question(row, where), answer=self.joined(names), label=self.label(places))
 
     @property
     def head(self) -> Head:
         names = dict(enumerate(self.labels))
-        return Head(
-            "AutoModelForSequenceClassification",
-            {"num_labels": len(names), "id2label": names, "label2id": {name: i for i, name in names.items()}},
-        )
+        label2id = {name: i for i, name in names.items()}
+        return Head(self.auto, {"num_labels": len(names), "id2label": names, "label2id": label2id, **self.problem})
 
     @property
-    def settled(self) -> ClassificationSpec:
+    def settled(self) -> LabelledSpecT:
         return self.spec.model_copy(update={"labels": self.labels})
 
     @cached_property
     def labels(self) -> list[str]:
         """The names of the classes in order; those of the training data, sorted, unless the recipe says.
 
-        Raises DataError when the training data has one class only, or a class field that is missing or empty.
+        Raises DataError when the training data has one class only, a class field that is missing or empty, or classes
+        that the score cannot be taken of.
         """
-        if self.spec.labels:
-            return self.spec.labels
+        names = self.spec.labels or self._names_in_train()
+        if flaw := self.score.flaw("", Truth([], choices=names)):
+            raise DataError(f"{self.name}: {flaw}")
+        return names
+
+    def _names_in_train(self) -> list[str]:
         rows = enumerate(self._read("train"), 1)
-        names = {label_name(needed(row, self.spec.label, self._where("train", i))) for i, row in rows}
+        names = {name for i, row in rows for name in self.named(row, self._where("train", i))}
         if len(names) < 2:
-            raise DataError(
-                f"{self.source('train')}: {self.spec.label!r} is always {names.pop()!r}; a task needs two classes"
-            )
+            always = repr(names.pop()) if names else "empty"
+            raise DataError(f"{self.source('train')}: {self.spec.label!r} is always {always}; a task needs two classes")
         return sorted(names, key=lambda n: (0, int(n), n) if n.lstrip("-").isdecimal() else (1, 0, n))
 
-    def stratum(self, row: Row) -> str:
-        return label_name(row.get(self.spec.label))
+    @abstractmethod
+    def named(self, row: Row, where: str) -> Sequence[str]:
+        """The classes that a row names. Raises DataError."""
 
-    def label(self, value: Any, where: str) -> int:
+    def label(self, places: tuple[int, ...]) -> Label:
+        """An example's label, of the numbers of the classes that its row names."""
+        return places
+
+    def places(self, label: Any) -> Sequence[int]:
+        """The numbers of the classes in a label."""
+        found: Sequence[int] = label
+        return found
+
+    def joined(self, names: Sequence[str]) -> str:
+        """Several names as one text."""
+        return ", ".join(names)
+
+    def place(self, name: str, where: str) -> int:
         """The class of a name or, where no class is named by a number, of a number counting from 0."""
-        name = label_name(value)
         if name in self.labels:
             return self.labels.index(name)
         if name.isdecimal() and int(name) < len(self.labels) and not any(n.isdecimal() for n in self.labels):
@@ -145,12 +147,15 @@ class ClassificationTask(TextTask[ClassificationSpec]):
             f"{where}: {self.spec.label} is {name[:60]!r}, not one of the labels {', '.join(self.labels[:20])}"
         )
 
-    def read(self, outputs: Sequence[Sequence[float]]) -> list[int]:
-        return [max(range(len(logits)), key=logits.__getitem__) for logits in outputs]
+    def truth(self, examples: Sequence[Example]) -> Truth:
+        return Truth([e.label for e in examples], classes=len(self.labels), choices=self.labels)
+
+    def readable(self, prediction: Any) -> str:
+        return self.joined([self.labels[place] for place in self.places(prediction)])
 
     def census(self, examples: Sequence[Example]) -> tuple[str, list[str]]:
         """The classes with their counts; names that differ by case or punctuation alone."""
-        counts = Counter(self.labels[int(e.label or 0)] for e in examples)
+        counts = Counter(self.labels[place] for e in examples for place in self.places(e.label))
         most = [f"{name} ({count})" for name, count in counts.most_common(SHOWN)]
         more = [f"and {len(counts) - SHOWN} more"] if len(counts) > SHOWN else []
         alike: dict[str, list[str]] = {}
@@ -163,17 +168,52 @@ class ClassificationTask(TextTask[ClassificationSpec]):
         ]
         return ", ".join([*most, *more]), odd + ([f"all rows are {next(iter(counts))!r}"] if len(counts) == 1 else [])
 
+
+class ClassificationSpec(LabelledSpec):
+    """Text (or a pair of texts) in, one of several classes out."""
+
+    SCORES = CLASS_SCORES
+    type: Literal["classification"]
+    score: Annotated[str, one_of(CLASS_SCORES)] = "accuracy"
+
+
+class ClassificationTask(LabelledTask[ClassificationSpec]):
+    """Predictions are class numbers, from 0."""
+
+    spec_class = ClassificationSpec
+    read_by = "dict(zip(base.config.id2label.values(), logits.softmax(0).tolist()))"
+
+    def named(self, row: Row, where: str) -> Sequence[str]:
+        return [label_name(needed(row, self.spec.label, where))]
+
+    def places(self, label: Any) -> Sequence[int]:
+        return [int(label or 0)]
+
+    def stratum(self, row: Row) -> str:
+        return label_name(row.get(self.spec.label))
+
+    def label(self, places: tuple[int, ...]) -> int:
+        return places[0]
+
+    def read(self, outputs: Sequence[Sequence[float]]) -> list[int]:
+        return [max(range(len(logits)), key=logits.__getitem__) for logits in outputs]
+
+    def confusion(self, predictions: Sequence[Any], examples: Sequence[Example]) -> dict[str, dict[str, int]]:
+        wanted = map(self.readable, self.truth(examples).wanted)
+        return crossed(zip(wanted, map(self.readable, predictions), strict=True))
+
     def told(self, outputs: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
         """The class's name, and each class's probability."""
         found = []
         for best, logits in zip(self.read(outputs), outputs, strict=True):
             weights = [math.exp(value - logits[best]) for value in logits]
-            shares = {f"p({n})": round(w / sum(weights), 6) for n, w in zip(self.labels, weights, strict=True)}
-            found.append({"prediction": self.labels[best], **shares})
+            found.append(told_shares(self.labels[best], self.labels, [w / sum(weights) for w in weights]))
         return found
 
-    def truth(self, examples: Sequence[Example]) -> Truth:
-        return Truth([int(e.label or 0) for e in examples], classes=len(self.labels))
+
+def told_shares(prediction: str, names: Sequence[str], shares: Sequence[float]) -> dict[str, Any]:
+    """A prediction with each class's probability."""
+    return {"prediction": prediction, **{f"p({n})": round(share, 6) for n, share in zip(names, shares, strict=True)}}
 
 
 def label_name(value: Any) -> str:

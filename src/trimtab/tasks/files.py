@@ -139,7 +139,7 @@ def _read_json(path: Path, *_: Any) -> list[Row]:
         raise DataError(f'{path}: expected a list of objects, or {{"data": [...]}}, not {type(rows).__name__}')
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            raise DataError(f"{path}, item {number}: expected an object with named fields, not {type(row).__name__}")
+            raise DataError(f"{path}, row {number}: expected an object with named fields, not {type(row).__name__}")
     return rows
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from trimtab.errors import DataError
 from trimtab.tasks.base import Example, Head
 from trimtab.tasks.classification import TextSpec, TextTask
-from trimtab.tasks.scores import NUMBER_SCORES
+from trimtab.tasks.files import Row, needed
+from trimtab.tasks.scores import NUMBER_SCORES, Truth
 from trimtab.tasks.spec import one_of
 
 
@@ -30,11 +32,15 @@ class RegressionTask(TextTask[RegressionSpec]):
     read_by = "logits.item()"
     head = Head("AutoModelForSequenceClassification", {"num_labels": 1, "problem_type": "regression"})
 
-    @property
-    def label_field(self) -> str:
-        return self.spec.label
+    def example(self, row: Row, where: str) -> Example:
+        value = needed(row, self.spec.label, where)
+        return replace(self.question(row, where), answer=str(value), label=self.label(value, where))
+
+    def truth(self, examples: Sequence[Example]) -> Truth:
+        return Truth([e.label for e in examples])
 
     def label(self, value: Any, where: str) -> float:
+        """The number that a field's value is; raises DataError for none."""
         try:
             number = float(value)
         except (TypeError, ValueError):
@@ -47,8 +53,11 @@ class RegressionTask(TextTask[RegressionSpec]):
 
     def census(self, examples: Sequence[Example]) -> tuple[str, list[str]]:
         """The range of the numbers."""
-        numbers = [float(e.label or 0) for e in examples]
+        numbers = [value for e in examples if isinstance(value := e.label, float)]
         return f"{min(numbers):g} to {max(numbers):g}, {sum(numbers) / len(numbers):.3g} on average", []
+
+    def faults(self, predictions: Sequence[Any], examples: Sequence[Example]) -> list[float]:
+        return [abs(p - w) for p, w in zip(predictions, self.truth(examples).wanted, strict=True)]
 
     def read(self, outputs: Sequence[Sequence[float]]) -> list[float]:
         return [values[0] for values in outputs]

@@ -27,9 +27,10 @@ class Truth:
     """What predictions are held against."""
 
     wanted: Sequence[Any]
-    """Answers as text, class numbers, or numbers."""
+    """Answers as text, class numbers, lists of these, or numbers."""
     classes: int = 0
     choices: Sequence[str] = ()
+    """What an answer may be, or the names of the classes."""
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,73 @@ ACCURACY = Score("accuracy", lambda p, w, truth: float(p == w), binary=True)
 F1 = Score("f1", whole=_f1)
 MCC = Score("mcc", whole=_mcc)
 CLASS_SCORES = {score.name: score for score in (ACCURACY, F1, MCC)}
+
+
+# ---- several classes ---------------------------------------------------------------------------------------------
+
+
+def _found_f1(found: Sequence[set[Any]], wanted: Sequence[set[Any]], weights: Array) -> Array:
+    """F1 of what was found among what was to be found in all items together; 0 where there is neither."""
+    right = np.array([len(f & w) for f, w in zip(found, wanted, strict=True)], dtype=np.float64)
+    seen = np.array([len(f) + len(w) for f, w in zip(found, wanted, strict=True)], dtype=np.float64)
+    return ratio(2 * weights @ right, weights @ seen)
+
+
+def _micro_f1(predicted: Any, truth: Truth, weights: Array) -> Array:
+    return _found_f1([set(p) for p in predicted], [set(w) for w in truth.wanted], weights)
+
+
+MICRO_F1 = Score("f1", whole=_micro_f1)
+SUBSET = Score("accuracy", lambda p, w, truth: float(set(p) == set(w)), binary=True)
+"""All of an item's classes right."""
+SET_SCORES = {score.name: score for score in (MICRO_F1, SUBSET)}
+
+
+# ---- tags --------------------------------------------------------------------------------------------------------
+
+BIO = re.compile(r"O|[BI](-.*)?")
+
+
+def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
+    """Kind, first word and the word behind the last of each entity in BIO tags.
+
+    As conlleval and seqeval count: an `I-` that continues no entity of its kind begins one.
+    """
+    found: set[tuple[str, int, int]] = set()
+    kind, begin = None, 0
+    for place, tag in enumerate([*tags, "O"]):
+        mark, _, name = tag.partition("-")
+        if mark == "I" and name == kind:
+            continue
+        if kind is not None:
+            found.add((kind, begin, place))
+        kind, begin = (name if mark in ("B", "I") else None), place
+    return found
+
+
+def _tag_accuracy(predicted: Any, truth: Truth, weights: Array) -> Array:
+    """Right tags of all words together; a word without one is missed."""
+    right = np.array(
+        [sum(a == b for a, b in zip(p, w, strict=False)) for p, w in zip(predicted, truth.wanted, strict=True)]
+    )
+    return ratio(weights @ right.astype(np.float64), weights @ np.array([float(len(w)) for w in truth.wanted]))
+
+
+def _entity_f1(predicted: Any, truth: Truth, weights: Array) -> Array:
+    found, wanted = (
+        [entities([truth.choices[i] for i in tags]) for tags in side] for side in (predicted, truth.wanted)
+    )
+    return _found_f1(found, wanted, weights)
+
+
+def _not_bio(_: str, truth: Truth) -> str | None:
+    odd = [tag for tag in truth.choices if not BIO.fullmatch(tag)]
+    return f"score: f1 is of entities in BIO tags (B-PER, I-PER, O), not {odd[0]!r}; take accuracy" if odd else None
+
+
+TAG_ACCURACY = Score("accuracy", whole=_tag_accuracy)
+ENTITY_F1 = Score("f1", whole=_entity_f1, flaw=_not_bio)
+TAG_SCORES = {score.name: score for score in (TAG_ACCURACY, ENTITY_F1)}
 
 
 # ---- numbers -----------------------------------------------------------------------------------------------------

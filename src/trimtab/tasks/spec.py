@@ -114,8 +114,8 @@ class DataSpec(Section):
     separator: Annotated[str, Field(min_length=1, max_length=1)] | None = None
     """What stands between the cells of a CSV or TSV file; without it, found by looking: a comma, ';', a tab or '|'."""
     conversation: str | None = None
-    """The field that holds a conversation of one turn (`messages`, or ShareGPT's `conversations`); its texts become the
-    fields `system`, `user` and `assistant`."""
+    """The field that holds a conversation (`messages`, or ShareGPT's `conversations`). To a task of another type than
+    conversation it has one turn, whose texts become the fields `system`, `user` and `assistant`."""
     skip_bad_rows: bool = False
     """Leave out lines of a CSV or TSV file with too many or too few cells, and rows of train that cannot be used."""
     limit: Limits = Limits()

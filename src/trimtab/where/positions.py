@@ -23,6 +23,9 @@ import torch
 from torch import Tensor
 
 Scope = Literal["prompt", "generated", "all"]
+Turns = Literal["each", "first"]
+"""What the prompt is in a conversation: of each answer all that comes before it, or only what comes before the first
+answer, all that follows being answers."""
 GRAMMAR = "fN (first N prompt tokens), lN (last N), fN+lM, randomN (a control), 'prompt', 'generated' or 'all'"
 _PART = re.compile(r"([fl])([0-9]+)")
 MOST = 100_000
@@ -47,6 +50,7 @@ class Positions:
     last: int = 0
     scope: Scope | None = None
     random: int = 0
+    turns: Turns = "each"
 
     @property
     def needs_prompt_end(self) -> bool:

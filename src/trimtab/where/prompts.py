@@ -142,7 +142,7 @@ def has_several_turns(labels: Tensor, owner: Tensor | None, columns: Tensor | No
 def prompt_lengths_of(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """What a batch's labels say of where its prompts end, as the arguments by which a forward is told."""
     labels, mask = batch.get("labels"), batch.get("attention_mask")
-    if not isinstance(labels, Tensor) or labels.dim() != 2:
+    if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.is_floating_point():
         return {}
     if batch.get("decoder_input_ids") is not None:  # a start token and then the labels
         return {"decoder_prompt_lengths": first_supervised(labels, None) + 1}

@@ -1,4 +1,4 @@
-"""Sites: the modules whose output is edited, found on any architecture rather than tabled.
+"""Sites: the modules whose output is edited, or of heads the input, found on any architecture rather than tabled.
 
 The blocks of a model are its outermost `nn.ModuleList` of layers. Where a model has several (a vision tower beside a
 language model, say) the transformers config says which is meant; an encoder-decoder has two, and its blocks are
@@ -20,13 +20,19 @@ PATTERN_SECONDS = 1.0
 _MLP = re.compile(r"mlp|feed_?forward|ffn|moe|layerff|DenseReluDense", re.IGNORECASE)
 
 
+_PROJECTION = re.compile(r"(o|out|c|output)_?(proj|lin)|dense|w?o|out", re.IGNORECASE)
+"""What the linear layer is called that attention's heads go through last."""
+
+
 class Site(NamedTuple):
-    """A module whose output is edited."""
+    """A module whose output is edited, or its input."""
 
     name: str
     module: nn.Module
     width: int
-    """Size of the last dimension of its output."""
+    """Size of the last dimension of what is edited."""
+    of_input: bool = False
+    """Whether that is what the module is given: of attention's projection, the outputs of all heads side by side."""
 
 
 def find_sites(model: nn.Module, site: str, layers: str | list[int], r: int | None = None) -> list[Site]:
@@ -35,10 +41,9 @@ def find_sites(model: nn.Module, site: str, layers: str | list[int], r: int | No
     Raises:
         ValueError: there is no such module; says what there is. Or one is narrower than the rank `r`.
     """
-    if site in ("block", "attention", "mlp"):
-        modules = blocks = find_blocks(model)
-        if site != "block":
-            modules = [_part_of(name, block, site) for name, block in blocks]
+    parts = {"block": _whole, "attention": _attention, "mlp": _mlp, "heads": _projection}
+    if site in parts:
+        modules = [parts[site](name, block) for name, block in find_blocks(model)]
     else:
         modules = _matching(model, site)
     chosen = modules if layers == "all" else [modules[i] for i in _checked_indices(layers, len(modules))]  # type: ignore[arg-type]
@@ -49,7 +54,10 @@ def find_sites(model: nn.Module, site: str, layers: str | list[int], r: int | No
                 f"expression, for example site=r'{re.escape(name)}\\.\\d+'."
             )
         _check_batch_first(model, name, module)
-    sites = [Site(name, module, _width(model, name, module)) for name, module in chosen]
+    if site == "heads":
+        sites = [Site(name, module, _input_size(module), of_input=True) for name, module in chosen]
+    else:
+        sites = [Site(name, module, _width(model, name, module)) for name, module in chosen]
     for one in sites:
         if r is not None and r > one.width:
             raise ValueError(f"r={r}: larger than the width {one.width} of {one.name}; use a rank well below it.")
@@ -131,18 +139,56 @@ def _size(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _part_of(name: str, block: nn.Module, site: str) -> tuple[str, nn.Module]:
+def _whole(name: str, block: nn.Module) -> tuple[str, nn.Module]:
+    return name, block
+
+
+def _attention(name: str, block: nn.Module) -> tuple[str, nn.Module]:
+    return _part_of(name, block, "attention", _ATTENTION, _MLP)
+
+
+def _mlp(name: str, block: nn.Module) -> tuple[str, nn.Module]:
+    return _part_of(name, block, "mlp", _MLP, _ATTENTION)
+
+
+def _part_of(
+    name: str, block: nn.Module, part: str, wanted: re.Pattern[str], other: re.Pattern[str]
+) -> tuple[str, nn.Module]:
     """The first attention or MLP module of a block, by its name or else by its class."""
-    wanted, other = (_ATTENTION, _MLP) if site == "attention" else (_MLP, _ATTENTION)
     parts = [(n, m) for n, m in block.named_modules() if any(True for _ in m.children()) and not _ours(n)]
     for words in ([n.rpartition(".")[2] for n, _ in parts], [type(m).__name__ for _, m in parts]):
         for word, (child_name, child) in zip(words, parts, strict=True):
             if child_name and wanted.search(word) and not other.search(word):
                 return f"{name}.{child_name}", child
     raise ValueError(
-        f"site={site!r}: found no {site} module in {name} ({type(block).__name__}, with "
+        f"site={part!r}: found no {part} module in {name} ({type(block).__name__}, with "
         f"{', '.join(n for n, _ in block.named_children())}). Give site as a regular expression over module names."
     )
+
+
+def _projection(name: str, block: nn.Module) -> tuple[str, nn.Module]:
+    """The linear layer that the heads of a block's attention go through, by its name."""
+    at, attention = _attention(name, block)
+    linear = {n: m for n, m in attention.named_modules() if _input_size(m) and not _ours(n) and not _wrapped(n)}
+    found = [n for n in linear if _PROJECTION.fullmatch(n.rpartition(".")[2])]
+    if len(found) != 1 or isinstance(attention.get_submodule(found[0].rpartition(".")[0]), nn.MultiheadAttention):
+        raise ValueError(
+            f"site='heads': found no one output projection that runs as a module of its own in {at} "
+            f"({type(attention).__name__}, with the linear layers {', '.join(linear) or 'none'}). Use "
+            "site='attention', or a regular expression over module names, which are edited at their output."
+        )
+    return f"{at}.{found[0]}", linear[found[0]]
+
+
+def _wrapped(name: str) -> bool:
+    """Whether a layer is inside another that PEFT put in its place."""
+    return "base_layer" in name.split(".") or ".lora_" in f".{name}"
+
+
+def _input_size(layer: nn.Module) -> int:
+    """Of a linear layer, one that is packed by quantization too; 0 of anything else."""
+    size = getattr(layer, "in_features", None) or (getattr(layer, "nx", None) if hasattr(layer, "nf") else None)
+    return size if isinstance(size, int) else 0
 
 
 def _matching(model: nn.Module, pattern: str) -> list[tuple[str, nn.Module]]:
@@ -156,7 +202,7 @@ def _matching(model: nn.Module, pattern: str) -> list[tuple[str, nn.Module]]:
         ) from None
     except regex.error as error:
         raise ValueError(
-            f"site={pattern!r}: not a regular expression ({error}), nor block, attention or mlp."
+            f"site={pattern!r}: not a regular expression ({error}), nor block, attention, mlp or heads."
         ) from None
     if not found:
         some = ", ".join([n for n, _ in names][:12])

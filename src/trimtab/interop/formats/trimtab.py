@@ -41,6 +41,8 @@ class Trimtab(Format):
         """Checked as `trimtab show` does."""
         config = inspect_adapter(path).config
         given.need("positions", "", config.positions)
+        if config.lora is not None:
+            raise ConversionError(f"{path}: has a LoRA beside its edits, and no other format holds both.")
         edits: dict[tuple[str, str], dict[str, Tensor]] = {}
         modules = {}
         for key, tensor in load_file(path / WEIGHTS).items():
@@ -50,7 +52,10 @@ class Trimtab(Format):
             else:
                 modules[key.removeprefix(_PREFIX)] = tensor
         base = given.open(config.base_model_name_or_path, config.task_type, _labels(modules))
-        names = {_host_name(base.skeleton, site.module): site.name for site in base.sites(config.site, config.layers)}
+        sites = base.sites(config.site, config.layers)
+        if any(site.of_input for site in sites):
+            raise ConversionError(f"site={config.site!r}: no other format edits what attention's heads give.")
+        names = {_host_name(base.skeleton, site.module): site.name for site in sites}
         unknown = sorted({name for name, _ in edits} ^ set(names))
         unknown += sorted(set(modules) - set(base.skeleton.state_dict()))
         if unknown:

@@ -1,0 +1,68 @@
+"""Adapters on the Hub: fetched by name, pushed from a folder. Never a pickle, never code, never what a run answered."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+
+from trimtab.adapter.folder import inspect_adapter
+from trimtab.errors import AdapterError
+
+NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+"""`user/adapter`, perhaps of a revision: `user/adapter@v2`."""
+FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md", "run.json", "metrics.json")
+"""Predictions hold the user's data, and stay."""
+
+
+def local(where: str | Path) -> Path:
+    """The folder, fetched from the Hub where none is here and the name could be one there.
+
+    Raises:
+        AdapterError: the Hub cannot be asked, or has no such adapter.
+    """
+    name, path = str(where), Path(where)
+    if path.exists() or not NAME.fullmatch(name) or Path(name.partition("/")[0]).exists():
+        return path  # "runs/wrods", where there is a folder `runs`, is a slip and no name
+    repository, _, revision = name.partition("@")
+    try:
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(FILES)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, HFValidationError) as error:
+        raise AdapterError(f"{name}: no such folder here, and not to be had from the Hub: {_reason(error)}") from None
+
+
+def push(folder: str | Path, repository: str, *, private: bool = False) -> str:
+    """Upload an adapter's folder, its card and what was run; returns the page's address.
+
+    Raises:
+        AdapterError: the folder holds no whole adapter, or the Hub refuses.
+    """
+    inspect_adapter(folder)
+    if not NAME.fullmatch(repository):
+        raise AdapterError(f"{repository!r} is no name on the Hub; give user/name.")
+    hub = HfApi()
+    try:
+        hub.create_repo(repository, private=private, exist_ok=True)
+        hub.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            allow_patterns=list(FILES),
+            commit_message="A ReFT adapter, by trimtab",
+        )
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+        raise AdapterError(f"{repository}: not pushed: {_reason(error)} Is there a token (hf auth login)?") from None
+    return f"{hub.endpoint}/{repository}"
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, RepositoryNotFoundError):
+        return "it has no such repository, or a private one."
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
