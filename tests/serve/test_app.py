@@ -354,6 +354,7 @@ def test_adapters_come_and_go(served: Served) -> None:
         assert answer.choices[0].text == served.expected_text(ids, "ends", 6)
         taken = served.client.post(load, json={"lora_name": "again", "lora_path": "all"})
         assert taken.status_code == 400 and taken.json()["error"]["code"] == "name_taken"
+        assert taken.json()["error"]["param"] == "lora_name"
         replaced = served.client.post(load, json={"lora_name": "again", "lora_path": "all", "load_inplace": True})
         assert replaced.status_code == 200
         answer = served.openai.completions.create(model="again", prompt=ids, max_tokens=6, temperature=0)
@@ -372,14 +373,15 @@ def test_paths_stay_below_the_folder(served: Served, path: str, name: str) -> No
         (outside / file.name).write_bytes(file.read_bytes())
     body = {"lora_name": name, "lora_path": path.replace("{outside}", str(outside))}
     answer = served.client.post(LOAD, json=body)
-    assert answer.status_code == 400, answer.text
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "lora_path", answer.text
     assert name not in [model.id for model in served.openai.models.list()]
 
 
 @pytest.mark.parametrize("name", [BASE, "", "a/b", "..", ".a", "a\0", "x" * 300])
 def test_names_that_no_adapter_may_have(served: Served, name: str) -> None:
     answer = served.client.post(LOAD, json={"lora_name": name, "lora_path": "ends"})
-    assert answer.status_code == 400, answer.text
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "lora_name", answer.text
+    assert served.client.post(UNLOAD, json={"lora_name": name}).json()["error"]["param"] == "lora_name"
 
 
 def brought(folder: Path) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from trimtab.serve.answers import Chat, Form, Text, Tokens, usage_of
 from trimtab.serve.engine import EngineError, Event, Unavailable
 from trimtab.serve.engine import Request as EngineRequest
 from trimtab.serve.errors import ApiError, of_engine, of_http, of_validation
-from trimtab.serve.guard import Access, Guard
+from trimtab.serve.guard import ADMIN, Access, Guard
 from trimtab.serve.registry import UnknownAdapter
 from trimtab.serve.service import ClientGone, Events, Service
 
@@ -236,8 +236,9 @@ def create_app(service: Service, access: Access, body_bytes: int = 4 << 20) -> F
     @app.exception_handler(EngineError)
     @app.exception_handler(AdapterError)
     @app.exception_handler(UnknownAdapter)
-    async def _engine(_: Request, error: Exception) -> Response:
-        return of_engine(error).response()
+    async def _engine(http: Request, error: Exception) -> Response:
+        fields = ("lora_name", "lora_path") if http.url.path in ADMIN else ()
+        return of_engine(error, *fields).response()
 
     @app.exception_handler(ClientGone)
     async def _gone(_: Request, error: Exception) -> Response:

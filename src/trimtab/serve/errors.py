@@ -76,8 +76,12 @@ def of_validation(errors: Sequence[Any]) -> ApiError:
     return ApiError(400, f"{param[:200]}: {said}.", codes.get(first["type"], "invalid_value"), param[:200])
 
 
-def of_engine(error: Exception) -> ApiError:
-    """What the engine or the registry raises, or says at the end of a request."""
+def of_engine(error: Exception, named: str = "model", found: str = "model") -> ApiError:
+    """What the engine or the registry raises, or says at the end of a request.
+
+    Args:
+        named, found: the fields that an adapter's name and where it is came from.
+    """
     said = str(error)
     match error:
         case BadRequest():
@@ -91,10 +95,10 @@ def of_engine(error: Exception) -> ApiError:
         case StepFailed():
             return ApiError(500, said, "step_failed")
         case UnknownAdapter():
-            return ApiError(404, f"there is no model {said!r}.", "model_not_found", "model")
+            return ApiError(404, f"there is no model {said!r}.", "model_not_found", named)
         case NameTaken():
-            return ApiError(400, said, "name_taken", "lora_name")
+            return ApiError(400, said, "name_taken", named)
         case AdapterError():
-            return ApiError(400, said, "invalid_adapter", "model")
+            return ApiError(400, said, "invalid_adapter", found)
         case _:
             return ApiError(500, "internal error", "internal_error")
