@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from trimtab.adapter.edit import edit_at
 from trimtab.adapter.hooks import hook
+from trimtab.adapter.picture import document, heat, shown
 from trimtab.adapter.tuner import ReftLayer
 
 
@@ -121,9 +122,9 @@ def page(found: Explanation, title: str, tokens: Sequence[str], names: dict[int,
         names: of the next tokens to show, by id.
     """
     most = max((value for place in found.places for value in place.moved if value), default=1.0)
-    heads = "".join(f"<th>{_shown(token)}</th>" for token in tokens)
+    heads = "".join(f"<th>{shown(token)}</th>" for token in tokens)
     body = "".join(
-        f"<tr><th class=m>{escape(place.module)}</th>{''.join(_cell(v, most) for v in place.moved)}"
+        f"<tr><th class=m>{escape(place.module)}</th>{''.join(heat(v, most) for v in place.moved)}"
         f'<td class=k><i style="width:{_share(place.matters, found):.1f}em"></i>{place.matters:.3f}</td></tr>'
         for place in reversed(found.places)
     )
@@ -133,21 +134,10 @@ def page(found: Explanation, title: str, tokens: Sequence[str], names: dict[int,
         f"<tr><th class=m>{escape(line)}</th>{''.join(_bar(float(own[i].exp())) for i in names)}</tr>"
         for line, own in lines
     )
-    shown = "".join(f"<th>{_shown(name)}</th>" for name in names.values())
-    return f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>
-<style>
-body {{ font: 15px/1.45 system-ui, sans-serif; margin: 2em; color: #1b1f24; background: #fff; }}
-h1 {{ font-size: 1.25em; }} h2 {{ font-size: 1.05em; margin-top: 2em; }} p {{ max-width: 46em; }}
-div {{ overflow-x: auto; }} table {{ border-collapse: separate; border-spacing: 2px; font-size: .9em; }}
-th {{ font-weight: 500; padding: .2em .5em; }} th.m {{ text-align: right; font-weight: 400; white-space: nowrap; }}
-td {{ min-width: 3.6em; height: 1.7em; text-align: center; border-radius: 3px; background: #f3f4f6; }}
-td.k {{ text-align: left; background: none; padding-left: .8em; white-space: nowrap; }} i {{ display: inline-block;
-height: .8em; background: #8a5a00; margin-right: .4em; }} td.b {{ text-align: left; min-width: 7em; }}
-td.b b {{ display: inline-block; height: 1.1em; background: #2b6cb0; vertical-align: middle; margin-right: .4em; }}
-</style>
-<h1>{escape(title)}</h1>
-<h2>How far the adapter moves each token</h2>
+    words = "".join(f"<th>{shown(name)}</th>" for name in names.values())
+    return document(
+        title,
+        f"""<h2>How far the adapter moves each token</h2>
 <p>Each cell is the length of the change over the length of the hidden state: 1.00 is as far as the state itself is
 long. Grey cells are not edited. The last block is at the top. On the right: how much the next token's distribution
 changes when this block's edit alone is switched off (KL divergence, nats).</p>
@@ -155,21 +145,16 @@ changes when this block's edit alone is switched off (KL divergence, nats).</p>
 <h2>What comes next</h2>
 <p>The probability of the likeliest next tokens: for the base model, for the adapter, and for the adapter without the
 edit of one block.</p>
-<div><table><tr><th></th>{shown}</tr>{bars}</table></div>
-</html>
+<div><table><tr><th></th>{words}</tr>{bars}</table></div>""",
+        _STYLE,
+    )
+
+
+_STYLE = """
+td { min-width: 3.6em } td.k { text-align: left; background: none; padding-left: .8em; white-space: nowrap }
+i { display: inline-block; height: .8em; background: #8a5a00; margin-right: .4em } td.b { text-align: left; min-width: 7em }
+td.b b { display: inline-block; height: 1.1em; background: #2b6cb0; vertical-align: middle; margin-right: .4em }
 """
-
-
-def _shown(token: str) -> str:
-    return escape(token.replace(" ", "␣").replace("\n", "↵") or "∅")
-
-
-def _cell(value: float | None, most: float) -> str:
-    if value is None:
-        return "<td></td>"
-    share = value / most
-    ink = "#fff" if share > 0.6 else "#1b1f24"
-    return f'<td style="background:rgba(43,108,176,{0.12 + 0.88 * share:.2f});color:{ink}">{value:.2f}</td>'
 
 
 def _share(value: float, found: Explanation) -> float:

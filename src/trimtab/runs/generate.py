@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
 
 from trimtab.adapter.folder import inspect_adapter
 from trimtab.adapter.forward import BASE
@@ -128,8 +129,16 @@ class Answerer:
         return self._encode(prompt, name, self._prompting(name))
 
     def _encode(self, prompt: str, name: str, how: dict[str, Any]) -> Encoded:
-        text = _filled(how["prompt"], prompt, name)
-        return encode(self.tokenizer, text, chat=how["chat"], system=how["system"])
+        return _put(self.tokenizer, prompt, name, how)
+
+
+def encode_as(folder: Path, tokenizer: PreTrainedTokenizerBase, prompt: str) -> Encoded:
+    """The prompt as the training of the adapter in a folder wrote its own; raises as `Answerer.encode`."""
+    return _put(tokenizer, prompt, folder.name, _prompting(folder))
+
+
+def _put(tokenizer: PreTrainedTokenizerBase, prompt: str, name: str, how: dict[str, Any]) -> Encoded:
+    return encode(tokenizer, _filled(how["prompt"], prompt, name), chat=how["chat"], system=how["system"])
 
 
 def _filled(template: str, text: str, name: str) -> str:
@@ -169,4 +178,4 @@ def _run_of(folder: Path) -> dict[str, Any]:
         return {}
 
 
-__all__ = ["BASE", "Answerer", "Message", "find_adapters"]
+__all__ = ["BASE", "Answerer", "Message", "encode_as", "find_adapters"]

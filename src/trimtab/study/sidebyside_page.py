@@ -1,0 +1,120 @@
+"""Two adapters side by side, as one HTML page that needs nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from html import escape
+
+from trimtab.adapter.compared import SHARE
+from trimtab.adapter.picture import CHARTS, Line, chart, document, heat, shown
+from trimtab.study.sidebyside import Block, SideBySide, Text
+
+COLOURS = ("43,108,176", "192,86,33")
+PICTURED = 3
+"""Texts whose tokens are drawn."""
+EXPLAINED = (
+    ("moved", "the length of the change over that of the base model's hidden state, ‖h′ − h‖ / ‖h‖, at what the block "
+     "gives in the whole forward: the mean over the tokens of all texts. Tokens that are not edited move too, as far as "
+     "edited ones, or edited blocks below, reach them. 0.10 is a tenth of the state's own length."),
+    ("directions", f"how many principal directions hold {SHARE:.0%} of the changes' squared length."),
+    ("overlap", "of the spans of these directions, the mean squared cosine of the principal angles: 1 where one span "
+     "holds the other, 0 at right angles; beside it what random directions of that number would have. Hidden states "
+     "have strong directions of their own, so that a little more than chance says little."),
+    ("CKA", "linear centred kernel alignment of the two adapters' states, at the tokens that either moves: 1 where one "
+     "set is the other rotated, scaled and shifted. Behind it, that of A and of B with the base model. It leans towards "
+     "1 where there are fewer tokens than the states are wide."),
+)  # fmt: skip
+"""What the figures are: for the page and the terminal."""
+
+
+def page(found: SideBySide) -> str:
+    """The page."""
+    a, b = map(escape, found.names)
+    colours = "".join(f'<b style="color:rgb({rgb})">{k}</b> {n}, ' for k, n, rgb in zip("AB", (a, b), COLOURS, strict=True))
+    tokens = sum(len(text.tokens) for text in found.texts)
+    body = f"""<p>{colours}both of {escape(found.base)}. Read: {escape(found.source)}, each with what the base model
+answers; {tokens} tokens, states {found.width} wide.</p>
+<h2>How far each moves the same hidden states</h2>
+<div class=charts>{_charts(found)}</div>
+<h2>By block</h2>
+<div><table class=n>{_blocks(found)}</table></div>
+<dl>{"".join(f"<dt>{term}</dt><dd>{said}</dd>" for term, said in EXPLAINED)}</dl>
+<h2>By token</h2>
+<p>How far each token moves at each block, the last block at the top. The answer, behind the bar, is the base model's.
+Both tables of a text share one scale.</p>
+{"".join(_tokens(found, text) for text in found.texts[:PICTURED])}
+<h2>What each is</h2>
+<div><table class=s><tr><th></th><th>A: {a}</th><th>B: {b}</th></tr>{"".join(_settings(found))}</table></div>"""
+    return document(f"{found.names[0]} and {found.names[1]}", body, CHARTS + _STYLE)
+
+
+_STYLE = """
+table.n td, table.s td { padding: .1em .6em } table.s td { text-align: left; max-width: 26em }
+table.s tr.same td { color: #57606a } dt { font-weight: 500 } dd { margin: 0 0 .5em 1.2em; max-width: 46em }
+td.g, th.g { border-left: 3px solid #1b1f24; border-radius: 0 }
+"""
+
+
+def _charts(found: SideBySide) -> Iterator[str] | str:
+    far = [
+        Line(f"{name}, {which}", [getattr(block, which)[i] for block in found.blocks], COLOURS[i], which == "generated")
+        for i, name in enumerate("AB")
+        for which in ("prompt", "generated")
+    ]
+    alike = [
+        Line("overlap of the directions", [block.overlap for block in found.blocks], "40,120,80"),
+        Line("of random ones", [block.chance for block in found.blocks], "150,150,150", True),
+        Line("CKA of the states", [block.cka for block in found.blocks], "110,70,160"),
+    ]
+    return chart("Change over the state's length, by block", far) + chart("How alike the two are, by block", alike, 1.0)
+
+
+def _blocks(found: SideBySide) -> str:
+    head = (
+        "<tr><th></th><th colspan=2>parameters</th><th colspan=2>bytes</th><th colspan=2>moved, prompt</th>"
+        "<th colspan=2>moved, generated</th><th colspan=2>directions</th><th>overlap</th><th>chance</th><th>CKA</th>"
+        "<th colspan=2>with the base</th></tr>"
+        f"<tr><th></th>{'<th>A</th><th>B</th>' * 5}<th></th><th></th><th></th><th>A</th><th>B</th></tr>"
+    )
+    rows = [*found.blocks, *([found.beside] if any(found.beside.parameters) else []), found.total]
+    most = max((v for block in found.blocks for v in (*block.prompt, *block.generated) if v is not None), default=1.0)
+    return head + "".join(_block(block, most) for block in rows)
+
+
+def _block(block: Block, most: float) -> str:
+    sizes = "".join(f"<td>{value:,}</td>" for value in (*block.parameters, *block.bytes))
+    far = "".join(heat(v, most, COLOURS[i]) for pair in (block.prompt, block.generated) for i, v in enumerate(pair))
+    alike = (*block.directions, block.overlap, block.chance, block.cka, *block.cka_base)
+    shown_alike = "".join(f"<td>{number(value)}</td>" for value in alike)
+    return f"<tr><th class=m>{escape(block.name)}</th>{sizes}{far}{shown_alike}</tr>"
+
+
+def number(value: float | None) -> str:
+    """A figure of the tables; nothing where there is none."""
+    return "" if value is None else str(value) if isinstance(value, int) else f"{value:.2f}"
+
+
+def _tokens(found: SideBySide, text: Text) -> str:
+    most = max((value for own in text.moved for row in own for value in row), default=1.0)
+    heads = "".join(f"<th{_edge(i, text)}>{shown(token)}</th>" for i, token in enumerate(text.tokens))
+    tables = []
+    for name, rgb, moved in zip("AB", COLOURS, text.moved, strict=True):
+        rows = "".join(_row(i, row, text, most, rgb) for i, row in reversed(list(enumerate(moved))))
+        tables.append(f"<div><table><tr><th class=m>{name}</th>{heads}</tr>{rows}</table></div>")
+    return "".join(tables)
+
+
+def _row(i: int, values: Sequence[float], text: Text, most: float, rgb: str) -> str:
+    cells = (heat(value or None, most, rgb).replace("<td", f"<td{_edge(at, text)}", 1) for at, value in enumerate(values))
+    return f"<tr><th class=m>block {i}</th>{''.join(cells)}</tr>"
+
+
+def _edge(i: int, text: Text) -> str:
+    return " class=g" if i == text.prompt else ""
+
+
+def _settings(found: SideBySide) -> Iterator[str]:
+    for line in found.settings:
+        same = " class=same" if line.values[0] == line.values[1] else ""
+        cells = "".join(f"<td>{escape(value)}</td>" for value in line.values)
+        yield f"<tr{same}><th class=m>{escape(line.name)}</th>{cells}</tr>"
