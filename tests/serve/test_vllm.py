@@ -58,6 +58,11 @@ def test_what_ends_an_answer(served: Served) -> None:
         assert len(scored.last("score0").prompt_logprobs) == 40 and scored.tokens("score0") == []
         seeded = [answers(served, engine, [one] * 3, f"seed{i}", temperature=1.0, seed=7) for i in range(2)]
         assert len({tuple(inbox.tokens(id)) for inbox in seeded for id in inbox.events}) == 1
+        inbox = Waiting(1)
+        with engine.pause():
+            engine.submit(served.request("paused", one), inbox.of("paused"))
+            assert not inbox.done.wait(0.5)
+        assert inbox.done.wait(60) and inbox.tokens("paused") == truth
         with pytest.raises(BadRequest, match="0 to 4095"):
             engine.submit(served.request("bad", Asked((5000,))), print)
 

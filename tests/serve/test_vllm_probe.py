@@ -1,5 +1,8 @@
 """What is broken in the plugin is found at the start, and said. Run by `make vllm`."""
 
+import sys
+import types
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +12,7 @@ from served import MODEL
 
 from trimtab.runs.models import ModelSource, load_model
 from trimtab.serve.model import NotServed
-from trimtab.serve.vllm import keys, probe, worker
-from trimtab.serve.vllm.carried import NAME, read
+from trimtab.serve.vllm import keys, probe
 
 pytestmark = pytest.mark.vllm
 
@@ -20,57 +22,46 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
     return Served(load_model(ModelSource(MODEL, "float32")), tmp_path_factory.mktemp("adapters"))
 
 
-@pytest.fixture
-def forked(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """vLLM's processes inherit what a test breaks here."""
-    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "fork")
-    from vllm.plugins import load_general_plugins
+FAULTS = {
+    "no key": "keys.extra_keys = lambda request, start, end: ()",
+    "a key of the adapter alone": """
+def alone(request, start, end):
+    carried = read(request.sampling_params.extra_args)
+    return tuple((NAME, (edit.digest, edit.scale)) for edit in carried.edits) if carried else ()
+keys.extra_keys = alone""",
+    "no rows are planned": "worker.stages = lambda runner, scheduled: []",
+    "the operator does nothing": "worker.WorkerTable.edit = lambda self, hidden, residual, name: None",
+    "the residual is left out": """
+edit = worker.WorkerTable.edit
+worker.WorkerTable.edit = lambda self, hidden, residual, name: edit(self, hidden, None, name)""",
+    "vectors are not put": "worker.WorkerTable.put = lambda self, vectors: len(vectors)",
+    "the plugin is not there": "from trimtab.serve.vllm import probe; probe.wrong = lambda: ['broken']",
+}
+"""Run in each of vLLM's processes as it starts."""
+IMPORTS = """
+from trimtab.serve.vllm import keys, worker
+from trimtab.serve.vllm.carried import NAME, read
+"""
 
-    load_general_plugins()
-    return monkeypatch
 
-
-def _start(served: Served, **options: Any) -> None:
-    with engine_of(served, MODEL, **options):
+def _start(served: Served, monkeypatch: pytest.MonkeyPatch, folder: Path, fault: str) -> None:
+    (folder / "sitecustomize.py").write_text(IMPORTS + fault)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    with engine_of(served, MODEL):
         pass
 
 
-def _by_adapter_alone(request: Any, start: int, end: int) -> Any:
-    carried = read(request.sampling_params.extra_args)
-    return tuple((NAME, (edit.digest, edit.scale)) for edit in carried.edits) if carried else ()
+def test_unbroken_it_starts(served: Served, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    _start(served, monkeypatch, tmp_path, "")
 
 
-BROKEN: dict[str, tuple[Any, str, Any]] = {
-    "no key": (keys, "extra_keys", lambda request, start, end: ()),
-    "a key of the adapter alone": (keys, "extra_keys", _by_adapter_alone),
-    "no rows are planned": (worker, "stages", lambda runner, scheduled: []),
-    "the operator does nothing": (worker.WorkerTable, "edit", lambda self, hidden, residual, name: None),
-    "the residual is left out": (
-        worker.WorkerTable,
-        "edit",
-        lambda self, hidden, residual, name, edit=worker.WorkerTable.edit: edit(self, hidden, None, name),
-    ),
-    "vectors are not put": (worker.WorkerTable, "put", lambda self, vectors: len(vectors)),
-}
-
-
-def test_unbroken_it_starts(served: Served, forked: pytest.MonkeyPatch) -> None:
-    _start(served)
-
-
-@pytest.mark.parametrize("fault", BROKEN)
-def test_a_broken_part_is_refused_by_what_it_answers(served: Served, forked: pytest.MonkeyPatch, fault: str) -> None:
-    forked.setattr(*BROKEN[fault])
-    with pytest.raises(NotServed, match="differ from those of transformers"):
-        _start(served)
-
-
-def test_workers_without_the_plugin_are_refused(served: Served, forked: pytest.MonkeyPatch) -> None:
-    from vllm.v1.worker.gpu_worker import Worker
-
-    forked.delattr(Worker, "trimtab_put")
-    with pytest.raises(NotServed, match="no table of edits"):
-        _start(served)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_is_broken_is_found_at_the_start(
+    served: Served, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fault: str
+) -> None:
+    message = "no table of edits" if "plugin" in fault else "differ from those of transformers"
+    with pytest.raises(NotServed, match=message):
+        _start(served, monkeypatch, tmp_path, FAULTS[fault])
 
 
 def test_another_version_or_signature_is_refused_before_anything_starts(
@@ -88,9 +79,6 @@ def test_another_version_or_signature_is_refused_before_anything_starts(
 
 
 def test_a_module_that_keeps_the_old_function_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-    import types
-
     keys.install()
     assert keys.missing() == []
     late = types.ModuleType("vllm.late")

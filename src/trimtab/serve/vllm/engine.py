@@ -174,7 +174,7 @@ class VllmEngine:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        self._call(self._llm.pause_generation(mode="keep"))
+        self._call(self._llm.pause_generation(mode="keep", clear_cache=False))
         try:
             yield
         finally:
@@ -261,6 +261,7 @@ class VllmEngine:
             last = answer.event(finish_reason="abort", text=answer.text.end())
         elif (error := task.exception()) is None:
             last = task.result()
+            self._stats.prompt_tokens += last.prompt_tokens - last.cached_tokens
         else:
             self._stats.last_error = f"{type(error).__name__}: {error}"
             told = error if isinstance(error, EngineError) else StepFailed(f"vLLM raised {self._stats.last_error}")

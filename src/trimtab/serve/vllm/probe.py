@@ -97,6 +97,8 @@ class Case(NamedTuple):
 
 
 _STEPS = 3
+_STRONG = 0.1
+"""Of the largest logit: what an edit must change, so that a part of it that is wrong is no rounding either."""
 _BLOCKS = 2
 _PROBES = {"base": "", "ends": "f3+l3", "all": "all", "short": "f3+l3"}
 _ORDER = (("short",), ("ends",), ("base",), ("ends", "base", "all", "short"), ("all", "ends"))
@@ -123,11 +125,11 @@ def cases(model: Any, layout: Layout, block: int) -> list[Case]:
     vector = torch.randn(layout.size, generator=random)
     for place in layout.places.values():
         place.of(vector.unsqueeze(0)).code.zero_()
-    for strength in (0.02, 0.05, 0.1, 0.2, 0.4):
+    for strength in (0.02, 0.05, 0.1, 0.2, 0.4, 0.8):
         texts = {name: tokens[: _BLOCKS * block] if name == "short" else tokens for name in _PROBES}
         made = [_case(model, layout, name, text, vector * strength) for name, text in texts.items()]
         apart = min(_apart(case.logits, made[0].logits) for case in made[1:])
-        if apart > 4 * allowed(model.dtype):
+        if apart > max(_STRONG, 4 * allowed(model.dtype)):
             return made
     raise NotServed(f"{type(model).__name__}: edits of its blocks change its logits by {apart:.2g} only.")
 
