@@ -86,9 +86,10 @@ def page(results: dict[str, dict[str, object]]) -> str:
     """The results as a page."""
     head = """# Versions
 
-trimtab asks for Python 3.11, torch 2.6, transformers 5.22 and PEFT 0.21.2 or later; a new minor release of PEFT is let in
-once the tests pass on it. Before 5.22 transformers does not project a mask of positions alone (`logits_to_keep`), and
-before 0.21.2 PEFT does not generate with T5 on such a transformers. What `make matrix` found, on the CPU; a row that is not here was not run:
+trimtab asks for Python 3.11, torch 2.6, transformers 5.22 and PEFT 0.21.2 or later; a new minor release of PEFT is let
+in once the tests pass on it. Before 5.22 transformers does not project a mask of positions alone (`logits_to_keep`),
+and before 0.21.2 PEFT does not generate with T5 on such a one. What `make matrix` found, on the CPU; a row that
+is not here was not run:
 
 | | Python | torch | transformers | PEFT | passed | failed | skipped | on |
 |---|---|---|---|---|---|---|---|---|
