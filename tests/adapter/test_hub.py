@@ -107,3 +107,14 @@ def test_a_push_that_fails_says_why(
     with pytest.raises(AdapterError, match=r"not pushed"):
         push(tmp_path / "run", "me/words")
     shutil.rmtree(tmp_path / "run")
+
+
+def test_two_folders_of_one_name(model: PeftModel, tmp_path: Path) -> None:
+    for parent in ("a", "b"):
+        model.save_pretrained(tmp_path / parent / "words")
+    a, b = (str(tmp_path / parent / "words") for parent in ("a", "b"))
+    assert list(find_adapters([a, f"other={b}"])) == ["words", "other"]
+    with pytest.raises(AdapterError, match=r"two adapters are called 'words'.*name one, as in other="):
+        find_adapters([a, b])
+    with pytest.raises(AdapterError, match=r"give one name and the folder of one adapter"):
+        find_adapters([f"={b}"])

@@ -54,7 +54,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
     """The edits of one block, by adapter name: `reft_edit` where tied, else `reft_prefix` and `reft_suffix`."""
 
     adapter_layer_names = ("reft_edit", "reft_prefix", "reft_suffix")
-    other_param_names = ("positions", "scaling", "tasks", "loras")
+    other_param_names = ("positions", "scaling", "tasks", "loras", "told")
 
     def __init__(self, site: Site, passes: Forwards) -> None:
         super().__init__()
@@ -63,6 +63,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self.reft_edit, self.reft_prefix, self.reft_suffix = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         self.positions: dict[str, Positions] = {}
         self.scaling: dict[str, float] = {}
+        self.told: dict[str, str] = {}
+        """Each adapter in words."""
         self.tasks: dict[str, Any] = {}
         self.loras: dict[str, tuple[LoraLayer, ...]] = {}
         """The LoRA layers of the adapters that have some, of the whole model."""
@@ -80,6 +82,9 @@ class ReftLayer(nn.Module, BaseTunerLayer):
     def base_layer(self) -> nn.Module:
         return self.site.module
 
+    def extra_repr(self) -> str:
+        return "\n".join(f"{name}: {told}, width {self.site.width}" for name, told in self.told.items())
+
     def add(self, adapter: str, config: ReftConfig, lora: tuple[LoraLayer, ...] = ()) -> None:
         """Create the adapter's edits for this block, on the block's device."""
         for name in config.edit_names():
@@ -96,6 +101,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             getattr(self, f"reft_{name}")[adapter] = edit
         self.positions[adapter] = config.parsed_positions
         self.scaling[adapter], self.tasks[adapter], self.loras[adapter] = 1.0, config.task_type, lora
+        self.told[adapter] = f"{config.method_text}, positions {config.positions}"
         self._move_adapter_to_device_of_base_layer(adapter)
 
     def rotations(self) -> list[Rotation]:
@@ -115,7 +121,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
     def rename(self, adapter: str, new: str) -> None:
         """Let the adapter here go by another name."""
         named: Any
-        for named in (*self.edit_dicts().values(), self.positions, self.scaling, self.tasks, self.loras):
+        for named in (*self.edit_dicts().values(), self.positions, self.scaling, self.tasks, self.loras, self.told):
             if adapter in named:
                 named[new] = named.pop(adapter)
 
