@@ -49,6 +49,7 @@ def serve(
     resident: Annotated[int, typer.Option(min=1, help="Adapters in use at a time; an untied one counts twice.")] = 64,
     site: Annotated[list[str] | None, typer.Option(help="What adapters may edit (block); may be repeated.")] = None,
     request_adapters: Annotated[bool, typer.Option(help="Let a request bring an adapter of its own.")] = False,
+    any_base: Annotated[bool, typer.Option(help="Serve adapters made on other weights than the model's.")] = False,
     max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request at most.")] = 4 << 20,
     grace: Annotated[float, typer.Option(min=0, help="Seconds for running requests to end at SIGTERM.")] = 30,
 ) -> None:
@@ -68,7 +69,19 @@ def serve(
     )
     named, sites = _named(adapter or []), tuple(site or ["block"])
     service = open_service(
-        Settings(model, named, adapters, served_model_name, dtype, sites, max_rank, resident, request_adapters, limits)
+        Settings(
+            model,
+            named,
+            adapters,
+            served_model_name,
+            dtype,
+            sites,
+            max_rank,
+            resident,
+            request_adapters,
+            limits,
+            any_base,
+        )
     )
     count = len(service.registry.names())
     console.print(f"{service.base} with {count} adapters at http://{host}:{port}", soft_wrap=True, highlight=False)

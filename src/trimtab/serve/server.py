@@ -18,6 +18,7 @@ from typing import Any
 import uvicorn
 
 from trimtab.adapter.config import ReftConfig
+from trimtab.adapter.identity import base_digest
 from trimtab.runs.models import ModelSource, load_model, load_tokenizer
 from trimtab.serve.engine import Engine
 from trimtab.serve.guard import Access
@@ -51,6 +52,8 @@ class Settings:
     takes_adapters: bool = False
     """Whether a request may bring one."""
     limits: Limits = field(default_factory=Limits)
+    any_base: bool = False
+    """Whether adapters made on other weights are served."""
 
 
 def open_service(settings: Settings) -> Service:
@@ -70,7 +73,8 @@ def open_service(settings: Settings) -> Service:
                 raise ValueError(f"site={config.site!r}: {site.name} is served for edits of its other side.")
         return {site.name for site in sites}
 
-    registry = Registry(layout, settings.folder, reserved=[base], meant=meant)
+    digest = None if settings.any_base else base_digest(model)
+    registry = Registry(layout, settings.folder, reserved=[base], meant=meant, base=digest)
     for name, folder in settings.adapters.items():
         registry.add(name, folder)
     engine = SlotsEngine(model, AdapterTable(layout, settings.resident, model.device), tokenizer, settings.limits)
