@@ -251,6 +251,26 @@ def test_callers_of_different_keys_share_no_prefix(guarded: httpx.Client) -> Non
     assert cached[0] == 0 and cached[1] > 0 and cached[2] == 0
 
 
+def test_callers_of_different_keys_share_prefixes_where_they_are_one_tenant(served: Served) -> None:
+    body = {"model": BASE, "prompt": " ".join("zyxwvutsrqponmlkjihgfedcb"), "max_tokens": 1}
+    with listening(create_app(served.service, Access(keys=("first", "second"), one_tenant=True))) as url:
+        answers = [httpx.post(f"{url}{TEXT}", json=body, headers=bearer(key)).json() for key in ("first", "second")]
+    cached = [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in answers]
+    assert cached[0] == 0 and cached[1] > 0
+
+
+@pytest.mark.parametrize(("share", "one_tenant", "stores"), [("tenant", 0, 1), ("all", 1, 1), ("off", 0, 0)])
+def test_who_shares_prefixes(
+    trimtab: Command, monkeypatch: pytest.MonkeyPatch, share: str, one_tenant: bool, stores: bool
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr("trimtab.serve.server.Server.run", lambda server: seen.append(server))
+    assert trimtab("serve", MODEL, "--api-key", "one", "--share-prefix", share)[0] == 0
+    app = seen[0].config.app
+    assert app.user_middleware[0].kwargs["access"].one_tenant == one_tenant
+    assert bool(app.state.service.engine.limits.prefix_bytes) == stores
+
+
 @pytest.mark.parametrize(
     "headers",
     [

@@ -45,6 +45,10 @@ def serve(
     prefix_mb: Annotated[
         int, typer.Option(min=0, help="Megabytes for prefixes that prompts share; 0 for none.")
     ] = 1024,
+    share_prefix: Annotated[
+        Literal["tenant", "all", "off"],
+        typer.Option(help="Who shares prefixes: requests of one key (tenant), all, or none; timing tells of them."),
+    ] = "tenant",
     max_rank: Annotated[int, typer.Option(min=1, help="Largest rank of an adapter.")] = 16,
     resident: Annotated[int, typer.Option(min=1, help="Adapters in use at a time; an untied one counts twice.")] = 64,
     site: Annotated[list[str] | None, typer.Option(help="What adapters may edit (block); may be repeated.")] = None,
@@ -62,11 +66,10 @@ def serve(
 
     if engine != "transformers":
         raise ValueError("--engine vllm: is not there yet; transformers is the only engine of this version.")
-    access = Access(_keys(api_key or [], api_key_file), admin_key or None)
+    access = Access(_keys(api_key or [], api_key_file), admin_key or None, one_tenant=share_prefix == "all")
     check_exposure(host, access)
-    limits = Limits(
-        slots, max_len, chunk, prefix_bytes=prefix_mb << 20, max_queue=max_queue, queue_seconds=queue_seconds
-    )
+    prefix_bytes = 0 if share_prefix == "off" else prefix_mb << 20
+    limits = Limits(slots, max_len, chunk, prefix_bytes=prefix_bytes, max_queue=max_queue, queue_seconds=queue_seconds)
     named, sites = _named(adapter or []), tuple(site or ["block"])
     service = open_service(
         Settings(
