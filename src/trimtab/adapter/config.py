@@ -113,6 +113,11 @@ class ReftConfig(PeftConfig):
         metadata={"help": "What `trimtab.set_pool` was told of the classifier, which must be told it again; or null."},
     )
 
+    base_digest: str | None = field(
+        default=None,
+        metadata={"help": "Of the base model's blocks, as saving found them, which loading compares; or null."},
+    )
+
     requires: str = field(
         default=REQUIRES, metadata={"help": "For people who open the file; what it says there does not count."}
     )
@@ -176,6 +181,7 @@ class ReftConfig(PeftConfig):
         self._check(self.pool is None or self.pool in POOLS, "pool", f"null or one of {', '.join(POOLS)}")
         if self.lora is not None:
             as_lora(self.lora)
+        self._check(self.base_digest is None or isinstance(self.base_digest, str), "base_digest", "null or a digest")
         self._check(
             self.base_model_name_or_path is None or isinstance(self.base_model_name_or_path, str | PathLike),
             "base_model_name_or_path",

@@ -53,10 +53,15 @@ def serve(
     prefix_mb: Annotated[
         int, typer.Option(min=0, help="Megabytes for prefixes that prompts share; 0 for none.")
     ] = 1024,
+    share_prefix: Annotated[
+        Literal["tenant", "all", "off"],
+        typer.Option(help="Who shares prefixes: requests of one key (tenant), all, or none; timing tells of them."),
+    ] = "tenant",
     max_rank: Annotated[int, typer.Option(min=1, help="Largest rank of an adapter.")] = 16,
     resident: Annotated[int, typer.Option(min=1, help="Adapters in use at a time; an untied one counts twice.")] = 64,
     site: Annotated[list[str] | None, typer.Option(help="What adapters may edit (block); may be repeated.")] = None,
     request_adapters: Annotated[bool, typer.Option(help="Let a request bring an adapter of its own.")] = False,
+    any_base: Annotated[bool, typer.Option(help="Serve adapters made on other weights than the model's.")] = False,
     max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request at most.")] = 4 << 20,
     grace: Annotated[float, typer.Option(min=0, help="Seconds for running requests to end at SIGTERM.")] = 30,
 ) -> None:
@@ -74,14 +79,25 @@ def serve(
         make = {"make_engine": make_engine(_options(vllm or []))}
     elif vllm:
         raise ValueError(f"--vllm {vllm[0]}: goes with --engine vllm.")
-    access = Access(_keys(api_key or [], api_key_file), admin_key or None)
+    access = Access(_keys(api_key or [], api_key_file), admin_key or None, one_tenant=share_prefix == "all")
     check_exposure(host, access)
-    limits = Limits(
-        slots, max_len, chunk, prefix_bytes=prefix_mb << 20, max_queue=max_queue, queue_seconds=queue_seconds
-    )
+    prefix_bytes = 0 if share_prefix == "off" else prefix_mb << 20
+    limits = Limits(slots, max_len, chunk, prefix_bytes=prefix_bytes, max_queue=max_queue, queue_seconds=queue_seconds)
     named, sites = _named(adapter or []), tuple(site or ["block"])
     service = open_service(
-        Settings(model, named, adapters, served_model_name, dtype, sites, max_rank, resident, request_adapters, limits),
+        Settings(
+            model,
+            named,
+            adapters,
+            served_model_name,
+            dtype,
+            sites,
+            max_rank,
+            resident,
+            request_adapters,
+            limits,
+            any_base,
+        ),
         **make,
     )
     count = len(service.registry.names())

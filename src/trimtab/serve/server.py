@@ -18,6 +18,7 @@ from typing import Any
 import uvicorn
 
 from trimtab.adapter.config import ReftConfig
+from trimtab.adapter.identity import base_digest
 from trimtab.runs.models import ModelSource, load_model, load_tokenizer
 from trimtab.serve.engine import Engine
 from trimtab.serve.guard import Access
@@ -51,6 +52,8 @@ class Settings:
     takes_adapters: bool = False
     """Whether a request may bring one."""
     limits: Limits = field(default_factory=Limits)
+    any_base: bool = False
+    """Whether adapters made on other weights are served."""
 
 
 MakeEngine = Callable[[Settings, Any, Layout, Any], Engine]
@@ -78,7 +81,8 @@ def open_service(settings: Settings, make_engine: MakeEngine = _slots) -> Servic
                 raise ValueError(f"site={config.site!r}: {site.name} is served for edits of its other side.")
         return {site.name for site in sites}
 
-    registry = Registry(layout, settings.folder, reserved=[base], meant=meant)
+    digest = None if settings.any_base else base_digest(model)
+    registry = Registry(layout, settings.folder, reserved=[base], meant=meant, base=digest)
     for name, folder in settings.adapters.items():
         registry.add(name, folder)
     engine = make_engine(settings, model, layout, tokenizer)
