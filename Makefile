@@ -6,7 +6,7 @@ INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint peers peft-tests vllm clean
+.PHONY: demo test lint peers peft-tests vllm matrix clean
 
 demo: $(VENV)/train.stamp
 	$(BIN)/trimtab train recipes/words.yaml
@@ -23,6 +23,10 @@ lint: $(VENV)/dev.stamp
 # PEFT's own tests with ReftConfig, from its source distribution, which pip downloads.
 peft-tests: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/peft_tests.py
+
+# The tests under other versions, each in an environment of its own; what passes is written to docs/versions.md.
+matrix:
+	$(PYTHON) benchmarks/matrix.py
 
 # The environment that benchmarks/train.py and epoch.py measure pyreft, adapters and LoRA in.
 peers: .venv-peers/peers.stamp
