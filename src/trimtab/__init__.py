@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from trimtab.adapter.config import ReftConfig
     from trimtab.adapter.edit import edit
     from trimtab.adapter.folder import adapter_from
+    from trimtab.adapter.identity import OtherBase
     from trimtab.adapter.parts import share_rotation
     from trimtab.adapter.readout import set_pool
     from trimtab.adapter.running import prompts
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "METHODS",
+    "OtherBase",
     "Positions",
     "ReftConfig",
     "ReftModel",
@@ -44,6 +46,7 @@ __all__ = [
 
 _HOMES = {
     "METHODS": "edits",
+    "OtherBase": "adapter.identity",
     "Positions": "where.positions",
     "ReftConfig": "adapter.config",
     "ReftModel": "adapter.tuner",

@@ -171,3 +171,27 @@ def test_help_for_every_field() -> None:
 def test_numpy_integers_are_refused_rather_than_saved_wrongly() -> None:
     with pytest.raises(ValueError, match="r="):
         ReftConfig(r=np.int64(4))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        ("rank", "Here it is r."),
+        ("low_rank_dimension", "Here it is r."),
+        ("target_modules", "Here it is site (block, attention, mlp, heads or a pattern of module names) and layers."),
+        ("component", "Here it is site."),
+        ("lora_alpha", "trimtab.set_scale"),
+        ("positionss", "Here it is positions."),
+        ("zzz", "There are "),
+    ],
+)
+def test_fields_of_other_libraries(field: str, said: str) -> None:
+    with pytest.raises(TypeError, match=rf"ReftConfig\(\) got an unexpected keyword argument '{field}'") as error:
+        ReftConfig(**{field: 4})
+    assert said in str(error.value)
+
+
+def test_help_shows_the_fields() -> None:
+    told = ReftConfig.__doc__ or ""
+    assert "positions (default 'f7+l7'): Edited tokens: fN" in told
+    assert "target_modules" not in {field.name for field in dataclasses.fields(ReftConfig)}

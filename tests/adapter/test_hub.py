@@ -31,6 +31,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[standin.Hub
         monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)  # made once, with its endpoint
         monkeypatch.setenv("HF_TOKEN", running.token)
         yield running
 
@@ -106,3 +107,14 @@ def test_a_push_that_fails_says_why(
     with pytest.raises(AdapterError, match=r"not pushed"):
         push(tmp_path / "run", "me/words")
     shutil.rmtree(tmp_path / "run")
+
+
+def test_two_folders_of_one_name(model: PeftModel, tmp_path: Path) -> None:
+    for parent in ("a", "b"):
+        model.save_pretrained(tmp_path / parent / "words")
+    a, b = (str(tmp_path / parent / "words") for parent in ("a", "b"))
+    assert list(find_adapters([a, f"other={b}"])) == ["words", "other"]
+    with pytest.raises(AdapterError, match=r"two adapters are called 'words'.*name one, as in other="):
+        find_adapters([a, b])
+    with pytest.raises(AdapterError, match=r"give one name and the folder of one adapter"):
+        find_adapters([f"={b}"])

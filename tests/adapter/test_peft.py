@@ -473,3 +473,10 @@ def test_generate_with_and_without_the_adapter() -> None:
         assert torch.equal(model.generate(**options), tiny("llama").generate(**options))
     assert edited.shape[0] == 2
     assert torch.equal(model.unload().generate(**options), tiny("llama").generate(**options))
+
+
+def test_print_says_what_the_adapter_is() -> None:
+    model = get_peft_model(tiny("llama"), ReftConfig(task_type="CAUSAL_LM", method="loreft", r=2, positions="f1+l2"))
+    assert "default: loreft, rank 2, positions f1+l2, width 32" in repr(model)
+    model.delete_adapter("default")
+    assert "positions f1+l2, width" not in repr(model)

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -249,3 +250,7 @@ def test_ctrl_c_says_in_a_line_how_to_go_on(
     monkeypatch.setattr(what, stop)
     code, text = trimtab(*(part.replace("{runs}", str(runs)) for part in command))
     assert code == 130 and said in " ".join(text.split()) and "Aborted" not in text, text
+
+
+def test_version(trimtab: Command) -> None:
+    assert trimtab("--version") == (0, f"trimtab {version('trimtab')}\n")

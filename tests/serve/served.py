@@ -82,15 +82,18 @@ class Served:
         return str(self.service.tokens.tokenizer.decode(ids, skip_special_tokens=True))
 
     def expected(
-        self, ids: list[int], model: str = BASE, most: int = 8, scale: float = 1.0, prompt: int | None = None
+        self, ids: list[int], model: Any = BASE, most: int = 8, scale: Any = 1.0, prompt: int | None = None
     ) -> list[int]:
-        """The greedy answer of plain `generate` on a model of its own, to a prompt of so many of the tokens."""
+        """The greedy answer of plain `generate` on a model of its own, to a prompt of so many of the tokens.
+
+        Of several adapters in sequence, with tuples of names and scales.
+        """
         key = (tuple(ids), model, most, scale, prompt)
         if key not in self._said:
             self._said[key] = self._generate(*key)
         return self._said[key]
 
-    def _generate(self, ids: tuple[int, ...], model: str, most: int, scale: float, prompt: int | None) -> list[int]:
+    def _generate(self, ids: tuple[int, ...], model: Any, most: int, scale: Any, prompt: int | None) -> list[int]:
         with torch.no_grad(), self._reference(model, scale) as reference:
             out = reference.generate(
                 input_ids=torch.tensor([ids]),
@@ -101,7 +104,7 @@ class Served:
             )
         return [int(token) for token in out[0, len(ids) :]]
 
-    def expected_text(self, ids: list[int], model: str = BASE, most: int = 8, scale: float = 1.0) -> str:
+    def expected_text(self, ids: list[int], model: Any = BASE, most: int = 8, scale: Any = 1.0) -> str:
         return self.text(self.expected(ids, model, most, scale))
 
     @cached_property
@@ -116,15 +119,18 @@ class Served:
         return model.eval()
 
     @contextmanager
-    def _reference(self, name: str, scale: float) -> Iterator[Any]:
+    def _reference(self, name: Any, scale: Any) -> Iterator[Any]:
         if name == BASE:
             with self._model.disable_adapter():
                 yield self._model
             return
-        self._model.set_adapter(name)
-        trimtab.set_scale(self._model, name, scale)
+        names, scales = ((name,), (scale,)) if isinstance(name, str) else (name, scale)
+        self._model.base_model.set_adapter(list(names))
+        for each, own in zip(names, scales, strict=True):
+            trimtab.set_scale(self._model, each, own)
         yield self._model
-        trimtab.set_scale(self._model, name, 1.0)
+        for each in names:
+            trimtab.set_scale(self._model, each, 1.0)
 
 
 def user(text: str) -> dict[str, str]:

@@ -191,6 +191,39 @@ def test_tokenize(served: Served) -> None:
     assert served.client.post("/tokenize", json={"prompt": "a", "model": "nobody"}).status_code == 404
 
 
+# Several adapters on one request.
+
+
+@pytest.mark.parametrize("order", [("ends", "all"), ("all", "ends"), ("apart", "new", "ends")])
+def test_several_adapters_edit_as_in_peft(served: Served, order: tuple[str, ...]) -> None:
+    scales = dict(zip(order, (1.0, -0.5, 2.0), strict=False))
+    ids = served.ids("the cat sat on the mat")
+    asked = [name if scale == 1 else {"name": name, "scale": scale} for name, scale in scales.items()]
+    body = {"model": BASE, "prompt": ids, "max_tokens": 8, "temperature": 0}
+    answer = served.client.post(TEXT, json=body | {"reft_adapters": asked}).json()
+    wanted = served.expected_text(ids, model=order, scale=tuple(scales.values()))
+    assert answer["choices"][0]["text"] == wanted
+    assert wanted not in [served.expected_text(ids, model) for model in (BASE, *order)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "param"),
+    [
+        ({"model": "ends", "reft_adapters": ["all"]}, 400, "model"),
+        ({"reft_adapters": ["all", "nobody"]}, 404, "reft_adapters"),
+        ({"reft_adapters": [BASE]}, 404, "reft_adapters"),
+        ({"reft_adapters": ["all", {"name": "all"}]}, 400, "reft_adapters"),
+        ({"reft_adapters": ["all"], "reft_scale": 2}, 400, "reft_adapters"),
+        ({"reft_adapters": ["all"] * 9}, 400, "reft_adapters"),
+        ({"reft_adapters": [{"name": "all", "scale": 101}]}, 400, None),
+    ],
+)
+def test_wrong_adapters_of_a_request(served: Served, fields: Any, status: int, param: str | None) -> None:
+    answer = served.client.post(TEXT, json={"model": BASE, "prompt": "cat"} | fields)
+    assert answer.status_code == status, answer.text
+    assert param in (None, answer.json()["error"]["param"])
+
+
 # Who may do what.
 
 KEYS = Access(keys=("first", "second"), admin_key="chief")
@@ -251,6 +284,26 @@ def test_callers_of_different_keys_share_no_prefix(guarded: httpx.Client) -> Non
     assert cached[0] == 0 and cached[1] > 0 and cached[2] == 0
 
 
+def test_callers_of_different_keys_share_prefixes_where_they_are_one_tenant(served: Served) -> None:
+    body = {"model": BASE, "prompt": " ".join("zyxwvutsrqponmlkjihgfedcb"), "max_tokens": 1}
+    with listening(create_app(served.service, Access(keys=("first", "second"), one_tenant=True))) as url:
+        answers = [httpx.post(f"{url}{TEXT}", json=body, headers=bearer(key)).json() for key in ("first", "second")]
+    cached = [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in answers]
+    assert cached[0] == 0 and cached[1] > 0
+
+
+@pytest.mark.parametrize(("share", "one_tenant", "stores"), [("tenant", 0, 1), ("all", 1, 1), ("off", 0, 0)])
+def test_who_shares_prefixes(
+    trimtab: Command, monkeypatch: pytest.MonkeyPatch, share: str, one_tenant: bool, stores: bool
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr("trimtab.serve.server.Server.run", lambda server: seen.append(server))
+    assert trimtab("serve", MODEL, "--api-key", "one", "--share-prefix", share)[0] == 0
+    app = seen[0].config.app
+    assert app.user_middleware[0].kwargs["access"].one_tenant == one_tenant
+    assert bool(app.state.service.engine.limits.prefix_bytes) == stores
+
+
 @pytest.mark.parametrize(
     "headers",
     [
@@ -287,7 +340,7 @@ def test_without_a_key_only_this_machine_may_connect(host: str) -> None:
         (["--host", "0.0.0.0"], "--host 0.0.0.0 lets other machines connect: give --api-key"),
         (["--host", "0.0.0.0", "--api-key", ""], "give --api-key"),
         (["--api-key-file", "{empty}"], "holds no key"),
-        (["--engine", "vllm"], "--engine vllm: is not there yet"),
+        (["--engine", "vllm"], "--engine vllm: vllm is not installed"),
         (["-a", "{empty}"], "no adapter there"),
         (["-a", "one={ends}", "-a", "one={ends}"], "two adapters called 'one'"),
         (["-a", "one=nowhere"], "nowhere: no adapter_config.json there"),

@@ -162,3 +162,15 @@ def test_a_bad_folder_is_refused_and_changes_nothing(name: str, folder: Path) ->
     with pytest.raises(AdapterError, match=said):
         registry.load("a", "b", replace=True)
     assert registry.get("a") is before
+
+
+def test_an_adapter_of_another_base_is_refused(folder: Path) -> None:
+    own = json.loads((folder / "a" / CONFIG).read_text())["base_digest"]
+    change(folder / "b" / CONFIG, base_digest="0" * 64, base_model_name_or_path="some/model")
+    registry = Registry(LAYOUT, folder, base=own)
+    registry.get("a")
+    with pytest.raises(AdapterError, match=r"other weights \(some/model\).*--any-base"):
+        registry.get("b")
+    Registry(LAYOUT, folder).get("b")
+    change(folder / "b" / CONFIG, base_digest=None)
+    Registry(LAYOUT, folder, base=own).get("b")

@@ -54,6 +54,7 @@ def compose(
     used = [(weight, adapter) for weight, adapter in zip(weights, adapters, strict=True) if weight]
     for name in ("base_model_name_or_path", "task_type", "positions", "edit_turns", "site"):
         _check_same(name, folders, adapters)
+    _check_bases(folders, adapters)
     for folder, adapter in zip(folders, adapters, strict=True):
         if adapter.extras:
             raise AdapterError(f"{folder}: carries {adapter.extras[0]} beside its edits, which no sum has a place for.")
@@ -66,6 +67,7 @@ def compose(
     if rank > width:
         raise AdapterError(f"the ranks add up to {rank}, more than the width {width} of the model. {_AT_ONCE}")
     config = _config(used[0][1].config, [a for _, a in used], tied, rank, list(terms.values()), len(modules))
+    config.base_digest = next(filter(None, (adapter.config.base_digest for adapter in adapters)), None)
     edits: Edits = {place: _padded(own, rank) for place, own in terms.items()}
     write_adapter(output, config, edits)
     return config
@@ -84,6 +86,14 @@ def _check_same(name: str, folders: Sequence[Any], adapters: Sequence[SavedAdapt
                     else "They do not belong to one model and task."
                 )
             )
+
+
+def _check_bases(folders: Sequence[Any], adapters: Sequence[SavedAdapter]) -> None:
+    """Whether all that say so were made on the same weights, whatever these are called."""
+    said = [(f, a.config.base_digest) for f, a in zip(folders, adapters, strict=True) if a.config.base_digest]
+    for folder, digest in said:
+        if digest != said[0][1]:
+            raise AdapterError(f"base_digest: {said[0][0]} and {folder} were made on different weights of one name.")
 
 
 def _terms(adapter: SavedAdapter, module: str, part: Part) -> tuple[Term, ...]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import wraps
 from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast, get_args
@@ -112,6 +113,11 @@ class ReftConfig(PeftConfig):
         metadata={"help": "What `trimtab.set_pool` was told of the classifier, which must be told it again; or null."},
     )
 
+    base_digest: str | None = field(
+        default=None,
+        metadata={"help": "Of the base model's blocks, as saving found them, which loading compares; or null."},
+    )
+
     requires: str = field(
         default=REQUIRES, metadata={"help": "For people who open the file; what it says there does not count."}
     )
@@ -175,6 +181,7 @@ class ReftConfig(PeftConfig):
         self._check(self.pool is None or self.pool in POOLS, "pool", f"null or one of {', '.join(POOLS)}")
         if self.lora is not None:
             as_lora(self.lora)
+        self._check(self.base_digest is None or isinstance(self.base_digest, str), "base_digest", "null or a digest")
         self._check(
             self.base_model_name_or_path is None or isinstance(self.base_model_name_or_path, str | PathLike),
             "base_model_name_or_path",
@@ -223,6 +230,51 @@ class ReftConfig(PeftConfig):
             close = difflib.get_close_matches(str(value).lower(), choices, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"{name}={value!r}: must be one of {', '.join(choices)}.{hint}")
+
+
+_ELSEWHERE = {
+    "rank": "r",
+    "low_rank_dimension": "r",
+    "lora_r": "r",
+    "target_modules": "site (block, attention, mlp, heads or a pattern of module names) and layers",
+    "component": "site",
+    "layer": "layers",
+    "layers_to_transform": "layers",
+    "intervention_type": "method",
+    "position": "positions",
+    "prefix_positions": "positions, such as 'f7+l7'",
+    "suffix_positions": "positions, such as 'f7+l7'",
+    "tied_weights": "tied",
+    "share_weights": "tied",
+    "act_fn": "activation",
+    "lora_dropout": "dropout",
+    "lora_alpha": "nothing: an edit has no alpha, and trimtab.set_scale makes one weaker or stronger",
+    "init_lora_weights": "init_weights",
+}
+"""What fields are called in PEFT's LoRA, pyreft and AdapterHub, and here."""
+
+
+def _named_as_here(config: type[ReftConfig]) -> None:
+    """Let the config's constructor say what a field of another library is called here, and `help` show the fields."""
+    original = config.__init__
+    known = [one.name for one in fields(config)]
+
+    @wraps(original)
+    def init(self: ReftConfig, *args: Any, **kwargs: Any) -> None:
+        for name in kwargs.keys() - set(known):
+            close = difflib.get_close_matches(name, known, n=1)
+            there = _ELSEWHERE.get(name) or (close[0] if close else None)
+            hint = f" Here it is {there}." if there else f" There are {', '.join(known)}."
+            raise TypeError(f"ReftConfig() got an unexpected keyword argument {name!r}.{hint}")  # PEFT reads the words
+        original(self, *args, **kwargs)
+
+    config.__init__ = init  # type: ignore[method-assign]
+    helped = [one for one in fields(config) if one.metadata]
+    told = [f"        {one.name} (default {one.default!r}): {one.metadata['help']}" for one in helped]
+    config.__doc__ = "\n".join([f"{config.__doc__}", "    Fields:", *told])
+
+
+_named_as_here(ReftConfig)
 
 
 def check_kind(path: Path) -> None:

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from trimtab.adapter.config import NO_PICKLES, PICKLE, WEIGHTS, ReftConfig, check_kind
+from trimtab.adapter.identity import base_digest
 from trimtab.adapter.joint import check_lora, is_lora
 from trimtab.edits import METHODS, Edit, check_dtype
 from trimtab.errors import AdapterError
@@ -186,6 +187,7 @@ def adapter_from(
         config,
         layers=sorted(numbers[key] if isinstance(key, str) else key for key in tensors),
         base_model_name_or_path=config.base_model_name_or_path or getattr(base, "name_or_path", None),
+        base_digest=base_digest(base) or config.base_digest,
         inference_mode=True,
     )
     write_adapter(output, saved, edits)

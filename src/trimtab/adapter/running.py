@@ -173,6 +173,8 @@ class Forwards:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.layers: list[Any] = []
+        self.base_digest: str | None = None
+        """Of the model's weights before its first adapter."""
         self.notes: set[str] = set()
         self.looks = 0
         self.guests = 0

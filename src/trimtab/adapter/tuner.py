@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from trimtab.adapter.config import ReftConfig
 from trimtab.adapter.forward import BASE, Pass
 from trimtab.adapter.hooks import hook
+from trimtab.adapter.identity import OtherBase, base_digest, differ
 from trimtab.adapter.joint import as_lora, check_lora, inject, lora_keys, loras, remove
 from trimtab.adapter.loading import as_saved, own_modules, resized_embeddings, saved_twice, take_over_loading
 from trimtab.adapter.offloading import bring_back, execution_device
@@ -54,7 +55,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
     """The edits of one block, by adapter name: `reft_edit` where tied, else `reft_prefix` and `reft_suffix`."""
 
     adapter_layer_names = ("reft_edit", "reft_prefix", "reft_suffix")
-    other_param_names = ("positions", "scaling", "tasks", "loras")
+    other_param_names = ("positions", "scaling", "tasks", "loras", "told")
 
     def __init__(self, site: Site, passes: Forwards) -> None:
         super().__init__()
@@ -63,6 +64,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self.reft_edit, self.reft_prefix, self.reft_suffix = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         self.positions: dict[str, Positions] = {}
         self.scaling: dict[str, float] = {}
+        self.told: dict[str, str] = {}
+        """Each adapter in words."""
         self.tasks: dict[str, Any] = {}
         self.loras: dict[str, tuple[LoraLayer, ...]] = {}
         """The LoRA layers of the adapters that have some, of the whole model."""
@@ -80,6 +83,9 @@ class ReftLayer(nn.Module, BaseTunerLayer):
     def base_layer(self) -> nn.Module:
         return self.site.module
 
+    def extra_repr(self) -> str:
+        return "\n".join(f"{name}: {told}, width {self.site.width}" for name, told in self.told.items())
+
     def add(self, adapter: str, config: ReftConfig, lora: tuple[LoraLayer, ...] = ()) -> None:
         """Create the adapter's edits for this block, on the block's device."""
         for name in config.edit_names():
@@ -96,6 +102,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             getattr(self, f"reft_{name}")[adapter] = edit
         self.positions[adapter] = config.parsed_positions
         self.scaling[adapter], self.tasks[adapter], self.loras[adapter] = 1.0, config.task_type, lora
+        self.told[adapter] = f"{config.method_text}, positions {config.positions}"
         self._move_adapter_to_device_of_base_layer(adapter)
 
     def rotations(self) -> list[Rotation]:
@@ -115,7 +122,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
     def rename(self, adapter: str, new: str) -> None:
         """Let the adapter here go by another name."""
         named: Any
-        for named in (*self.edit_dicts().values(), self.positions, self.scaling, self.tasks, self.loras):
+        for named in (*self.edit_dicts().values(), self.positions, self.scaling, self.tasks, self.loras, self.told):
             if adapter in named:
                 named[new] = named.pop(adapter)
 
@@ -186,6 +193,8 @@ class ReftModel(BaseTuner):
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         self._sites: dict[str, Site] = {}
         self._passes = Forwards.of(model)
+        if not self._passes.layers:  # while the base is whole: later it may be sharded
+            self._passes.base_digest = base_digest(model)
         try:
             super().__init__(model, *args, **kwargs)
         except BaseException:
@@ -322,8 +331,10 @@ class ReftModel(BaseTuner):
     # ---- saving, loading: files hold R, parameters half of it --------------------------------------------------
 
     @classmethod
-    def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        return as_saved(super()._get_adapter_state_dict(*args, **kwargs))
+    def _get_adapter_state_dict(cls, model: Any, config: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """What is saved; PEFT asks before it writes the config."""
+        config.base_digest = _digest_of(model) or config.base_digest
+        return as_saved(super()._get_adapter_state_dict(model, config, *args, **kwargs))
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -369,6 +380,7 @@ class ReftModel(BaseTuner):
             mapped |= {keys[tensor]: value for tensor, value in values.items()}
             if any(parameter.is_meta for parameter in layer.base_layer.parameters()):
                 layer.loaded[edit] = values
+        _check_base(model, config, adapter_name)
         return mapped
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -377,6 +389,25 @@ class ReftModel(BaseTuner):
         for layer in self._passes.layers:
             while layer.loaded:
                 bring_back(*layer.loaded.popitem())
+
+
+def _digest_of(model: nn.Module) -> str | None:
+    """Of the base, as it was before its first adapter."""
+    layer = next((m for m in model.modules() if isinstance(m, ReftLayer)), None)
+    return None if layer is None else layer._passes.base_digest
+
+
+def _check_base(model: Any, config: ReftConfig, adapter: str) -> None:
+    """Warn of an adapter that was made on other weights."""
+    if differ(config.base_digest, _digest_of(model)):
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        warnings.warn(
+            f"adapter {adapter!r}: was made on {config.base_model_name_or_path}, whose weights are not those of this "
+            f"model, {getattr(base, 'name_or_path', '') or type(base).__name__}; its edits will not do there what "
+            "they did. Load it onto the weights it was made on.",
+            OtherBase,
+            stacklevel=2,
+        )
 
 
 def _check_saved_modules(config: ReftConfig, site: str) -> None:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib.metadata import version as installed
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +23,22 @@ app = typer.Typer(
     help="Train, score and switch LoReFT adapters on one frozen model.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def say_version(asked: bool) -> None:
+    """And do nothing else."""
+    if asked:
+        typer.echo(f"trimtab {installed('trimtab')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=say_version, is_eager=True, help="Say which version this is.")
+    ] = False,
+) -> None:
+    """Train, score and switch LoReFT adapters on one frozen model."""
 
 
 class PlainConsole(Console):
@@ -69,7 +86,7 @@ RecipeFile = Annotated[
 TaskNames = Annotated[list[str] | None, typer.Option("--task", help="Only this task; may be repeated.")]
 Folders = Annotated[
     list[str] | None,
-    typer.Option("--adapter", "-a", help="An adapter's folder, or one that holds several; may be repeated."),
+    typer.Option("--adapter", "-a", help="An adapter's folder, NAME=FOLDER, or a folder of several; may be repeated."),
 ]
 RecipeModel = Annotated[str | None, typer.Option("--model", help="The base model, instead of the recipe's.")]
 DataFolder = Annotated[

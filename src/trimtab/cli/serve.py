@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from trimtab.cli.common import command, console, extra
+
+_OURS = ("model", "dtype", "max_model_len", "max_num_seqs", "enable_prefix_caching", "block_size", "additional_config")
+"""What `--vllm` may not set."""
 
 
 @command()
@@ -23,8 +26,13 @@ def serve(
     host: Annotated[str, typer.Option(help="The address to listen on; other machines need --api-key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = 8000,
     engine: Annotated[
-        Literal["transformers", "vllm"], typer.Option(help="transformers: in this process. (vllm is not there yet.)")
+        Literal["transformers", "vllm"],
+        typer.Option(help="transformers: in this process; vllm: over vLLM's processes (docs/serving-vllm.md)."),
     ] = "transformers",
+    vllm: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=VALUE of vLLM's engine, as tensor_parallel_size=2, value in YAML; may be repeated."),
+    ] = None,
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="auto: as the weights are stored.")
     ] = "auto",
@@ -45,10 +53,15 @@ def serve(
     prefix_mb: Annotated[
         int, typer.Option(min=0, help="Megabytes for prefixes that prompts share; 0 for none.")
     ] = 1024,
+    share_prefix: Annotated[
+        Literal["tenant", "all", "off"],
+        typer.Option(help="Who shares prefixes: requests of one key (tenant), all, or none; timing tells of them."),
+    ] = "tenant",
     max_rank: Annotated[int, typer.Option(min=1, help="Largest rank of an adapter.")] = 16,
     resident: Annotated[int, typer.Option(min=1, help="Adapters in use at a time; an untied one counts twice.")] = 64,
     site: Annotated[list[str] | None, typer.Option(help="What adapters may edit (block); may be repeated.")] = None,
     request_adapters: Annotated[bool, typer.Option(help="Let a request bring an adapter of its own.")] = False,
+    any_base: Annotated[bool, typer.Option(help="Serve adapters made on other weights than the model's.")] = False,
     max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request at most.")] = 4 << 20,
     grace: Annotated[float, typer.Option(min=0, help="Seconds for running requests to end at SIGTERM.")] = 30,
 ) -> None:
@@ -59,20 +72,54 @@ def serve(
         from trimtab.serve.server import Settings, check_exposure, open_service, run
     from trimtab.serve.rows import Limits
 
-    if engine != "transformers":
-        raise ValueError("--engine vllm: is not there yet; transformers is the only engine of this version.")
-    access = Access(_keys(api_key or [], api_key_file), admin_key or None)
+    make = {}
+    if engine == "vllm":
+        from trimtab.serve.vllm.engine import make_engine
+
+        make = {"make_engine": make_engine(_options(vllm or []))}
+    elif vllm:
+        raise ValueError(f"--vllm {vllm[0]}: goes with --engine vllm.")
+    access = Access(_keys(api_key or [], api_key_file), admin_key or None, one_tenant=share_prefix == "all")
     check_exposure(host, access)
-    limits = Limits(
-        slots, max_len, chunk, prefix_bytes=prefix_mb << 20, max_queue=max_queue, queue_seconds=queue_seconds
-    )
+    prefix_bytes = 0 if share_prefix == "off" else prefix_mb << 20
+    limits = Limits(slots, max_len, chunk, prefix_bytes=prefix_bytes, max_queue=max_queue, queue_seconds=queue_seconds)
     named, sites = _named(adapter or []), tuple(site or ["block"])
     service = open_service(
-        Settings(model, named, adapters, served_model_name, dtype, sites, max_rank, resident, request_adapters, limits)
+        Settings(
+            model,
+            named,
+            adapters,
+            served_model_name,
+            dtype,
+            sites,
+            max_rank,
+            resident,
+            request_adapters,
+            limits,
+            any_base,
+        ),
+        **make,
     )
     count = len(service.registry.names())
     console.print(f"{service.base} with {count} adapters at http://{host}:{port}", soft_wrap=True, highlight=False)
     run(create_app(service, access, max_body), service.engine, host, port, grace)
+
+
+def _options(given: list[str]) -> dict[str, Any]:
+    """Of vLLM, by name. Raises ValueError: one has no value, or none that is YAML."""
+    import yaml
+
+    found: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or name in _OURS:
+            why = "is set by trimtab serve's own options" if equals else "must be NAME=VALUE"
+            raise ValueError(f"--vllm {text}: {why}.")
+        try:
+            found[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError(f"--vllm {text}: the value is not YAML.") from None
+    return found
 
 
 def _keys(given: list[str], file: Path | None) -> tuple[str, ...]:

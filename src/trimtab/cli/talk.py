@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -36,6 +37,8 @@ def chat(adapter: Folders = None, model: ModelName = None) -> None:
     """Talk to a model; /use NAME switches the adapter, also in the middle of a conversation."""
     from trimtab.runs.generate import BASE, Answerer, find_adapters
 
+    with suppress(ImportError):  # no Windows
+        import readline  # noqa: F401  (by which input() edits its line)
     adapters = find_adapters(adapter or [])
     answerer = Answerer(adapters, model)
     current = next(iter(adapters), BASE)

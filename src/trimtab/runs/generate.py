@@ -26,11 +26,14 @@ Message = dict[str, str]
 def find_adapters(folders: Sequence[str]) -> dict[str, Path]:
     """Adapter folders by name: each folder itself, or those that stand in it; a name on the Hub is fetched.
 
+    `NAME=FOLDER` has an adapter go by another name than its folder's.
+
     Raises:
         AdapterError: a folder holds no adapter, or two adapters share a name.
     """
     found: dict[str, Path] = {}
-    for given in folders:
+    for asked in folders:
+        own, named, given = asked.rpartition("=") if not Path(asked).exists() else ("", "", asked)
         folder = local(given)
         inside = (
             [folder]
@@ -39,13 +42,15 @@ def find_adapters(folders: Sequence[str]) -> dict[str, Path]:
         )
         if not inside:
             raise AdapterError(f"{folder}: no adapter there, nor in a folder inside it (no adapter_config.json).")
+        if named and (len(inside) > 1 or not own):
+            raise AdapterError(f"{asked}: give one name and the folder of one adapter; there are {len(inside)}.")
         for path in inside:
-            called = (
-                given.partition("@")[0] if folder != Path(given) else path.resolve()
-            )  # of the Hub's, not its cache's
-            name = Path(called).name.replace(".", "_")
+            here = given.partition("@")[0] if folder != Path(given) else path.resolve()
+            name = (own or Path(here).name).replace(".", "_")
             if name in found:
-                raise AdapterError(f"two adapters are called {name!r}, {found[name]} and {path}; rename a folder.")
+                raise AdapterError(
+                    f"two adapters are called {name!r}, {found[name]} and {path}; name one, as in other={path}."
+                )
             found[name] = path
     return found
 

@@ -40,6 +40,8 @@ class Access:
     keys: Collection[str] = ()
     admin_key: str | None = None
     """Of the routes in `ADMIN`; it opens all others too."""
+    one_tenant: bool = False
+    """Whether callers of different keys share cached prefixes."""
     _known: tuple[bytes, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -51,7 +53,7 @@ class Access:
         return self.admin_key is not None or not self.keys
 
     def check(self, path: str, headers: Headers) -> bytes:
-        """The caller's tenant: requests of different tenants share nothing.
+        """The caller's tenant: requests of different tenants share no cached prefix.
 
         Raises:
             ApiError: the caller may not.
@@ -69,7 +71,7 @@ class Access:
         if not allowed:
             which = "the admin key" if path in ADMIN else "a key of this server"
             raise ApiError(401, f"give {which}: Authorization: Bearer KEY.", "invalid_api_key")
-        return given if self.keys else b""
+        return given if self.keys and not self.one_tenant else b""
 
 
 def _check_origin(headers: Headers) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from trimtab.adapter.config import WEIGHTS, ReftConfig
 from trimtab.adapter.folder import CONFIG, SavedAdapter, read_adapter
+from trimtab.adapter.identity import differ
 from trimtab.edits import METHODS, Term
 from trimtab.errors import AdapterError
 from trimtab.serve.table import Layout
@@ -70,6 +71,7 @@ class Registry:
             None: nothing can be loaded by path.
         reserved: names that no adapter may have, such as the base model's.
         memory: bytes of adapters in host memory at most; beyond it the least recently used are read again when needed.
+        base: digest of the model's weights, which an adapter's must be if it has one. None: any will do.
     """
 
     def __init__(
@@ -79,8 +81,9 @@ class Registry:
         reserved: Collection[str] = (),
         memory: int = 4 << 30,
         meant: Callable[[ReftConfig], Collection[str]] | None = None,
+        base: str | None = None,
     ) -> None:
-        self.layout, self._meant = layout, meant
+        self.layout, self._meant, self._base = layout, meant, base
         self.folder = Path(folder).resolve(strict=True) if folder is not None else None
         self.reserved, self.memory = frozenset(reserved), memory
         self._lock = threading.Lock()
@@ -158,6 +161,11 @@ class Registry:
             AdapterError: as `load`.
         """
         saved = read_adapter(folder)
+        if differ(saved.config.base_digest, self._base):
+            raise AdapterError(
+                f"{folder}: was made on other weights ({saved.config.base_model_name_or_path}) than the model's here. "
+                "Serve it on its own base, or start the server with --any-base."
+            )
         if saved.config.modules_to_save or len(saved.shapes) > sum(map(len, saved.edits.values())):
             raise AdapterError(
                 f"{folder}: saves more than its edits (modules_to_save, a LoRA), which would change the model for "

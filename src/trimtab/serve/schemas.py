@@ -107,9 +107,19 @@ class BroughtAdapter(_Body):
     weights: String = Field(description="What adapter_model.safetensors holds, in base64.")
 
 
+class ScaledAdapter(_Body):
+    """One of several adapters of a request."""
+
+    name: String = Field(max_length=512)
+    scale: float = Field(1.0, ge=-100, le=100, description="Strength of its edit.")
+
+
 class Generation(Prompt):
     """What chat and plain completions have in common."""
 
+    reft_adapters: Annotated[list[String | ScaledAdapter], Field(max_length=8)] = Field(
+        [], description="Several by name, in the order in which they edit; `model` is the base then."
+    )
     reft_adapter: BroughtAdapter | None = Field(None, description="Instead of one by name, where the server allows it.")
     n: int = Field(1, ge=1, le=128)
     temperature: float = Field(1.0, ge=0, le=2)

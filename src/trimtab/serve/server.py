@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -18,6 +18,7 @@ from typing import Any
 import uvicorn
 
 from trimtab.adapter.config import ReftConfig
+from trimtab.adapter.identity import base_digest
 from trimtab.runs.models import ModelSource, load_model, load_tokenizer
 from trimtab.serve.engine import Engine
 from trimtab.serve.guard import Access
@@ -51,9 +52,19 @@ class Settings:
     takes_adapters: bool = False
     """Whether a request may bring one."""
     limits: Limits = field(default_factory=Limits)
+    any_base: bool = False
+    """Whether adapters made on other weights are served."""
 
 
-def open_service(settings: Settings) -> Service:
+MakeEngine = Callable[[Settings, Any, Layout, Any], Engine]
+"""Of the settings, transformers' model, the table's layout and the tokenizer; not started."""
+
+
+def _slots(settings: Settings, model: Any, layout: Layout, tokenizer: Any) -> Engine:
+    return SlotsEngine(model, AdapterTable(layout, settings.resident, model.device), tokenizer, settings.limits)
+
+
+def open_service(settings: Settings, make_engine: MakeEngine = _slots) -> Service:
     """Load the model and the adapters named, and start the engine.
 
     Raises:
@@ -70,10 +81,11 @@ def open_service(settings: Settings) -> Service:
                 raise ValueError(f"site={config.site!r}: {site.name} is served for edits of its other side.")
         return {site.name for site in sites}
 
-    registry = Registry(layout, settings.folder, reserved=[base], meant=meant)
+    digest = None if settings.any_base else base_digest(model)
+    registry = Registry(layout, settings.folder, reserved=[base], meant=meant, base=digest)
     for name, folder in settings.adapters.items():
         registry.add(name, folder)
-    engine = SlotsEngine(model, AdapterTable(layout, settings.resident, model.device), tokenizer, settings.limits)
+    engine = make_engine(settings, model, layout, tokenizer)
     engine.start()
     return Service(engine, registry, tokenizer, base, settings.takes_adapters)
 

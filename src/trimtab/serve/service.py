@@ -73,6 +73,34 @@ class Service:
                 return (Applied(self.registry.get(name), scale),)
         raise ApiError(404, f"there is no model {model!r}; see /v1/models.", "model_not_found", "model")
 
+    def _several(self, body: schemas.Generation) -> tuple[Applied, ...]:
+        """The edits of `reft_adapters`, in their order. Raises ApiError."""
+        field = "reft_adapters"
+        if body.model != self.base:
+            raise ApiError(400, f"{field}: edit the base model; give model as {self.base!r}.", param="model")
+        if body.reft_scale != 1 or body.reft_adapter is not None:
+            raise ApiError(400, f"{field}: give each its scale, and neither reft_scale nor reft_adapter.", param=field)
+        asked = [schemas.ScaledAdapter(name=one) if isinstance(one, str) else one for one in body.reft_adapters]
+        names = [one.name.removeprefix(f"{self.base}:") for one in asked]
+        if len(set(names)) < len(names):
+            raise ApiError(400, f"{field}: {names} names one twice; give it once, with a scale.", param=field)
+        try:
+            applied = tuple(Applied(self.registry.get(name), one.scale) for name, one in zip(names, asked, strict=True))
+        except UnknownAdapter as error:
+            raise ApiError(
+                404, f"{field}: no adapter {str(error)!r}; see /v1/models.", "model_not_found", field
+            ) from None
+        if len({one.adapter.positions.turns for one in applied}) > 1:
+            raise ApiError(400, f"{field}: {names} differ in edit_turns, and a request has one prompt.", param=field)
+        return applied
+
+    def _asked(self, body: schemas.Generation) -> tuple[Applied, ...]:
+        if body.reft_adapters:
+            return self._several(body)
+        return (
+            self._brought(body.reft_adapter, body) if body.reft_adapter else self.applied(body.model, body.reft_scale)
+        )
+
     def _brought(self, brought: schemas.BroughtAdapter, body: schemas.Prompt) -> tuple[Applied, ...]:
         """The edit that a request brings. Raises ApiError."""
         field = "reft_adapter"
@@ -95,8 +123,7 @@ class Service:
     def requests(self, form: Form, tenant: bytes) -> list[EngineRequest]:
         """One for each choice. Raises ApiError."""
         body = form.body
-        brought, made = body.reft_adapter, []
-        applied = self._brought(brought, body) if brought else self.applied(body.model, body.reft_scale)
+        applied, made = self._asked(body), []
         if len(form.prompts) * body.n > self.choices:
             raise ApiError(
                 400, f"n: {len(form.prompts) * body.n} answers in one request; at most {self.choices}.", param="n"

@@ -63,7 +63,7 @@ class SlotsEngine:
     def __init__(self, model: Any, table: AdapterTable, tokenizer: Any = None, limits: Limits | None = None) -> None:
         self.limits, self.table, self._tokenizer = limits or Limits(), table, tokenizer
         self._model = ServedModel(model)
-        self._ends = _end_tokens(model, tokenizer)
+        self._ends = end_tokens(model, tokenizer)
         self._runner = Runner(self._model, table, self.limits)
         self._rows: list[Row] = []
         self._waiting: deque[tuple[Request, Emit, float]] = deque()
@@ -411,7 +411,7 @@ def _counts(row: Row) -> dict[str, Any]:
     return {"prompt_tokens": row.prompt, "completion_tokens": row.generated, "cached_tokens": row.cached}
 
 
-def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
     """What ends an answer: the model's own end tokens and the tokenizer's."""
     own = getattr(model.generation_config, "eos_token_id", None)
     ends = [*(own if isinstance(own, list) else [own]), getattr(tokenizer, "eos_token_id", None)]

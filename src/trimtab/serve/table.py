@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from trimtab.adapter.hooks import hook
 from trimtab.edits import ACTIVATIONS, Term
@@ -133,30 +134,22 @@ class _Lines(NamedTuple):
     """That any of these entries edits."""
 
 
-class AdapterTable:
-    """Entries on the device, and a hook on each site that edits the rows of the running forward.
+class Entries:
+    """Which keys have an entry of a table, and which of them are in use; the least recently used make room.
 
     Args:
-        layout: of an entry.
-        entries: how many are on the device at a time.
-        device: the model's.
+        count: of entries.
     """
 
-    def __init__(self, layout: Layout, entries: int, device: torch.device | str = "cpu") -> None:
-        self.layout = layout
-        self.vectors = torch.zeros(entries, layout.size, device=device)
-        self.hits = self.misses = self.evictions = self.edited_rows = 0
-        self._views = {name: place.of(self.vectors) for name, place in layout.places.items()}
-        self._free = list(range(entries))
+    def __init__(self, count: int) -> None:
+        self.hits = self.misses = self.evictions = 0
+        self._count = count
+        self._free = list(range(count))
         self._resident: OrderedDict[Key, int] = OrderedDict()  # the least recently used first
         self._pins: dict[Key, int] = {}
-        self._codes: list[frozenset[int]] = [frozenset()] * entries
-        self._sites: list[frozenset[str]] = [frozenset()] * entries
-        self._lines: list[_Lines] = []
-        self._handles = [hook(site, partial(self._changed, site.name)) for site in layout.sites]
 
     def __len__(self) -> int:
-        return len(self.vectors)
+        return self._count
 
     @property
     def resident(self) -> int:
@@ -193,6 +186,34 @@ class AdapterTable:
                 del self._pins[key]
 
     def _load(self, entry: int, vector: Tensor) -> None:
+        """Put a vector (size,) there."""
+        raise NotImplementedError
+
+
+class AdapterTable(Entries):
+    """Entries on the device, and a hook on each site that edits the rows of the running forward.
+
+    Args:
+        layout: of an entry.
+        entries: how many are on the device at a time.
+        device: the model's.
+    """
+
+    def __init__(self, layout: Layout, entries: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(entries)
+        self.layout = layout
+        self.vectors = torch.zeros(entries, layout.size, device=device)
+        self.edited_rows = 0
+        self._views = {name: place.of(self.vectors) for name, place in layout.places.items()}
+        self._codes: list[frozenset[int]] = [frozenset()] * entries
+        self._sites: list[frozenset[str]] = [frozenset()] * entries
+        self._lines: list[_Lines] = []
+        self._handles = [self._hook(site) for site in layout.sites]
+
+    def _hook(self, site: Site) -> RemovableHandle:
+        return hook(site, partial(self._changed, site.name))
+
+    def _load(self, entry: int, vector: Tensor) -> None:
         self.vectors[entry].copy_(vector)
         parts = {name: place.of(vector.unsqueeze(0)) for name, place in self.layout.places.items()}
         self._sites[entry] = frozenset(name for name, part in parts.items() if bool(part.basis.any()))
@@ -221,20 +242,23 @@ class AdapterTable:
 
     def _changed(self, name: str, hidden: Tensor) -> Tensor:
         flat = hidden.reshape(-1, hidden.shape[-1])
-        running = [lines for lines in self._lines if name in lines.sites]
+        running = self._running(name)
         for lines in running:
-            flat = self._edited(name, flat, lines)
+            change = self._change(name, flat[lines.row], lines)
+            flat = flat.index_add(0, lines.row, change.to(flat.dtype))
         return flat.view_as(hidden) if running else hidden
 
-    def _edited(self, name: str, flat: Tensor, lines: _Lines) -> Tensor:
-        """States (n, d) with Bᵀ f(A h + b) added to the rows of `lines`; A, b, B gathered a line, not a row."""
+    def _running(self, name: str) -> list[_Lines]:
+        return [lines for lines in self._lines if name in lines.sites]
+
+    def _change(self, name: str, states: Tensor, lines: _Lines) -> Tensor:
+        """Bᵀ f(A h + b) of the states (G K, d) of the rows of `lines`; A, b, B gathered a line, not a row."""
         rows, bias, basis, code = (view[lines.entry] for view in self._views[name])
-        states = flat[lines.row].view(*lines.valid.shape[:2], -1).float()
+        states = states.view(*lines.valid.shape[:2], -1).float()
         source = torch.baddbmm(bias.unsqueeze(1), states, rows.mT)
         for i in sorted(lines.codes):
             source = torch.where(code.unsqueeze(1) == i, _FUNCTIONS[i - 1](source), source)
-        change = torch.where(lines.valid, torch.bmm(source, basis) * lines.scale, 0)
-        return flat.index_add(0, lines.row, change.flatten(0, 1).to(flat.dtype))
+        return torch.where(lines.valid, torch.bmm(source, basis) * lines.scale, 0).flatten(0, 1)
 
     def close(self) -> None:
         """Take every hook off the model."""

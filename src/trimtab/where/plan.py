@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -128,6 +128,16 @@ def plan(spans: Sequence[Span], device: torch.device | str = "cpu") -> list[Grou
     return groups
 
 
+def edits_within(
+    edits: Iterable[Edited], prompt: int, start: int, length: int
+) -> Iterator[tuple[Edited, Sequence[int]]]:
+    """The edits that touch a chunk, with the offsets in it: all that its key must say beside its tokens."""
+    for edit in edits:
+        offsets = edited(edit.positions, prompt, start, length)
+        if offsets and edit.scale:
+            yield edit, offsets
+
+
 def block_keys(
     tokens: Sequence[int], edits: Sequence[Edited], prompt: int, block: int, salt: bytes = b""
 ) -> Iterator[bytes]:
@@ -147,10 +157,8 @@ def block_keys(
     for start in range(0, len(tokens) - block + 1, block):
         own = hashlib.sha256(key)
         own.update(struct.pack(f"<{block}q", *tokens[start : start + block]))
-        for edit in edits:
-            offsets = edited(edit.positions, prompt, start, block)
-            if offsets and edit.scale:
-                own.update(struct.pack("<Id", len(edit.digest), edit.scale) + edit.digest)
-                own.update(struct.pack(f"<I{len(offsets)}I", len(offsets), *offsets))
+        for edit, offsets in edits_within(edits, prompt, start, block):
+            own.update(struct.pack("<Id", len(edit.digest), edit.scale) + edit.digest)
+            own.update(struct.pack(f"<I{len(offsets)}I", len(offsets), *offsets))
         key = own.digest()
         yield key

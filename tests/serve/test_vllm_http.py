@@ -1,0 +1,139 @@
+"""The openai client against `trimtab serve --engine vllm`, a process of its own. Run by `make vllm`."""
+
+import asyncio
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from served import ADAPTERS, BASE, MODEL, Served, make_adapters, user
+
+from trimtab.runs.models import load_tokenizer
+from trimtab.serve.answers import Tokens
+
+pytestmark = pytest.mark.vllm
+PORT = 8377
+MODELS = [BASE, *ADAPTERS]
+PROMPT = "The cat and the dog went"
+LONG = PROMPT + " down to the river and over the hills, where the old man had lived for a long time, far from us."
+
+
+class _Reference(Served):
+    """The served answers' truth, without the service, which is in another process."""
+
+    def ids(self, prompt: str) -> list[int]:
+        return Tokens(load_tokenizer(MODEL)).of_text(prompt)
+
+    def text(self, ids: list[int]) -> str:
+        return str(load_tokenizer(MODEL).decode(ids, skip_special_tokens=True))
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("adapters")
+    make_adapters(folder)
+    options = ["kv_cache_memory_bytes=67108864", "enforce_eager=true"]
+    command = [sys.executable, "-m", "trimtab.cli", "serve", MODEL, "--adapters", str(folder), "--engine", "vllm"]
+    command += ["--dtype", "float32", "--max-len", "512", "--slots", "8", "--port", str(PORT)]
+    process = subprocess.Popen([*command, *(part for one in options for part in ("--vllm", one))])
+    url = f"http://127.0.0.1:{PORT}"
+    try:
+        for _ in range(600):
+            assert process.poll() is None
+            try:
+                if httpx.get(f"{url}/ready").status_code == 200:
+                    break
+            except httpx.TransportError:
+                time.sleep(0.2)
+        yield _Reference(None, url, folder)  # type: ignore[arg-type]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+
+
+def test_the_answers_to_compare_differ(served: Served) -> None:
+    texts = [served.expected_text(served.ids(PROMPT), model) for model in MODELS]
+    assert all(texts) and len(set(texts)) == len(MODELS)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_answers_are_what_generate_says(served: Served, model: str) -> None:
+    answer = served.openai.completions.create(model=model, prompt=PROMPT, max_tokens=8, temperature=0)
+    assert answer.choices[0].text == served.expected_text(served.ids(PROMPT), model)
+    chat: Any = {"model": model, "messages": [user("cat")], "max_tokens": 8, "temperature": 0}
+    ids = served.chat_ids("cat")
+    assert served.openai.chat.completions.create(**chat).choices[0].message.content == served.expected_text(ids, model)
+    parts = served.openai.chat.completions.create(stream=True, **chat)
+    assert "".join(part.choices[0].delta.content or "" for part in parts) == served.expected_text(ids, model)
+
+
+@pytest.mark.parametrize("scale", [-1.0, 0.0, 0.4])
+def test_the_scale_of_a_request(served: Served, scale: float) -> None:
+    answer = served.openai.completions.create(
+        model="ends", prompt=PROMPT, max_tokens=8, temperature=0, extra_body={"reft_scale": scale}
+    )
+    assert answer.choices[0].text == served.expected_text(served.ids(PROMPT), "ends", scale=scale)
+
+
+def test_many_at_once_by_the_async_client(served: Served) -> None:
+    words, draw = served.ids(LONG), random.Random(0)
+    jobs = [(draw.choice(MODELS), words[: draw.randint(3, len(words))], draw.random() < 0.5) for _ in range(33)]
+
+    async def ask(client: openai.AsyncOpenAI, model: str, ids: list[int], stream: bool) -> str:
+        fields: Any = {"model": model, "prompt": ids, "max_tokens": 6, "temperature": 0}
+        if not stream:
+            return (await client.completions.create(**fields)).choices[0].text
+        return "".join([part.choices[0].text async for part in await client.completions.create(stream=True, **fields)])
+
+    async def every() -> list[str]:
+        async with served.async_openai as client:
+            return await asyncio.gather(*(ask(client, *job) for job in jobs))
+
+    for (model, ids, _), text in zip(jobs, asyncio.run(every()), strict=True):
+        assert text == served.expected_text(ids, model, 6), (model, len(ids))
+
+
+def test_an_unknown_name_is_refused_and_the_engine_lives(served: Served) -> None:
+    for _ in range(3):
+        with pytest.raises(openai.NotFoundError) as caught:
+            served.openai.completions.create(model="nobody", prompt=PROMPT)
+        assert caught.value.code == "model_not_found"
+    for field in ("vllm_xargs", "extra_args", "trimtab"):
+        with pytest.raises(openai.BadRequestError):
+            served.openai.completions.create(model=BASE, prompt=PROMPT, extra_body={field: {"trimtab": {}}})
+    assert served.client.get("/ready").status_code == 200
+    test_answers_are_what_generate_says(served, "ends")
+
+
+def test_adapters_come_and_go_while_it_runs(served: Served) -> None:
+    def ask(name: str) -> str:
+        return served.openai.completions.create(model=name, prompt=PROMPT, max_tokens=8, temperature=0).choices[0].text
+
+    def post(route: str, **body: Any) -> None:
+        served.client.post(f"/v1/{route}_lora_adapter", json=body).raise_for_status()
+
+    post("load", lora_name="other", lora_path="ends")
+    assert ask("other") == served.expected_text(served.ids(PROMPT), "ends")
+    post("load", lora_name="other", lora_path="all", load_inplace=True)
+    assert ask("other") == served.expected_text(served.ids(PROMPT), "all")
+    post("unload", lora_name="other")
+    with pytest.raises(openai.NotFoundError):
+        ask("other")
+
+
+def test_stop_strings_and_logprobs(served: Served) -> None:
+    ids = served.ids(PROMPT)
+    whole = served.expected_text(ids, "ends", 8)
+    stop = whole[len(whole) // 2 :][:2]
+    answer = served.openai.completions.create(
+        model="ends", prompt=PROMPT, max_tokens=8, temperature=0, stop=[stop], logprobs=3
+    )
+    assert answer.choices[0].text == whole[: whole.index(stop)] and answer.choices[0].finish_reason == "stop"
+    assert answer.choices[0].logprobs is not None and len(answer.choices[0].logprobs.top_logprobs[0]) == 3  # type: ignore[index,arg-type]
