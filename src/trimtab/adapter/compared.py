@@ -1,4 +1,4 @@
-"""What adapters do to the same hidden states: how far they move them, in which directions, and how alike the results are.
+"""What adapters do to the same hidden states: how far they move them, in which directions, how alike the results are.
 
 Shapes: n tokens, of hidden states h (n, d) of the base model and h' (n, d) with an adapter.
 """
@@ -44,7 +44,8 @@ def block_outputs(model: nn.Module, blocks: Sequence[Site], inputs: Sequence[dic
 
 def moved(base: Tensor, edited: Tensor) -> Tensor:
     """‖h' - h‖ / ‖h‖ of each token: (..., n, d) -> (..., n)."""
-    return (edited - base).norm(dim=-1) / base.norm(dim=-1).clamp(min=1e-12)
+    far: Tensor = (edited - base).norm(dim=-1) / base.norm(dim=-1).clamp(min=1e-12)
+    return far
 
 
 def directions(changes: Tensor, share: float = SHARE) -> Tensor:
@@ -55,6 +56,7 @@ def directions(changes: Tensor, share: float = SHARE) -> Tensor:
     Returns:
         (k, d), orthonormal rows, the strongest first; none where nothing changes.
     """
+    rows: Tensor
     _, lengths, rows = torch.linalg.svd(changes.double(), full_matrices=False)
     held = lengths.square().cumsum(0)
     if not held.numel() or held[-1] == 0:
@@ -64,7 +66,8 @@ def directions(changes: Tensor, share: float = SHARE) -> Tensor:
 
 def cosines(a: Tensor, b: Tensor) -> Tensor:
     """Of the principal angles between the spans of orthonormal rows (k, d) and (l, d): (min(k, l),), falling."""
-    return torch.linalg.svdvals(a @ b.mT).clamp(max=1)
+    found: Tensor = torch.linalg.svdvals(a @ b.mT).clamp(max=1)
+    return found
 
 
 def overlap(a: Tensor, b: Tensor) -> float | None:

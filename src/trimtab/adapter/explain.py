@@ -152,7 +152,8 @@ edit of one block.</p>
 
 _STYLE = """
 td { min-width: 3.6em } td.k { text-align: left; background: none; padding-left: .8em; white-space: nowrap }
-i { display: inline-block; height: .8em; background: #8a5a00; margin-right: .4em } td.b { text-align: left; min-width: 7em }
+i { display: inline-block; height: .8em; background: #8a5a00; margin-right: .4em }
+td.b { text-align: left; min-width: 7em }
 td.b b { display: inline-block; height: 1.1em; background: #2b6cb0; vertical-align: middle; margin-right: .4em }
 """
 

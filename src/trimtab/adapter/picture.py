@@ -9,7 +9,8 @@ from html import escape
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #1b1f24;
   background: #fff }
-h1 { font-size: 1.3em } h2 { font-size: 1.1em; margin-top: 2em } h3 { font-size: 1em; font-weight: 600 } p { max-width: 46em }
+h1 { font-size: 1.3em } h2 { font-size: 1.1em; margin-top: 2em } h3 { font-size: 1em; font-weight: 600 }
+p { max-width: 46em }
 div { overflow-x: auto } table { border-collapse: separate; border-spacing: 2px; font-size: .9em;
   font-variant-numeric: tabular-nums }
 th { font-weight: 500; padding: .2em .5em } th.m { text-align: right; font-weight: 400; white-space: nowrap }
@@ -84,7 +85,8 @@ def chart(title: str, lines: Sequence[Line], most: float | None = None) -> str:
     )
     every = -(-count // 16)
     ticks = "".join(
-        f'<text x="{at(i, 0).partition(",")[0]}" y="168" text-anchor="middle">{i}</text>' for i in range(0, count, every)
+        f'<text x="{at(i, 0).partition(",")[0]}" y="168" text-anchor="middle">{i}</text>'
+        for i in range(0, count, every)
     )
     key = "".join(
         f'<span><i style="border-top:2px {"dashed" if line.dashed else "solid"} rgb({line.rgb})"></i>'

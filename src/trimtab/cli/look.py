@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
-from trimtab.cli.common import command, console, extra, must_be_new, size_of
+from trimtab.cli.common import ModelName, command, console, extra, must_be_new, size_of
 
 
 @command()
-def show(adapter: Annotated[Path, typer.Argument(help="An adapter's folder.")]) -> None:
-    """Describe an adapter: method, layers, positions, parameters, and the size of its edit by layer."""
+def show(
+    adapter: Annotated[str, typer.Argument(help="An adapter's folder.")],
+    other: Annotated[str | None, typer.Argument(help="Another one, ReFT or LoRA, to set beside it.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="With two: a text to compare them on; may be repeated.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="With two: an HTML file for the pictures.")
+    ] = None,
+    model: ModelName = None,
+) -> None:
+    """Describe an adapter, or set two of one base model side by side: settings, sizes, what each does to h."""
+    if other is None:
+        if prompt or output or model:
+            raise ValueError("--prompt, --output and --model go with two adapters.")
+        _show_one(Path(adapter))
+    else:
+        _show_two(adapter, other, prompt or [], output, model)
+
+
+def _show_one(adapter: Path) -> None:
     from trimtab.adapter.folder import inspect_adapter
 
     info = inspect_adapter(adapter)
@@ -35,6 +55,39 @@ def show(adapter: Annotated[Path, typer.Argument(help="An adapter's folder.")]) 
     for module, norm in info.edit_norms.items():
         norms.add_row(module, f"{norm:.4f}", "█" * round(24 * norm / largest))
     console.print(norms)
+
+
+def _show_two(first: str, second: str, prompts: list[str], output: Path | None, model: str | None) -> None:
+    from trimtab.runs.folder import write_text
+    from trimtab.study.sidebyside import compare_adapters
+    from trimtab.study.sidebyside_page import EXPLAINED, number, page
+
+    if output is not None:
+        must_be_new(output)
+    found = compare_adapters(first, second, prompts, model=model)
+    settings = Table("", *found.names, title=f"of {found.base}")
+    for line in found.settings:
+        settings.add_row(line.name, *line.values)
+    console.print(settings)
+    table = Table("", "parameters", "moved, prompt", "generated", "directions", "overlap (chance)", "CKA")
+    for block in (*found.blocks, found.total):
+        overlap = "" if block.overlap is None else f"{block.overlap:.2f} ({number(block.chance)})"
+        pairs = (" ".join(f"{n:,}" for n in block.parameters), *map(_pair, (block.prompt, block.generated)))
+        directions = _pair(block.directions) if any(block.directions) else ""
+        table.add_row(block.name.rpartition("layers.")[2], *pairs, directions, overlap, number(block.cka))
+    console.print(table)
+    console.print(f"Each pair: {' and '.join(found.names)}. Read: {found.source}.")
+    for term, said in EXPLAINED:
+        console.print(f"{term}: {said}")
+    if output is not None:
+        write_text(output, page(found))
+        console.print(f"Wrote {output}.")
+
+
+def _pair(values: Sequence[float | None]) -> str:
+    from trimtab.study.sidebyside_page import number
+
+    return " ".join(filter(None, map(number, values)))
 
 
 @command()

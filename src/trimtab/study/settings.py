@@ -80,8 +80,21 @@ class ReftSettings(Settings):
     takes_prompts = True
     config: ReftConfig
     answered = frozenset(
-        "method r positions edit_turns layers site tied dropout activation init_weights modules_to_save lora "
-        "pool".split()
+        [
+            "method",
+            "r",
+            "positions",
+            "edit_turns",
+            "layers",
+            "site",
+            "tied",
+            "dropout",
+            "activation",
+            "init_weights",
+            "modules_to_save",
+            "lora",
+            "pool",
+        ]
     )
 
     def said(self) -> dict[str, str]:
@@ -119,8 +132,22 @@ class LoraSettings(Settings):
 
     config: LoraConfig
     answered = frozenset(
-        "r lora_alpha lora_dropout target_modules exclude_modules layers_to_transform rank_pattern alpha_pattern bias "
-        "lora_bias use_rslora use_dora init_lora_weights modules_to_save".split()
+        [
+            "r",
+            "lora_alpha",
+            "lora_dropout",
+            "target_modules",
+            "exclude_modules",
+            "layers_to_transform",
+            "rank_pattern",
+            "alpha_pattern",
+            "bias",
+            "lora_bias",
+            "use_rslora",
+            "use_dora",
+            "init_lora_weights",
+            "modules_to_save",
+        ]
     )
 
     def said(self) -> dict[str, str]:

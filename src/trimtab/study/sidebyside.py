@@ -161,7 +161,7 @@ class Saved:
             if one.task is not None and one.task.task_type == self.task_type:
                 return one.task.head
         raise AdapterError(
-            f"{self.path}: trained for {self.task_type}, and what its head is like stands in no run.json, neither there "
+            f"{self.path}: trained for {self.task_type}, and no run.json says what its head is like, neither there "
             f"nor in {other.path}."
         )
 
@@ -234,7 +234,7 @@ def compare_adapters(
         width=a.base.shape[-1],
         settings=tuple(side_by_side(pair[0].settings, pair[1].settings)),
         blocks=tuple(_block(i, a, b, moved, is_prompt) for i in range(len(a.names))),
-        beside=Block("beside the blocks", *zip(a.sizes[-1], b.sizes[-1], strict=True)),
+        beside=Block("beside the blocks", (a.sizes[-1][0], b.sizes[-1][0]), (a.sizes[-1][1], b.sizes[-1][1])),
         source=source,
         texts=tuple(
             Text(
@@ -368,7 +368,8 @@ def _block(i: int, a: Seen, b: Seen, moved: Sequence[Tensor], is_prompt: Tensor)
     overlap = compared.overlap(*spans)
     return Block(
         a.names[i],
-        *zip(a.sizes[i], b.sizes[i], strict=True),
+        (a.sizes[i][0], b.sizes[i][0]),
+        (a.sizes[i][1], b.sizes[i][1]),
         prompt=_means(moved, i, is_prompt),
         generated=_means(moved, i, ~is_prompt),
         directions=(len(spans[0]), len(spans[1])),

@@ -14,15 +14,15 @@ PICTURED = 3
 """Texts whose tokens are drawn."""
 EXPLAINED = (
     ("moved", "the length of the change over that of the base model's hidden state, ‖h′ − h‖ / ‖h‖, at what the block "
-     "gives in the whole forward: the mean over the tokens of all texts. Tokens that are not edited move too, as far as "
-     "edited ones, or edited blocks below, reach them. 0.10 is a tenth of the state's own length."),
+     "gives in the whole forward: the mean over the tokens of all texts. Tokens that are not edited move too, as far "
+     "as edited ones, or edited blocks below, reach them. 0.10 is a tenth of the state's own length."),
     ("directions", f"how many principal directions hold {SHARE:.0%} of the changes' squared length."),
     ("overlap", "of the spans of these directions, the mean squared cosine of the principal angles: 1 where one span "
      "holds the other, 0 at right angles; beside it what random directions of that number would have. Hidden states "
      "have strong directions of their own, so that a little more than chance says little."),
     ("CKA", "linear centred kernel alignment of the two adapters' states, at the tokens that either moves: 1 where one "
-     "set is the other rotated, scaled and shifted. Behind it, that of A and of B with the base model. It leans towards "
-     "1 where there are fewer tokens than the states are wide."),
+     "set is the other rotated, scaled and shifted. Behind it, that of A and of B with the base model. It leans "
+     "towards 1 where there are fewer tokens than the states are wide."),
 )  # fmt: skip
 """What the figures are: for the page and the terminal."""
 
@@ -30,7 +30,9 @@ EXPLAINED = (
 def page(found: SideBySide) -> str:
     """The page."""
     a, b = map(escape, found.names)
-    colours = "".join(f'<b style="color:rgb({rgb})">{k}</b> {n}, ' for k, n, rgb in zip("AB", (a, b), COLOURS, strict=True))
+    colours = "".join(
+        f'<b style="color:rgb({rgb})">{k}</b> {n}, ' for k, n, rgb in zip("AB", (a, b), COLOURS, strict=True)
+    )
     tokens = sum(len(text.tokens) for text in found.texts)
     body = f"""<p>{colours}both of {escape(found.base)}. Read: {escape(found.source)}, each with what the base model
 answers; {tokens} tokens, states {found.width} wide.</p>
@@ -105,7 +107,9 @@ def _tokens(found: SideBySide, text: Text) -> str:
 
 
 def _row(i: int, values: Sequence[float], text: Text, most: float, rgb: str) -> str:
-    cells = (heat(value or None, most, rgb).replace("<td", f"<td{_edge(at, text)}", 1) for at, value in enumerate(values))
+    cells = (
+        heat(value or None, most, rgb).replace("<td", f"<td{_edge(at, text)}", 1) for at, value in enumerate(values)
+    )
     return f"<tr><th class=m>block {i}</th>{''.join(cells)}</tr>"
 
 
