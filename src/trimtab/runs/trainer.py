@@ -8,6 +8,7 @@ dearer.
 from __future__ import annotations
 
 import inspect
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -23,7 +24,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from trimtab.errors import DivergedError, RunError
 from trimtab.runs import processes
-from trimtab.runs.reuse import Reuse
+from trimtab.runs.reuse import Reuse, UnlikeAttention
 from trimtab.tasks.spec import Section
 from trimtab.tasks.tokens import IGNORED, Collator, Encoded
 from trimtab.where.prompts import prompt_lengths_of
@@ -256,7 +257,7 @@ class ReftTrainer(Trainer):
         self.progress.tokens += mine * processes.count()  # the others have about as many
         if not self.takes_prompts:
             inputs.pop("prompt_lengths", None)
-        if self.reuse is not None and self.reuse.kind not in self.reuse.store.checked:
+        if self.reuse is not None:
             self._check(model, inputs)
         with self.reuse.applied(inputs) if self.reuse is not None else nullcontext(inputs) as batch:
             if self._keeps_supervised and batch["labels"].dim() == 2:
@@ -264,23 +265,40 @@ class ReftTrainer(Trainer):
             return super().compute_loss(model, batch, *args, **kwargs)
 
     def _check(self, model: nn.Module, inputs: Batch) -> None:
-        """Compare the first batch's loss with and without reuse, and give reuse up should they differ."""
+        """Compare a first batch's loss with and without reuse, the leanest first, and give up what differs."""
         assert self.reuse is not None
+        kind, checked = self.reuse.kind, self.reuse.store.checked
+        if kind in checked:
+            self.reuse.lean = checked[kind]
+            return
         state = torch.get_rng_state()
         was_training = model.training
         model.eval()
         with torch.no_grad():
             plain = float(model(**inputs).loss)
-            with self.reuse.applied(inputs) as batch:
-                reused = float(model(**batch).loss)
+            reused = self._reused(model, inputs)
+            if not self._alike(plain, reused) and self.reuse.lean:
+                self.reuse.lean = False
+                reused = self._reused(model, inputs)
         model.train(was_training)
         torch.set_rng_state(state)
-        narrow = next(_base(model).parameters()).dtype in (torch.bfloat16, torch.float16)
-        if not abs(plain - reused) <= (0.05 if narrow else 1e-3) * max(1.0, abs(plain)):
+        if not self._alike(plain, reused):
             self.reuse_refused = f"the first loss came out as {reused:.5f} instead of {plain:.5f}"
             self.reuse = None
             return
-        self.reuse.store.checked.add(self.reuse.kind)
+        checked[kind] = self.reuse.lean
+
+    def _reused(self, model: nn.Module, inputs: Batch) -> float:
+        assert self.reuse is not None
+        try:
+            with self.reuse.applied(inputs) as batch:
+                return float(model(**batch).loss)
+        except UnlikeAttention:
+            return math.nan
+
+    def _alike(self, plain: float, reused: float) -> bool:
+        narrow = next(_base(self.model).parameters()).dtype in (torch.bfloat16, torch.float16)
+        return abs(plain - reused) <= (0.05 if narrow else 1e-3) * max(1.0, abs(plain))
 
 
 def _base(model: Any) -> Any:

@@ -118,6 +118,10 @@ class Way(ABC):
             NotPossible: the model has no such parameters, or PEFT does not know where to put them.
         """
 
+    def takes_off(self, adapted: Any) -> bool:
+        """Take what `build` added off again, where that leaves the base model as it was; says whether it did."""
+        return False
+
     def check(self) -> None:
         """Raises ValueError for a field or value that its config does not take."""
         return
@@ -156,6 +160,10 @@ class ReftWay(Way):
         except ValueError as error:
             raise NotPossible(_first_line(error)) from error
         return adapted
+
+    def takes_off(self, adapted: Any) -> bool:
+        adapted.base_model.unload()
+        return True
 
     def reuse(self, model: Any, store: Store, checkpointing: bool) -> Reuse | str:
         config = model.peft_config[model.active_adapter]
