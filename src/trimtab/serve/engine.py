@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from trimtab.serve.registry import Adapter
 
@@ -135,6 +135,8 @@ class Request:
     """Requests of different salt share no cached prefix."""
     prompt_end: int | None = None
     """How many of the tokens are the prompt that positions are counted in; the rest is taken for the answer."""
+    form: Any = None
+    """What the engine's `form` gave, of this request alone: the answer keeps to it."""
 
 
 @dataclass(frozen=True)
@@ -218,6 +220,14 @@ class Engine(Protocol):
 
         Raises:
             BadRequest: it can never be served. QueueFull: not now. Unavailable: the engine is not ready.
+        """
+        ...
+
+    def form(self, schema: Mapping[str, Any]) -> Any:
+        """What keeps an answer to JSON of a schema, with a `copy` for further answers; may take a second.
+
+        Raises:
+            BadRequest: it cannot be done.
         """
         ...
 

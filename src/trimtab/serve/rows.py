@@ -60,7 +60,7 @@ class Row:
         self.stored = 0
         """Blocks that the prefix store was given or gave."""
         self.edits = [Edited(a.adapter.digest, a.scale, a.adapter.positions) for a in request.adapters]
-        self.sampler = Sampler(request.sampling, request.tokens)
+        self.sampler = Sampler(request.sampling, request.tokens, request.form)
         self.text = AnswerText(tokenizer, request.sampling.stop)
         self.keys: list[bytes] = []
         self.scores: list[Logprob | None] = [None]

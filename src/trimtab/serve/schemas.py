@@ -38,7 +38,6 @@ _NOT_DONE: dict[str, tuple[Any, ...]] = {  # with the values that ask for nothin
     "parallel_tool_calls": (True, False),
     "prediction": (),
     "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
     "structured_outputs": (),
     "suffix": ("",),
     "tool_calls": ([],),
@@ -114,6 +113,37 @@ class ScaledAdapter(_Body):
     scale: float = Field(1.0, ge=-100, le=100, description="Strength of its edit.")
 
 
+class AnyText(_Body):
+    """Whatever the model writes."""
+
+    type: Literal["text"]
+
+
+class AnyJson(_Body):
+    """A JSON object."""
+
+    type: Literal["json_object"]
+
+
+class NamedSchema(_Body):
+    """A JSON schema; the name and the description are for the reader."""
+
+    name: String = Field(max_length=64)
+    description: String | None = None
+    json_schema: dict[str, Any] = Field(alias="schema")
+    strict: bool = Field(True, description="Ignored: the schema is always kept to.")
+
+
+class JsonOfSchema(_Body):
+    """JSON of a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+ResponseFormat = Annotated[AnyText | AnyJson | JsonOfSchema, Field(discriminator="type")]
+
+
 class Generation(Prompt):
     """What chat and plain completions have in common."""
 
@@ -134,6 +164,7 @@ class Generation(Prompt):
     stop: Word | Annotated[list[Word], Field(max_length=16)] = []
     stop_token_ids: list[TokenId] = []
     ignore_eos: bool = False
+    response_format: ResponseFormat = Field(AnyText(type="text"), description="The form that answers are held to.")
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
 

@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from fastapi import Request
 from transformers import PreTrainedTokenizerBase
@@ -130,6 +131,7 @@ class Service:
             )
         turns = next((one.adapter.positions.turns for one in applied), None)
         ends = form.prompt_ends(turns) if turns else [None] * len(form.prompts)
+        kept = self._kept_form(body)
         for prompt, end in zip(form.prompts, ends, strict=True):
             room = self.engine.max_len - len(prompt)
             sampling = form.sampling(max(1, room))
@@ -139,8 +141,22 @@ class Service:
                 raise ApiError(400, message, "context_length_exceeded", form.field)
             for i in range(body.n):
                 own = sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + i)
-                made.append(EngineRequest(uuid.uuid4().hex, prompt, own, applied, tenant, end))
+                held = kept.copy() if kept is not None else None
+                made.append(EngineRequest(uuid.uuid4().hex, prompt, own, applied, tenant, end, held))
         return made
+
+    def _kept_form(self, body: schemas.Generation) -> Any:
+        """What the answers are held to, or None. Raises ApiError."""
+        asked = body.response_format
+        if isinstance(asked, schemas.AnyText):
+            return None
+        if body.ignore_eos:
+            raise ApiError(400, "ignore_eos: an answer of a form ends where it is whole.", param="ignore_eos")
+        schema = asked.json_schema.json_schema if isinstance(asked, schemas.JsonOfSchema) else {"type": "object"}
+        try:
+            return self.engine.form(schema)
+        except EngineError as error:
+            raise of_engine(error) from None
 
     def card(self, name: str) -> schemas.ModelCard:
         return schemas.ModelCard(
