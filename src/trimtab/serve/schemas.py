@@ -246,8 +246,16 @@ class LoadAdapter(_Body):
     """By vLLM's names, whatever the kind of adapter."""
 
     lora_name: String
-    lora_path: String = Field(description="Below the server's folder of adapters.")
+    lora_path: String | None = Field(None, description="Below the server's folder of adapters.")
+    reft_adapter: BroughtAdapter | None = Field(None, description="Instead of lora_path: the adapter itself.")
     load_inplace: bool = Field(False, description="Replace the adapter of this name, if there is one.")
+
+    @model_validator(mode="after")
+    def _one(self) -> LoadAdapter:
+        if (self.lora_path is None) == (self.reft_adapter is None):
+            code = "missing" if self.lora_path is None else "invalid_value"
+            raise PydanticCustomError(code, "give this or reft_adapter, one of the two", {"param": "lora_path"})
+        return self
 
 
 class UnloadAdapter(_Body):

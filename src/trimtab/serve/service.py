@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import shutil
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,8 +27,10 @@ from trimtab.serve.engine import Applied, Engine, EngineError, Event
 from trimtab.serve.engine import Request as EngineRequest
 from trimtab.serve.errors import ApiError, of_engine
 from trimtab.serve.metrics import Metrics
-from trimtab.serve.registry import Registry, UnknownAdapter
+from trimtab.serve.registry import NameTaken, Registry, UnknownAdapter
 
+FIELD = "reft_adapter"
+"""That an adapter comes in."""
 Events = AsyncGenerator[tuple[int, Event], None]
 
 
@@ -104,22 +107,32 @@ class Service:
 
     def _brought(self, brought: schemas.BroughtAdapter, body: schemas.Prompt) -> tuple[Applied, ...]:
         """The edit that a request brings. Raises ApiError."""
-        field = "reft_adapter"
         if not self.takes_adapters:
-            raise ApiError(403, f"{field}: this server takes no adapters from requests.", "not_allowed", field)
+            raise ApiError(403, f"{FIELD}: this server takes no adapters from requests.", "not_allowed", FIELD)
         if body.model != self.base:
-            raise ApiError(400, f"{field}: edits the base model; give model as {self.base!r}.", param="model")
+            raise ApiError(400, f"{FIELD}: edits the base model; give model as {self.base!r}.", param="model")
+        with TemporaryDirectory() as folder, _as_brought(folder):
+            _write(brought, Path(folder))
+            return (Applied(self.registry.read(folder, "(brought)"), body.reft_scale),)
+
+    def load(self, body: schemas.LoadAdapter) -> None:
+        """Give a name to a folder's adapter, or to one that comes with the request.
+
+        Raises:
+            ApiError: that one is none. AdapterError: of what the registry says of a name or a folder.
+        """
+        name, replaced = body.lora_name, body.load_inplace
+        if body.reft_adapter is None:
+            self.registry.load(name, str(body.lora_path), replaced)
+            return
+        folder = self.registry.room()
         try:
-            weights = base64.b64decode(brought.weights, validate=True)
-        except ValueError:
-            raise ApiError(400, f"{field}.weights: is not base64.", param=f"{field}.weights") from None
-        with TemporaryDirectory() as folder:
-            (Path(folder) / CONFIG).write_text(json.dumps(brought.config))
-            (Path(folder) / WEIGHTS).write_bytes(weights)
-            try:
-                return (Applied(self.registry.read(folder, "(brought)"), body.reft_scale),)
-            except AdapterError as error:
-                raise ApiError(400, str(error).replace(folder, field), "invalid_adapter", field) from None
+            with _as_brought(str(folder)):
+                _write(body.reft_adapter, folder)
+                self.registry.add(name, folder, replaced)
+        except BaseException:
+            shutil.rmtree(folder)
+            raise
 
     def requests(self, form: Form, tenant: bytes) -> list[EngineRequest]:
         """One for each choice. Raises ApiError."""
@@ -215,6 +228,27 @@ class Service:
             for request in left.values():
                 self.engine.cancel(request.id)
                 self.metrics.ended(_adapter(request), Event(finish_reason="abort"))
+
+
+def _write(brought: schemas.BroughtAdapter, folder: Path) -> None:
+    """The two files of an adapter that came with a request. Raises ApiError."""
+    try:
+        weights = base64.b64decode(brought.weights, validate=True)
+    except ValueError:
+        raise ApiError(400, f"{FIELD}.weights: is not base64.", param=f"{FIELD}.weights") from None
+    (folder / CONFIG).write_text(json.dumps(brought.config))
+    (folder / WEIGHTS).write_bytes(weights)
+
+
+@contextmanager
+def _as_brought(folder: str) -> Iterator[None]:
+    """What is wrong with an adapter in this folder is said of the field that it came in."""
+    try:
+        yield
+    except NameTaken:
+        raise
+    except AdapterError as error:
+        raise ApiError(400, str(error).replace(folder, FIELD), "invalid_adapter", FIELD) from None
 
 
 class _Clock:
