@@ -148,7 +148,7 @@ class VllmEngine:
         self._loop.call_soon_threadsafe(self._begin, _Answer(request, emit, self._tokenizer))
 
     def form(self, schema: Mapping[str, Any]) -> Any:
-        raise BadRequest("response_format", "response_format: not done by this engine; use --engine slots.")
+        raise BadRequest("response_format", "response_format: not done by this engine; use --engine transformers.")
 
     def _check_request(self, request: Request) -> None:
         sampling, length = request.sampling, len(request.tokens)
