@@ -73,6 +73,7 @@ class Served:
         for name, parameter in self.peft.named_parameters():
             if "reft" in name and not name.endswith("halved"):
                 parameter.data.mul_(strength).add_(torch.randn_like(parameter), alpha=0.1)  # some start at zero
+
     def _peft(self, model: Any) -> Any:
         configs = {
             name: ReftConfig(

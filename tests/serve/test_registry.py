@@ -161,9 +161,7 @@ class Cubed(RED):
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_folder_is_refused_and_changes_nothing(
-    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bad_folder_is_refused_and_changes_nothing(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(METHODS, "cubed", Cubed)
     spoil, said = BAD[name]
     registry = Registry(LAYOUT, folder)
