@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from trimtab.errors import AdapterError
 from trimtab.serve.table import Layout
 from trimtab.where.plan import Part
 from trimtab.where.positions import Positions
+from trimtab.where.sites import find_sites
 
 _NAME = re.compile(r"[^/\\\0.][^/\\\0]{0,255}")  # a plain name of a folder, none that is hidden or leads up
 
@@ -166,10 +167,10 @@ class Registry:
                 f"{folder}: was made on other weights ({saved.config.base_model_name_or_path}) than the model's here. "
                 "Serve it on its own base, or start the server with --any-base."
             )
-        if saved.config.modules_to_save or len(saved.shapes) > sum(map(len, saved.edits.values())):
+        if saved.config.modules_to_save or saved.extras:
             raise AdapterError(
-                f"{folder}: saves more than its edits (modules_to_save, a LoRA), which would change the model for "
-                "every request; serve it on a model of its own."
+                f"{folder}: holds {next(iter(saved.extras), 'modules_to_save')} beside its edits, which would change "
+                "the model for every request; serve it on a model of its own."
             )
         try:
             self._check_places(saved)
@@ -229,6 +230,19 @@ class Registry:
         if not all(place.is_relative_to(self.folder) for place in places):
             raise AdapterError(f"{path}: no such folder below the server's folder of adapters.")
         return folder
+
+
+def places_in(model: Any, layout: Layout) -> Callable[[ReftConfig], set[str]]:
+    """For `Registry.meant`: the modules of a model that a config means."""
+
+    def meant(config: ReftConfig) -> set[str]:
+        sites, served = find_sites(model, config.site, config.layers), {site.name: site for site in layout.sites}
+        for site in sites:
+            if served.get(site.name, site) != site:
+                raise ValueError(f"site={config.site!r}: {site.name} is served for edits of its other side.")
+        return {site.name for site in sites}
+
+    return meant
 
 
 def _vectors(layout: Layout, saved: SavedAdapter) -> dict[Part, Tensor]:

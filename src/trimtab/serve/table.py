@@ -120,7 +120,7 @@ Key = tuple[bytes, str]
 """An adapter's digest and the part of it."""
 
 
-class _Lines(NamedTuple):
+class Lines(NamedTuple):
     """A `Group` ready for the hooks."""
 
     row: Tensor
@@ -213,7 +213,7 @@ class AdapterTable(Entries):
         self._codes: list[frozenset[int]] = [frozenset()] * entries
         self._scales = [False] * entries
         self._sites: list[frozenset[str]] = [frozenset()] * entries
-        self._lines: list[_Lines] = []
+        self._lines: list[Lines] = []
         self._handles = [self._hook(site) for site in layout.sites]
 
     def _hook(self, site: Site) -> RemovableHandle:
@@ -236,10 +236,10 @@ class AdapterTable(Entries):
         finally:
             self._lines = []
 
-    def _ready(self, group: Group) -> _Lines:
+    def _ready(self, group: Group) -> Lines:
         entries, device = group.entry.tolist(), self.vectors.device
         self.edited_rows += int(group.valid.sum())
-        return _Lines(
+        return Lines(
             group.rows.reshape(-1).to(device),
             group.valid.unsqueeze(-1).to(device),
             group.entry.to(device),
@@ -251,16 +251,17 @@ class AdapterTable(Entries):
 
     def _changed(self, name: str, hidden: Tensor) -> Tensor:
         flat = hidden.reshape(-1, hidden.shape[-1])
-        running = self._running(name)
+        running = self._running(name, hidden)
         for lines in running:
             change = self._change(name, flat[lines.row], lines)
             flat = flat.index_add(0, lines.row, change.to(flat.dtype))
         return flat.view_as(hidden) if running else hidden
 
-    def _running(self, name: str) -> list[_Lines]:
+    def _running(self, name: str, hidden: Tensor) -> list[Lines]:
+        """What of the running forward is edited at a site; hidden states as the model has them there."""
         return [lines for lines in self._lines if name in lines.sites]
 
-    def _change(self, name: str, states: Tensor, lines: _Lines) -> Tensor:
+    def _change(self, name: str, states: Tensor, lines: Lines) -> Tensor:
         """Bᵀ f(A h + b) + c ⊙ h of the states (G K, d) of the rows of `lines`; A, b, B gathered a line, not a row."""
         views = self._views[name]
         rows, bias, basis = (view[lines.entry] for view in (views.rows, views.bias, views.basis))
