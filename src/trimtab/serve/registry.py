@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from trimtab.adapter.config import WEIGHTS, ReftConfig
-from trimtab.adapter.folder import CONFIG, SavedAdapter, read_adapter
+from trimtab.adapter.folder import CONFIG, SavedAdapter, as_edit, read_adapter
 from trimtab.adapter.identity import differ
-from trimtab.edits import METHODS, Term
+from trimtab.edits import Term
 from trimtab.errors import AdapterError
 from trimtab.serve.table import Layout
 from trimtab.where.plan import Part
@@ -254,10 +254,7 @@ def _vectors(layout: Layout, saved: SavedAdapter) -> dict[Part, Tensor]:
 
 @torch.no_grad()
 def _terms(config: ReftConfig, module: str, tensors: dict[str, Tensor]) -> tuple[Term, ...]:
-    method = METHODS[config.method]
-    edit = method(method.width_of(tensors, config.r), config.r, activation=config.activation, init_weights="paper")
-    edit.load_state_dict(tensors)
-    return edit.terms()
+    return as_edit(config, tensors).terms()
 
 
 def _digest(saved: SavedAdapter) -> bytes:
