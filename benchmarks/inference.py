@@ -4,8 +4,8 @@
 
 - decode: operations in one decode step, counted by the profiler, and its time, for the base model, a prompt-only ReFT
   adapter and an unmerged LoRA on every linear layer; interleaved;
-- pool: memory of many adapters over that of their parameters, and the time to switch and to load one, beside PEFT's
-  LoRA hotswap.
+- pool: memory of many adapters over that of their parameters, and the time to load one into memory and onto the device,
+  beside PEFT's LoRA hotswap.
 
 The model has random weights; no figure here depends on what it says.
 """
@@ -29,7 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trimtab import ReftConfig
-from trimtab.adapter.pool import AdapterPool
+from trimtab.serve.pool import AdapterPool
 
 REFT: dict[str, Any] = {"task_type": "CAUSAL_LM", "positions": "f7+l7", "r": 8, "init_weights": "paper"}
 
@@ -141,7 +141,8 @@ def measure_pool(width: int, blocks: int, adapters: int, rounds: int) -> dict[st
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         size = (Path(folder) / "adapter_model.safetensors").stat().st_size
-        pool = AdapterPool(model, config, slots=8)
+        parameters = model.get_nb_trainable_parameters()[0]
+        pool = AdapterPool(model, entries=8, max_rank=config.r or 1)
         for i in range(20):  # whatever the first reads allocate once
             pool.add(f"warm{i}", folder)
         before = resident_bytes()
@@ -151,14 +152,20 @@ def measure_pool(width: int, blocks: int, adapters: int, rounds: int) -> dict[st
         numbers, loads = iter(range(adapters)), iter(range(rounds))
         result = {
             "adapters": adapters,
-            "parameter_bytes": 4 * pool.size,
+            "parameter_bytes": 4 * parameters,
             "resident_bytes_each": each,
-            "ratio": each / (4 * pool.size),
-            "switch_seconds": timed(lambda: pool.slot(str(next(numbers))), rounds),
+            "ratio": each / (4 * parameters),
+            "switch_seconds": timed(lambda: switch(pool, str(next(numbers))), rounds),
             "load_seconds": timed(lambda: pool.add(f"load{next(loads)}", folder), rounds),
             "file_bytes": size,
         }
     return result | measure_hotswap(width, blocks, rounds)
+
+
+def switch(pool: AdapterPool, name: str) -> None:
+    """Put an adapter on the device."""
+    with pool.rows([name]):
+        pass
 
 
 def measure_hotswap(width: int, blocks: int, rounds: int) -> dict[str, Any]:

@@ -18,6 +18,10 @@ settings.register_profile("project", deadline=None, derandomize=True)  # no fail
 settings.load_profile("project")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--mixes", type=int, default=500, help="requests of each slow test that serves mixes of adapters")
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)

@@ -14,7 +14,7 @@ from torch import Tensor
 from trimtab import ReftConfig
 from trimtab.adapter.config import WEIGHTS
 from trimtab.adapter.folder import inspect_adapter
-from trimtab.adapter.pool import AdapterPool
+from trimtab.serve.pool import AdapterPool
 
 PREFIXES = ("base_model.model.", "", "base_model.model.base_model.model.", "base_model.")
 EDIT = "base_model.model.model.layers.0.reft.reft_edit."
@@ -82,7 +82,7 @@ def test_nothing_else_changes(attack: str, evil: Path, victim: Any, tmp_path: Pa
     save_file(tensors, tmp_path / WEIGHTS)
     before = {key: tensor.clone() for key, tensor in victim.state_dict().items()}
     answer = outputs_of(victim, "llama")
-    pool = AdapterPool(get_peft_model(tiny("llama"), config()), config(), slots=1)
+    pool = AdapterPool(tiny("llama"))
     loads: tuple[Callable[[], Any], ...] = (
         lambda: victim.load_adapter(str(tmp_path), "evil"),
         lambda: pool.add("evil", tmp_path),

@@ -22,7 +22,7 @@ def kinds(plus: int = 30, minus: int = 20) -> tuple[Tensor, Tensor]:
 
 
 def erased(states: Tensor, plus: Tensor, minus: Tensor) -> Tensor:
-    rows, bias, basis, _ = leace(plus, minus)
+    rows, bias, basis, *_ = leace(plus, minus)
     return states + (states @ rows.mT + bias) @ basis
 
 

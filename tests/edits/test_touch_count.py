@@ -10,8 +10,8 @@ from torch import Tensor
 
 from trimtab import METHODS, ReftConfig
 from trimtab.adapter.folder import inspect_adapter
-from trimtab.adapter.pool import AdapterPool
-from trimtab.edits import Edit, parameter_count
+from trimtab.edits import Edit, Term, parameter_count
+from trimtab.serve.pool import AdapterPool
 
 
 class Swap(Edit):
@@ -31,6 +31,11 @@ class Swap(Edit):
     def delta(self, h: Tensor) -> Tensor:
         rotation = self.rotation()
         return (h @ rotation.mT * self.mixture) @ rotation + self.shift
+
+    def terms(self) -> tuple[Term, ...]:
+        rotation, none = self.rotation(), torch.zeros_like(self.shift[None])
+        mixed = Term(rotation * self.mixture[:, None], torch.zeros_like(self.mixture), rotation)
+        return mixed, Term(none, torch.ones_like(none[:, 0]), self.shift[None])
 
 
 SIZES = {"swap": 98, "red": 64, "vector": 33, "postblock": 128, "gated": 64}
@@ -65,9 +70,10 @@ def test_a_method_is_one_class_and_one_row(method: str, tmp_path: Path, monkeypa
     edit = model.base_model.model.model.layers[0].reft.edits("default")["edit"]
     assert info.edit_norms["model.layers.0"] == pytest.approx(edit.size()) and edit.size() > 0
 
-    pool = AdapterPool(host := get_peft_model(tiny("llama"), config), config, slots=1)
+    pool = AdapterPool(host := tiny("llama"))
     pool.add("it", tmp_path)
-    assert torch.equal(outputs_of(host.eval(), "llama", adapter_names=[pool.slot("it")] * 2), trained)
+    with pool.rows(["it"] * 2):
+        torch.testing.assert_close(outputs_of(host, "llama"), trained, rtol=1e-6, atol=1e-6)
 
 
 def test_fields_without_use_are_refused_or_gone() -> None:

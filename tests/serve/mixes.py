@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "constant": {"method": "consreft", "layers": [0, -1]},
     "gelu": {"activation": "gelu", "positions": "f2+l3"},
     "tanh": {"activation": "tanh", "method": "direft", "positions": "prompt", "layers": [1]},
+    "scaled": {"method": "red", "positions": "f2+l2", "r": None},
 }
 """Adapters; each is made twice, with other values."""
 RANK = 8
@@ -47,25 +48,38 @@ class Asked:
 
 
 class Served:
-    """A model with the adapters of `KINDS`, twice: in the table of a server, and under PEFT."""
+    """A model with adapters of all kinds, two of each: in the table of a server, and under PEFT."""
 
-    def __init__(self, model: Any, folder: Path, strength: float = 1.0) -> None:
-        self.model, self.folder = model, folder
+    def __init__(
+        self,
+        model: Any,
+        folder: Path,
+        strength: float = 1.0,
+        kinds: Mapping[str, dict[str, Any]] = KINDS,
+        site: str = "block",
+    ) -> None:
+        self.model, self.folder, self.kinds, self.site = model, folder, kinds, site
         model.generation_config.eos_token_id = None
-        self.sites = find_sites(model, "block", "all")
-        self.names = [f"{kind}{i}" for kind in KINDS for i in (1, 2)]
+        self.sites = find_sites(model, site, "all")
+        self.names = [f"{kind}{i}" for kind in kinds for i in (1, 2)]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.peft = self._peft(copy.deepcopy(model))
-        for name, parameter in self.peft.named_parameters():
-            if "reft" in name and not name.endswith("halved"):
-                parameter.data *= strength
+            self._spread(strength)
         self.peft.save_pretrained(str(folder), selected_adapters=self.names)
         self._answers: dict[Asked, list[int]] = {}
 
+    def _spread(self, strength: float) -> None:
+        for name, parameter in self.peft.named_parameters():
+            if "reft" in name and not name.endswith("halved"):
+                parameter.data.mul_(strength).add_(torch.randn_like(parameter), alpha=0.1)  # some start at zero
+
     def _peft(self, model: Any) -> Any:
         configs = {
-            name: ReftConfig(task_type="CAUSAL_LM", init_weights="paper", **KINDS[name[:-1]]) for name in self.names
+            name: ReftConfig(
+                **{"task_type": "CAUSAL_LM", "init_weights": "paper", "site": self.site, **self.kinds[name[:-1]]}
+            )
+            for name in self.names
         }
         peft = get_peft_model(model, configs[self.names[0]], adapter_name=self.names[0])
         for name in self.names[1:]:

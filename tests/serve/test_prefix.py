@@ -104,10 +104,22 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Served:
     return Served(model.eval(), tmp_path_factory.mktemp("trained"))
 
 
+WHOLE = 128
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("chunk", [64, 7, 1])
+@pytest.mark.parametrize("chunk", [WHOLE, 64, 7, 1])
 @pytest.mark.parametrize("share", [True, False])
-def test_five_hundred_mixes_on_a_trained_model(trained: Served, chunk: int, share: bool) -> None:
-    engine = trained.engine(chunk=chunk, slots=16, prefix_bytes=1 << 28 if share else 0, entries=24)
-    assert mismatches(trained, engine, trained.mixes(500, seed=0, longest=60, vocabulary=4096), each=4) == []
+def test_five_hundred_mixes_on_a_trained_model(
+    trained: Served, chunk: int, share: bool, pytestconfig: pytest.Config
+) -> None:
+    """As many as `--mixes` says: cold, then in another order with all caches warm, with fewer entries than adapters."""
+    asked = trained.mixes(pytestconfig.getoption("mixes"), seed=0, longest=100, vocabulary=4096)
+    engine = trained.engine(chunk=chunk, slots=16, prefix_bytes=1 << 28 if share else 0, entries=8)
+    assert mismatches(trained, engine, asked, each=4) == []
+    if share:
+        cold = engine.stats().cached_tokens
+        assert mismatches(trained, engine, asked[::-1], each=32) == []
+        assert engine.stats().cached_tokens > 2 * cold
+    assert engine.stats().table_evictions > 0
     engine.close()

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from trimtab import ReftConfig
 from trimtab.adapter.folder import CONFIG, WEIGHTS, AdapterError
+from trimtab.edits import METHODS, RED, Edit
 from trimtab.serve.registry import NameTaken, Registry, UnknownAdapter
 from trimtab.serve.table import Layout
 from trimtab.where.sites import find_sites
@@ -137,7 +138,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "no rotation": (lambda f: corrupt(f, lambda t: t.fill_(1.0)), "not orthonormal"),
     "another model": (lambda f: rename(f, "layers.0", "layers.7"), "layers.7.*not served"),
     "too high a rank": (lambda f: save(f, r=9), "9 rows of a table of 8"),
-    "no low rank": (lambda f: save(f, method="red", r=None), "low rank"),
+    "a method of its own": (lambda f: save(f, method="cubed", r=None), "Cubed is no sum of terms"),
 }
 
 
@@ -153,8 +154,15 @@ def rename(folder: Path, old: str, new: str) -> None:
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
 
 
+class Cubed(RED):
+    """A method that no table has a form for."""
+
+    terms = Edit.terms
+
+
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_folder_is_refused_and_changes_nothing(name: str, folder: Path) -> None:
+def test_a_bad_folder_is_refused_and_changes_nothing(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, "cubed", Cubed)
     spoil, said = BAD[name]
     registry = Registry(LAYOUT, folder)
     before = registry.get("a")

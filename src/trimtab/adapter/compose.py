@@ -103,12 +103,15 @@ def _terms(adapter: SavedAdapter, module: str, part: Part) -> tuple[Term, ...]:
         return ()
     try:
         with torch.no_grad():
-            return as_edit(adapter.config, tensors).double().terms()
+            terms = as_edit(adapter.config, tensors).double().terms()
     except NotImplementedError:
+        terms = ()
+    if not terms or any(term.diagonal is not None for term in terms):
         raise AdapterError(
             f"method={adapter.config.method!r}: no sum of terms Bᵀ f(A h + b), which is all that one adapter can hold "
             f"of several. {_AT_ONCE}"
-        ) from None
+        )
+    return terms
 
 
 def _together(stages: Sequence[tuple[float, tuple[Term, ...]]], parallel: bool) -> Term:

@@ -58,7 +58,7 @@ def edit(
         ValueError: a field is wrong, the tensor does not fit, or the model is compiled or checkpoints its gradients.
     """
     check_scale(scale)
-    sites = find_sites(_base_of(model), site, layers)
+    sites = find_sites(base_of(model), site, layers)
     with edit_at(model, sites, _as_function(change, sites), positions, scale):
         yield
 
@@ -72,8 +72,8 @@ def edit_at(
     scale: float = 1.0,
 ) -> Iterator[None]:
     """As `edit`, for sites that were found and a change that is a function."""
-    base = _base_of(model)
-    _check_model(base)
+    base = base_of(model)
+    check_uncompiled(base)
     mine = _Edit(function, parse_positions(positions), float(scale))
     with _hooked(base, sites, mine):
         token = _open.set((*_open.get(), mine))
@@ -83,7 +83,8 @@ def edit_at(
             _open.reset(token)
 
 
-def _base_of(model: nn.Module) -> Any:
+def base_of(model: nn.Module) -> Any:
+    """The model without PEFT's around it."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
@@ -174,7 +175,8 @@ def _as_function(change: Any, sites: list[Site]) -> Callable[[Tensor], Tensor]:
     return lambda h: h @ change.to(h).mT
 
 
-def _check_model(base: nn.Module) -> None:
+def check_uncompiled(base: nn.Module) -> None:
+    """Raises ValueError for a model whose forwards do not look for edits made since."""
     if any(hasattr(m, "_orig_mod") or m._compiled_call_impl for m in base.modules()) or hasattr(base, "_compiled_call"):
         raise ValueError(_COMPILED)
     if base.training and any(getattr(m, "gradient_checkpointing", False) for m in base.modules()):

@@ -74,8 +74,6 @@ class SavedAdapter:
     edits: Edits
     shapes: dict[str, tuple[int, ...]]
     """Of every saved tensor, those of `modules_to_save` too."""
-    sizes: dict[str, float]
-    """Of each edit, as `AdapterInfo.edit_norms`."""
     extras: tuple[str, ...]
     """Keys of whatever else it carries: `modules_to_save`, resized embeddings, a LoRA."""
 
@@ -96,12 +94,10 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
             f"{folder / WEIGHTS}: holds no edit (no tensor named ...reft.reft_...). Save the adapter again."
         )
     _check_places(folder / WEIGHTS, config, list(edits))
-    sizes = {}
     for (module, part), own in edits.items():
-        edit = _checked_edit(f"{folder / WEIGHTS}: {module}.reft.reft_{part}", config, own)
-        sizes[module if part == "edit" else f"{module}/{part}"] = edit.size()
+        _check_edit(f"{folder / WEIGHTS}: {module}.reft.reft_{part}", config, own)
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    return SavedAdapter(config, edits, shapes, sizes, tuple(others))
+    return SavedAdapter(config, edits, shapes, tuple(others))
 
 
 def _check_others(path: Path, config: ReftConfig, others: Mapping[str, Tensor]) -> None:
@@ -202,7 +198,11 @@ def inspect_adapter(folder: str | Path) -> AdapterInfo:
     """
     saved = read_adapter(folder)
     size = (Path(folder) / WEIGHTS).stat().st_size
-    return AdapterInfo(saved.config, saved.shapes, size, saved.sizes, saved.extras)
+    norms = {
+        module if part == "edit" else f"{module}/{part}": _edit(saved.config, tensors, None).size()
+        for (module, part), tensors in saved.edits.items()
+    }
+    return AdapterInfo(saved.config, saved.shapes, size, norms, saved.extras)
 
 
 def _read_config(folder: Path) -> ReftConfig:
@@ -310,13 +310,11 @@ def _edit(config: ReftConfig, tensors: dict[str, Tensor], activation: str | None
     return edit.eval()
 
 
-def _checked_edit(where: str, config: ReftConfig, tensors: dict[str, Tensor]) -> Edit:
-    method = METHODS[config.method]
+def _check_edit(where: str, config: ReftConfig, tensors: dict[str, Tensor]) -> None:
     try:
-        used = method.check(where, tensors, config.r)
+        METHODS[config.method].check(where, tensors, config.r)
     except ValueError as error:
         raise AdapterError(str(error)) from None
-    return _edit(config, used, None)
 
 
 @contextmanager

@@ -119,13 +119,6 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         """The edits of all adapters here."""
         return {name: getattr(self, f"reft_{name}") for name in get_args(Part)}
 
-    def rename(self, adapter: str, new: str) -> None:
-        """Let the adapter here go by another name."""
-        named: Any
-        for named in (*self.edit_dicts().values(), self.positions, self.scaling, self.tasks, self.loras, self.told):
-            if adapter in named:
-                named[new] = named.pop(adapter)
-
     def edited(self, hidden: Tensor) -> Tensor:
         """Hidden states (B, T, d) with the rows of this pass edited; themselves where there are none."""
         if self.disable_adapters or not self.positions:

@@ -28,7 +28,7 @@ InitWeights = bool | Literal["paper"]
 
 
 class Term(NamedTuple):
-    """Bᵀ f(A h + b), of which an edit is a sum."""
+    """Bᵀ f(A h + b) + c ⊙ h, of which an edit is a sum."""
 
     rows: Tensor
     """A (r, d)."""
@@ -38,6 +38,8 @@ class Term(NamedTuple):
     """B (r, d)."""
     activation: Callable[[Tensor], Tensor] | None = None
     """f, one of `ACTIVATIONS`, or None for none."""
+    diagonal: Tensor | None = None
+    """c (d,), or None for zeros."""
 
 
 class Edit(nn.Module):
@@ -105,12 +107,12 @@ class Edit(nn.Module):
         """Make up for R having been moved from `before` (r, d) by hand, where the method can."""
 
     def terms(self) -> tuple[Term, ...]:
-        """Φ(h) - h as a sum of terms Bᵀ f(A h + b), for whoever runs the edits of many adapters as one.
+        """Φ(h) - h as a sum of terms Bᵀ f(A h + b) + c ⊙ h, for whoever runs the edits of many adapters as one.
 
         Raises:
             NotImplementedError: the method is of another form.
         """
-        raise NotImplementedError(f"{type(self).__name__} is no sum of terms of low rank.")
+        raise NotImplementedError(f"{type(self).__name__} is no sum of terms Bᵀ f(A h + b) + c ⊙ h.")
 
     @torch.no_grad()
     def affine(self) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -119,7 +121,7 @@ class Edit(nn.Module):
             terms = self.terms()
         except NotImplementedError:
             return None
-        if any(term.activation is not None for term in terms):
+        if any(term.activation is not None or term.diagonal is not None for term in terms):
             return None
         basis, rows, bias = (
             torch.cat([getattr(t, part).double() for t in terms]) for part in ("basis", "rows", "bias")

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from trimtab.edits.base import Edit
+from trimtab.edits.base import Edit, Term
 
 
 class RED(Edit):
@@ -25,3 +25,7 @@ class RED(Edit):
 
     def delta(self, h: Tensor) -> Tensor:
         return (self.scale - 1) * h + self.bias
+
+    def terms(self) -> tuple[Term, ...]:
+        none = torch.zeros_like(self.bias)[None]
+        return (Term(none, torch.ones_like(none[:, 0]), self.bias[None], diagonal=self.scale - 1),)

@@ -18,19 +18,20 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from trimtab.adapter.config import WEIGHTS, ReftConfig
-from trimtab.adapter.folder import CONFIG, SavedAdapter, read_adapter
+from trimtab.adapter.folder import CONFIG, SavedAdapter, as_edit, read_adapter
 from trimtab.adapter.identity import differ
-from trimtab.edits import METHODS, Term
+from trimtab.edits import Term
 from trimtab.errors import AdapterError
 from trimtab.serve.table import Layout
 from trimtab.where.plan import Part
 from trimtab.where.positions import Positions
+from trimtab.where.sites import find_sites
 
 _NAME = re.compile(r"[^/\\\0.][^/\\\0]{0,255}")  # a plain name of a folder, none that is hidden or leads up
 
@@ -182,10 +183,10 @@ class Registry:
                 f"{folder}: was made on other weights ({saved.config.base_model_name_or_path}) than the model's here. "
                 "Serve it on its own base, or start the server with --any-base."
             )
-        if saved.config.modules_to_save or len(saved.shapes) > sum(map(len, saved.edits.values())):
+        if saved.config.modules_to_save or saved.extras:
             raise AdapterError(
-                f"{folder}: saves more than its edits (modules_to_save, a LoRA), which would change the model for "
-                "every request; serve it on a model of its own."
+                f"{folder}: holds {next(iter(saved.extras), 'modules_to_save')} beside its edits, which would change "
+                "the model for every request; serve it on a model of its own."
             )
         try:
             self._check_places(saved)
@@ -247,6 +248,19 @@ class Registry:
         return folder
 
 
+def places_in(model: Any, layout: Layout) -> Callable[[ReftConfig], set[str]]:
+    """For `Registry.meant`: the modules of a model that a config means."""
+
+    def meant(config: ReftConfig) -> set[str]:
+        sites, served = find_sites(model, config.site, config.layers), {site.name: site for site in layout.sites}
+        for site in sites:
+            if served.get(site.name, site) != site:
+                raise ValueError(f"site={config.site!r}: {site.name} is served for edits of its other side.")
+        return {site.name for site in sites}
+
+    return meant
+
+
 def _vectors(layout: Layout, saved: SavedAdapter) -> dict[Part, Tensor]:
     edits: dict[Part, dict[str, tuple[Term, ...]]] = {part: {} for part in saved.config.edit_names()}
     for (module, part), tensors in saved.edits.items():
@@ -256,10 +270,7 @@ def _vectors(layout: Layout, saved: SavedAdapter) -> dict[Part, Tensor]:
 
 @torch.no_grad()
 def _terms(config: ReftConfig, module: str, tensors: dict[str, Tensor]) -> tuple[Term, ...]:
-    method = METHODS[config.method]
-    edit = method(method.width_of(tensors, config.r), config.r, activation=config.activation, init_weights="paper")
-    edit.load_state_dict(tensors)
-    return edit.terms()
+    return as_edit(config, tensors).terms()
 
 
 def _digest(saved: SavedAdapter) -> bytes:

@@ -17,12 +17,11 @@ from typing import Any
 
 import uvicorn
 
-from trimtab.adapter.config import ReftConfig
 from trimtab.adapter.identity import base_digest
 from trimtab.runs.models import ModelSource, load_model, load_tokenizer
 from trimtab.serve.engine import Engine
 from trimtab.serve.guard import Access
-from trimtab.serve.registry import Registry
+from trimtab.serve.registry import Registry, places_in
 from trimtab.serve.rows import Limits
 from trimtab.serve.service import Service
 from trimtab.serve.slots import SlotsEngine
@@ -74,15 +73,8 @@ def open_service(settings: Settings, make_engine: MakeEngine = _slots) -> Servic
     model, tokenizer = load_model(ModelSource(settings.model, settings.dtype)), load_tokenizer(settings.model)
     layout = Layout([found for site in settings.sites for found in find_sites(model, site, "all")], settings.max_rank)
 
-    def meant(config: ReftConfig) -> set[str]:
-        sites, served = find_sites(model, config.site, config.layers), {site.name: site for site in layout.sites}
-        for site in sites:
-            if served.get(site.name, site) != site:
-                raise ValueError(f"site={config.site!r}: {site.name} is served for edits of its other side.")
-        return {site.name for site in sites}
-
     digest = None if settings.any_base else base_digest(model)
-    registry = Registry(layout, settings.folder, reserved=[base], meant=meant, base=digest)
+    registry = Registry(layout, settings.folder, reserved=[base], meant=places_in(model, layout), base=digest)
     for name, folder in settings.adapters.items():
         registry.add(name, folder)
     engine = make_engine(settings, model, layout, tokenizer)

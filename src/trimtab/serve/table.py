@@ -1,8 +1,8 @@
 """`AdapterTable`: the edits of many adapters as a few tensors, run on any mix of rows at once.
 
-Every edit is a sum of terms Bᵀ f(A h + b) (`Edit.terms`), so an adapter is rows of A and B, and a b and an f for each
-row, at each edited module. A smaller rank is padded with zero rows, a module that is not edited with zeros: both are
-exact. An adapter with a prefix and a suffix edit is two entries.
+Every edit is a sum of terms Bᵀ f(A h + b) + c ⊙ h (`Edit.terms`), so an adapter is rows of A and B, a b and an f for
+each row, and a c, at each edited module. A smaller rank is padded with zero rows, a module that is not edited with
+zeros: both are exact. An adapter with a prefix and a suffix edit is two entries.
 
 Shapes: entries E · rank r, rows of the table at each site · width d · lines G of K rows (`where.plan.Group`).
 """
@@ -38,6 +38,8 @@ class _Views(NamedTuple):
     """B (E, r, d)."""
     code: Tensor
     """f (E, r): 0 for none, else one more than its place in `ACTIVATIONS`."""
+    diagonal: Tensor
+    """c (E, d)."""
 
 
 class _Place(NamedTuple):
@@ -49,18 +51,18 @@ class _Place(NamedTuple):
 
     @property
     def size(self) -> int:
-        return self.rank * (2 * self.width + 2)
+        return self.rank * (2 * self.width + 2) + self.width
 
     def of(self, vectors: Tensor) -> _Views:
         """Views of vectors (E, size)."""
         r, d = self.rank, self.width
         own = vectors[:, self.start : self.start + self.size]
-        rows, basis, bias, code = own.split([r * d, r * d, r, r], 1)
-        return _Views(rows.unflatten(1, (r, d)), bias, basis.unflatten(1, (r, d)), code)
+        rows, basis, bias, code, diagonal = own.split([r * d, r * d, r, r, d], 1)
+        return _Views(rows.unflatten(1, (r, d)), bias, basis.unflatten(1, (r, d)), code, diagonal)
 
 
 class Layout:
-    """How an entry is laid out: for each site, A, B, b and f of `rank` rows.
+    """How an entry is laid out: for each site, A, B, b and f of `rank` rows, and c.
 
     Args:
         sites: the modules that adapters may edit.
@@ -105,19 +107,20 @@ class Layout:
             raise ValueError(
                 f"{name}: the edit takes {needed} rows of a table of {self.rank}; start with a larger max_rank."
             )
-        rows, bias, basis, code = (view[0] for view in views)
+        rows, bias, basis, code, diagonal = (view[0] for view in views)
         start = 0
         for term in terms:
             own = slice(start, start := start + len(term.rows))
             rows[own], bias[own], basis[own] = term.rows, term.bias, term.basis
             code[own] = 0 if term.activation is None else 1 + _FUNCTIONS.index(term.activation)
+            diagonal += 0 if term.diagonal is None else term.diagonal
 
 
 Key = tuple[bytes, str]
 """An adapter's digest and the part of it."""
 
 
-class _Lines(NamedTuple):
+class Lines(NamedTuple):
     """A `Group` ready for the hooks."""
 
     row: Tensor
@@ -129,7 +132,9 @@ class _Lines(NamedTuple):
     scale: Tensor
     """(G, 1, 1)."""
     codes: frozenset[int]
-    """Of the activations among these entries; 0 is none."""
+    """Of the activations among these entries."""
+    scales: bool
+    """Whether one of these entries has a c."""
     sites: frozenset[str]
     """That any of these entries edits."""
 
@@ -206,8 +211,9 @@ class AdapterTable(Entries):
         self.edited_rows = 0
         self._views = {name: place.of(self.vectors) for name, place in layout.places.items()}
         self._codes: list[frozenset[int]] = [frozenset()] * entries
+        self._scales = [False] * entries
         self._sites: list[frozenset[str]] = [frozenset()] * entries
-        self._lines: list[_Lines] = []
+        self._lines: list[Lines] = []
         self._handles = [self._hook(site) for site in layout.sites]
 
     def _hook(self, site: Site) -> RemovableHandle:
@@ -216,8 +222,10 @@ class AdapterTable(Entries):
     def _load(self, entry: int, vector: Tensor) -> None:
         self.vectors[entry].copy_(vector)
         parts = {name: place.of(vector.unsqueeze(0)) for name, place in self.layout.places.items()}
-        self._sites[entry] = frozenset(name for name, part in parts.items() if bool(part.basis.any()))
-        self._codes[entry] = frozenset(int(i) for part in parts.values() for i in part.code.unique())
+        scaled = {name for name, part in parts.items() if bool(part.diagonal.any())}
+        self._sites[entry] = frozenset(scaled | {name for name, part in parts.items() if bool(part.basis.any())})
+        self._codes[entry] = frozenset(int(i) for part in parts.values() for i in part.code.unique()) - {0}
+        self._scales[entry] = bool(scaled)
 
     @contextmanager
     def editing(self, stages: Sequence[Sequence[Span]]) -> Iterator[None]:
@@ -228,37 +236,43 @@ class AdapterTable(Entries):
         finally:
             self._lines = []
 
-    def _ready(self, group: Group) -> _Lines:
+    def _ready(self, group: Group) -> Lines:
         entries, device = group.entry.tolist(), self.vectors.device
         self.edited_rows += int(group.valid.sum())
-        return _Lines(
+        return Lines(
             group.rows.reshape(-1).to(device),
             group.valid.unsqueeze(-1).to(device),
             group.entry.to(device),
             group.scale.view(-1, 1, 1).to(device),
-            frozenset().union(*(self._codes[i] for i in entries)) - {0},
+            frozenset().union(*(self._codes[i] for i in entries)),
+            any(self._scales[i] for i in entries),
             frozenset().union(*(self._sites[i] for i in entries)),
         )
 
     def _changed(self, name: str, hidden: Tensor) -> Tensor:
         flat = hidden.reshape(-1, hidden.shape[-1])
-        running = self._running(name)
+        running = self._running(name, hidden)
         for lines in running:
             change = self._change(name, flat[lines.row], lines)
             flat = flat.index_add(0, lines.row, change.to(flat.dtype))
         return flat.view_as(hidden) if running else hidden
 
-    def _running(self, name: str) -> list[_Lines]:
+    def _running(self, name: str, hidden: Tensor) -> list[Lines]:
+        """What of the running forward is edited at a site; hidden states as the model has them there."""
         return [lines for lines in self._lines if name in lines.sites]
 
-    def _change(self, name: str, states: Tensor, lines: _Lines) -> Tensor:
-        """Bᵀ f(A h + b) of the states (G K, d) of the rows of `lines`; A, b, B gathered a line, not a row."""
-        rows, bias, basis, code = (view[lines.entry] for view in self._views[name])
+    def _change(self, name: str, states: Tensor, lines: Lines) -> Tensor:
+        """Bᵀ f(A h + b) + c ⊙ h of the states (G K, d) of the rows of `lines`; A, b, B gathered a line, not a row."""
+        views = self._views[name]
+        rows, bias, basis = (view[lines.entry] for view in (views.rows, views.bias, views.basis))
         states = states.view(*lines.valid.shape[:2], -1).float()
         source = torch.baddbmm(bias.unsqueeze(1), states, rows.mT)
         for i in sorted(lines.codes):
-            source = torch.where(code.unsqueeze(1) == i, _FUNCTIONS[i - 1](source), source)
-        return torch.where(lines.valid, torch.bmm(source, basis) * lines.scale, 0).flatten(0, 1)
+            source = torch.where(views.code[lines.entry].unsqueeze(1) == i, _FUNCTIONS[i - 1](source), source)
+        change = torch.bmm(source, basis)
+        if lines.scales:
+            change += views.diagonal[lines.entry].unsqueeze(1) * states
+        return torch.where(lines.valid, change * lines.scale, 0).flatten(0, 1)
 
     def close(self) -> None:
         """Take every hook off the model."""

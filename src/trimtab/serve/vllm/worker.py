@@ -35,7 +35,7 @@ class WorkerTable(AdapterTable):
 
     def edit(self, hidden: Tensor, residual: Tensor | None, name: str) -> None:
         """Edit the running rows of hidden (tokens, d), in place."""
-        for lines in self._running(name):
+        for lines in self._running(name, hidden):
             states = hidden[lines.row] if residual is None else hidden[lines.row] + residual[lines.row]
             hidden.index_add_(0, lines.row, self._change(name, states, lines).to(hidden.dtype))
 
