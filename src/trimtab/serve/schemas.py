@@ -151,6 +151,7 @@ class Generation(Prompt):
         [], description="Several by name, in the order in which they edit; `model` is the base then."
     )
     reft_adapter: BroughtAdapter | None = Field(None, description="Instead of one by name, where the server allows it.")
+    reft_moves: bool = Field(False, description="Say how far the edits move each token of the prompt.")
     n: int = Field(1, ge=1, le=128)
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
@@ -318,12 +319,21 @@ class Said(BaseModel):
     content: str = ""
 
 
+class Moves(BaseModel):
+    """The prompt as the model reads it, and how far its tokens are moved."""
+
+    tokens: list[str]
+    moves: list[float]
+    """The length of the change over that of the hidden state, summed over layers; 0 where nothing is edited."""
+
+
 class ChatChoice(BaseModel):
     """With `message` in a whole answer, with `delta` in a part of one."""
 
     index: int
     message: Said | None = None
     delta: Said | None = None
+    reft_moves: Moves | None = None
     logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason | None = None
 
@@ -333,6 +343,7 @@ class TextChoice(BaseModel):
 
     index: int
     text: str
+    reft_moves: Moves | None = None
     logprobs: TextLogprobs | None = None
     finish_reason: FinishReason | None = None
 
@@ -371,6 +382,8 @@ class ModelCard(BaseModel):
     max_model_len: int
     chat: bool
     """Whether the tokenizer has a chat template."""
+    reft_moves: bool
+    """Whether requests may ask for them."""
 
 
 class ModelList(BaseModel):

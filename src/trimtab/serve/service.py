@@ -155,7 +155,8 @@ class Service:
             for i in range(body.n):
                 own = sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + i)
                 held = kept.copy() if kept is not None else None
-                made.append(EngineRequest(uuid.uuid4().hex, prompt, own, applied, tenant, end, held))
+                told: dict[str, Any] = {"moves": body.reft_moves, "form": held}
+                made.append(EngineRequest(uuid.uuid4().hex, prompt, own, applied, tenant, end, **told))
         return made
 
     def _kept_form(self, body: schemas.Generation) -> Any:
@@ -179,6 +180,7 @@ class Service:
             parent=None if name == self.base else self.base,
             max_model_len=self.engine.max_len,
             chat=self.tokens.chat,
+            reft_moves=self.engine.tells_moves,
         )
 
     async def events(self, requests: Sequence[EngineRequest], http: Request, parts: bool) -> Events:

@@ -61,6 +61,8 @@ class SlotsEngine:
         NotServed: its cache is not one of keys and values.
     """
 
+    tells_moves = True
+
     def __init__(self, model: Any, table: AdapterTable, tokenizer: Any = None, limits: Limits | None = None) -> None:
         self.limits, self.table, self._tokenizer = limits or Limits(), table, tokenizer
         self._model = ServedModel(model)
@@ -346,8 +348,9 @@ class SlotsEngine:
     def _take(self, row: Row, token: int, scores: tuple[Logprob, ...]) -> None:
         sampling, first = row.request.sampling, row.generated == 0
         prompt_scores = tuple(row.scores) if first and row.scores_prompt else ()
+        moves = tuple(row.moves) if first else ()
         if sampling.max_tokens == 0:
-            self._finish(row, "length", prompt_logprobs=prompt_scores)
+            self._finish(row, "length", prompt_logprobs=prompt_scores, prompt_moves=moves)
             return
         row.tokens.append(token)
         self._stats.generated_tokens += 1
@@ -357,6 +360,7 @@ class SlotsEngine:
         else:
             text, stop = row.text.add(token)
         news: dict[str, Any] = {"tokens": (token,), "logprobs": scores, "prompt_logprobs": prompt_scores, "text": text}
+        news["prompt_moves"] = moves
         if stop is not None or row.generated == sampling.max_tokens:
             self._finish(row, "length" if stop is None else "stop", stop=stop, **news)
         else:

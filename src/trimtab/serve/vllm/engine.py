@@ -85,6 +85,8 @@ class VllmEngine:
         NotServed: this vLLM is not one that was tested.
     """
 
+    tells_moves = False
+
     def __init__(
         self,
         model: str,
@@ -136,6 +138,8 @@ class VllmEngine:
         self._health = "ready"
 
     def submit(self, request: Request, emit: Emit) -> None:
+        if request.moves:
+            raise BadRequest("reft_moves", "reft_moves: not done by this engine; use --engine transformers.")
         self._check_request(request)
         with self._lock:
             if self.health in ("draining", "dead"):
