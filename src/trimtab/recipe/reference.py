@@ -170,11 +170,11 @@ def _part(title: str, section: Any, said: str) -> str:
 
 
 def _table(found: list[Key]) -> str:
-    lines = ["| key | value | default | meaning | example |", "|---|---|---|---|---|"]
+    lines = ["| key | meaning | value | default | example |", "|---|---|---|---|---|"]
     for key in found:
         default = "needed" if key.needed else "none" if key.default is None else _code(_default(key))
         example = "" if key.section or key.example is None else _code(f"{key.name}: {as_yaml(key.example)}")
-        cells = [f"`{key.name}`", key.takes, default, key.meaning, example]
+        cells = [f"`{key.name}`", key.meaning, key.takes, default, example]
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -88,7 +88,7 @@ def supervised_only(collate: Callable[[Any], Batch]) -> Callable[[Any], Batch]:
     It adds `logits_to_keep` (B, T) and `shift_labels` (n,), which transformers' causal language models take; their
     logits then have shape (n, vocabulary). The loss is the same.
 
-    Example:
+    Examples:
         >>> Trainer(model, args, data_collator=supervised_only(collator), ...)
     """
 
@@ -105,7 +105,7 @@ def with_prompts(collate: Callable[[Any], Batch]) -> Callable[[Any], Batch]:
     forwards for metrics. It adds `prompt_lengths` (B,), with packed rows one a sequence, or `decoder_prompt_lengths`
     where the batch has `decoder_input_ids`; to a classifier's batch, whose labels are not tokens, nothing.
 
-    Example:
+    Examples:
         >>> Trainer(model, args, data_collator=with_prompts(collator), ...)
     """
 
