@@ -20,7 +20,7 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mkdocs build --quiet # strict: no link or anchor leads nowhere
+	$(BIN)/mkdocs build # strict: no link or anchor leads nowhere
 
 docs: $(VENV)/dev.stamp
 	$(BIN)/mkdocs build # to build/site
