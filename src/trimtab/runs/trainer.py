@@ -38,21 +38,31 @@ class TrainingSpec(Section):
     """How a task is trained. `epochs` and `max_steps` replace each other; the one not used is None."""
 
     learning_rate: PositiveFloat = 4e-3
+    """The highest, which is reached after the warm-up. Edits take far higher ones than weights do."""
     epochs: PositiveFloat | None = 20.0
-    max_steps: PositiveInt | None = None
+    """How often each example is trained on."""
+    max_steps: Annotated[PositiveInt | None, Field(examples=[300])] = None
+    """How many steps are made, instead of `epochs`."""
     batch_size: PositiveInt = 16
+    """Examples in a forward and backward pass."""
     gradient_accumulation: PositiveInt = 1
+    """Such passes in a step: a step is of `batch_size` times this many examples."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the rate falls after the warm-up: to 0 in a line or a cosine, or not at all."""
     warmup: Annotated[float, Field(ge=0, le=1)] = 0.1
     """The share of the steps over which the rate rises from 0."""
     weight_decay: NonNegativeFloat = 0.0
+    """AdamW's; R keeps orthonormal rows all the same."""
     max_length: PositiveInt = 512
+    """The most tokens of an example, its answer included; texts for a classifier are cut to it."""
     too_long: Literal["leave_out", "cut"] = "leave_out"
     """What is done with generation examples longer than that: left out of training, or their answers cut short."""
     eval_batch_size: PositiveInt = 64
-    checkpoint_every: PositiveInt | None = None
-    """In steps; None is once an epoch."""
+    """Examples at a time when scoring; no score depends on it."""
+    checkpoint_every: Annotated[PositiveInt | None, Field(examples=[100])] = None
+    """In steps; without it, once an epoch."""
     gradient_checkpointing: bool = False
+    """Compute activations again instead of keeping them: less memory, more time."""
     packing: Literal[True, False, "auto"] = "auto"
     """Pack a batch into one row instead of padding it; auto: where attention is a flash kernel, which profits."""
     reuse: bool = True
@@ -79,7 +89,7 @@ def supervised_only(collate: Callable[[Any], Batch]) -> Callable[[Any], Batch]:
     It adds `logits_to_keep` (B, T) and `shift_labels` (n,), which transformers' causal language models take; their
     logits then have shape (n, vocabulary). The loss is the same.
 
-    Example:
+    Examples:
         >>> Trainer(model, args, data_collator=supervised_only(collator), ...)
     """
 
@@ -96,7 +106,7 @@ def with_prompts(collate: Callable[[Any], Batch]) -> Callable[[Any], Batch]:
     forwards for metrics. It adds `prompt_lengths` (B,), with packed rows one a sequence, or `decoder_prompt_lengths`
     where the batch has `decoder_input_ids`; to a classifier's batch, whose labels are not tokens, nothing.
 
-    Example:
+    Examples:
         >>> Trainer(model, args, data_collator=with_prompts(collator), ...)
     """
 
