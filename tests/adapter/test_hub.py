@@ -104,7 +104,11 @@ def test_a_push_that_fails_says_why(
     with pytest.raises(AdapterError, match=r"me/words: not pushed: .*401.*token"):
         push(tmp_path / "run", "me/words")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(AdapterError, match=r"not pushed"):
+    with pytest.raises(AdapterError, match=r"not pushed: .* Unset HF_HUB_OFFLINE"):
+        push(tmp_path / "run", "me/words")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(AdapterError, match=r"not pushed: .* Is the network up"):
         push(tmp_path / "run", "me/words")
     shutil.rmtree(tmp_path / "run")
 

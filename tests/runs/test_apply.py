@@ -156,7 +156,14 @@ def test_the_card_runs_as_printed(
     elif kind == "size":
         assert float(printed) == pytest.approx(line["prediction"], abs=1e-4)
     elif kind == "pets":
-        assert [tag for _, tag in eval(printed)][:1] == line["prediction"].split()
+        assert eval(printed) == line["prediction"].split()
+        name = applied.experiment.spec.text[0]
+        several = code.replace(f"'<{name}>'", "'a cat and two  dogs'")
+        assert several != code
+        exec(compile(several, "card", "exec"), {})
+        (tmp_path / "row.jsonl").write_text(json.dumps({**dict.fromkeys(ROWS[0], ""), name: "a cat and two  dogs"}))
+        ((line,),) = applied.lines(applied.examples("row.jsonl"))
+        assert eval(capsys.readouterr().out) == line["prediction"].split()
     elif kind == "traits":
         shares = {name: line[f"p({name})"] for name in ("big", "wild")}
         assert eval(printed) == pytest.approx(shares, abs=1e-4)

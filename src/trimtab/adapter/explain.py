@@ -125,7 +125,7 @@ def page(found: Explanation, title: str, tokens: Sequence[str], names: dict[int,
     heads = "".join(f"<th>{shown(token)}</th>" for token in tokens)
     body = "".join(
         f"<tr><th class=m>{escape(place.module)}</th>{''.join(heat(v, most) for v in place.moved)}"
-        f'<td class=k><i style="width:{_share(place.matters, found):.1f}em"></i>{place.matters:.3f}</td></tr>'
+        f'<td class=k><i style="width:{_share(place.matters):.1f}em"></i>{place.matters:.3f}</td></tr>'
         for place in reversed(found.places)
     )
     lines = [("base model", found.base), ("adapter", found.edited)]
@@ -139,9 +139,10 @@ def page(found: Explanation, title: str, tokens: Sequence[str], names: dict[int,
         title,
         f"""<h2>How far the adapter moves each token</h2>
 <p>Each cell is the length of the change over the length of the hidden state: 1.00 is as far as the state itself is
-long. Grey cells are not edited. The last block is at the top. On the right: how much the next token's distribution
-changes when this block's edit alone is switched off (KL divergence, nats).</p>
-<div><table><tr><th></th>{heads}<th>matters</th></tr>{body}</table></div>
+long. Grey cells are not edited. The last block is at the top. On the right, what the model would lose: how far the
+probabilities of the next token change when this block's edit alone is switched off (KL divergence in nats; 0 is not at
+all). A full bar is {FULL:g} or more.</p>
+<div><table><tr><th></th>{heads}<th>changes the next token by</th></tr>{body}</table></div>
 <h2>What comes next</h2>
 <p>The probability of the likeliest next tokens: for the base model, for the adapter, and for the adapter without the
 edit of one block.</p>
@@ -158,8 +159,12 @@ td.b b { display: inline-block; height: 1.1em; background: #2b6cb0; vertical-ali
 """
 
 
-def _share(value: float, found: Explanation) -> float:
-    return 6 * value / (max(place.matters for place in found.places) or 1.0)
+FULL = 1.0
+"""Nats of a full bar: the same in each picture, so that pictures can be compared."""
+
+
+def _share(value: float) -> float:
+    return 6 * min(1.0, value / FULL)
 
 
 def _bar(share: float) -> str:

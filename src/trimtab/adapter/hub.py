@@ -57,12 +57,24 @@ def push(folder: str | Path, repository: str, *, private: bool = False) -> str:
             allow_patterns=list(FILES),
             commit_message="A ReFT adapter, by trimtab",
         )
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
-        raise AdapterError(f"{repository}: not pushed: {_reason(error)} Is there a token (hf auth login)?") from None
+    except Exception as error:
+        known = isinstance(error, HfHubHTTPError | OfflineModeIsEnabled | OSError)
+        if not known and not type(error).__module__.startswith("httpx"):  # that speaks for the Hub's library
+            raise
+        raise AdapterError(f"{repository}: not pushed: {_reason(error)} {_remedy(error)}") from None
     return f"{hub.endpoint}/{repository}"
+
+
+def _remedy(error: Exception) -> str:
+    if isinstance(error, OfflineModeIsEnabled):
+        return "Unset HF_HUB_OFFLINE."
+    if isinstance(error, HfHubHTTPError) and getattr(error.response, "status_code", None) in (401, 403, 404):
+        return "Is there a token (hf auth login) that may write there?"
+    return "Is the network up? The same command tries again."
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, RepositoryNotFoundError):
         return "it has no such repository, or a private one."
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
+    return said if said.endswith(".") else f"{said}."

@@ -54,13 +54,17 @@ def explain(
         nexts.add_row(repr(shown), f"{float(seen.base[i].exp()):.1%}", f"{float(seen.edited[i].exp()):.1%}")
     console.print(nexts)
     console.print("moved: the length of the change over that of the hidden state, the mean over edited tokens.")
+    console.print(
+        "matters: how far the probabilities of the next token change when this module's edit alone is switched off "
+        "(KL divergence in nats; 0 is not at all)."
+    )
     if output is not None:
         write_text(output, page(seen, f"{name}: {prompt}", tokens, names))
         console.print(f"Wrote {output!s}.", soft_wrap=True)
 
 
 def _by_module(seen: Explanation, tokens: Sequence[str], text: Callable[[list[int]], Any]) -> Table:
-    table = Table("edited module", "moved", "most, at", "matters (KL)", "next token without it")
+    table = Table("edited module", "moved", "most, at", "matters", "next token without it")
     for place in seen.places:
         moved = {i: value for i, value in enumerate(place.moved) if value is not None}
         most = max(moved, key=lambda i: moved[i], default=None)

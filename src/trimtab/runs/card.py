@@ -62,8 +62,10 @@ def _use(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> str:
     sample = task.sample()
     if not task.generates:
         texts, length = sample.texts, experiment.training.max_length
+        given = "text" if len(texts) == 1 else ", ".join(map(repr, texts))
+        named = f"text = {texts[0]!r}\n" if len(texts) == 1 else ""
         return f"""\
-batch = tokenizer({", ".join(map(repr, texts))}, truncation=True, max_length={length}, return_tensors="pt")
+{named}batch = tokenizer({given}, truncation=True, max_length={length}, return_tensors="pt")
 logits = model(**batch).logits[0]
 print({task.read_by})"""
     text, special = task.rendered(tokenizer, sample)

@@ -74,9 +74,10 @@ class Answerer:
             )
         for name, info in infos.items():
             if info.config.task_type not in (None, "CAUSAL_LM"):
+                does = "tags words" if info.config.task_type == "TOKEN_CLS" else "labels texts"
                 raise AdapterError(
-                    f"{adapters[name]}: trained for {info.config.task_type}; it does not generate text. Name only "
-                    "those that do, each with --adapter."
+                    f"{adapters[name]}: it {does} and does not generate. On a file: trimtab predict FILE -a "
+                    f"{adapters[name]}; here name only adapters that generate."
                 )
         self.base_name = model if model is not None else str(bases.pop())
         self.tokenizer = load_tokenizer(self.base_name)

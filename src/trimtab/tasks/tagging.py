@@ -50,7 +50,12 @@ class TaggingTask(LabelledTask[TaggingSpec]):
     spec_class = TaggingSpec
     task_type = "TOKEN_CLS"
     auto = "AutoModelForTokenClassification"
-    read_by = "list(zip(batch.tokens(), [base.config.id2label[i] for i in logits.argmax(-1).tolist()]))"
+    read_by = """\
+[
+    base.config.id2label[int(logits[batch.char_to_token(start)].argmax())]
+    for start, letter in enumerate(text)
+    if letter != " " and text[start - 1 : start] in ("", " ")  # a tag for each word, read at its first token
+]"""
 
     def question(self, row: Row, where: str) -> Example:
         words = self._parts(row, self.spec.text[0], where)
