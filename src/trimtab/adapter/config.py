@@ -241,6 +241,10 @@ _ELSEWHERE = {
     "layer": "layers",
     "layers_to_transform": "layers",
     "intervention_type": "method",
+    "intervention": "method",
+    "interventions": "method",
+    "representations": "layers, site, method and r",
+    "intervene_layers": "layers",
     "position": "positions",
     "prefix_positions": "positions, such as 'f7+l7'",
     "suffix_positions": "positions, such as 'f7+l7'",
@@ -248,7 +252,7 @@ _ELSEWHERE = {
     "share_weights": "tied",
     "act_fn": "activation",
     "lora_dropout": "dropout",
-    "lora_alpha": "nothing: an edit has no alpha, and trimtab.set_scale makes one weaker or stronger",
+    "lora_alpha": "left out: an edit has no alpha, and trimtab.set_scale makes one weaker or stronger",
     "init_lora_weights": "init_weights",
 }
 """What fields are called in PEFT's LoRA, pyreft and AdapterHub, and here."""
