@@ -62,7 +62,11 @@ class SlotsEngine:
 
     def __init__(self, model: Any, table: AdapterTable, tokenizer: Any = None, limits: Limits | None = None) -> None:
         self.limits, self.table, self._tokenizer = limits or Limits(), table, tokenizer
-        self._model = ServedModel(model)
+        try:
+            self._model = ServedModel(model)
+        except BaseException:
+            table.close()
+            raise
         self._ends = end_tokens(model, tokenizer)
         self._runner = Runner(self._model, table, self.limits)
         self._rows: list[Row] = []
