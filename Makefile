@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 
 export HF_HUB_OFFLINE := 1
+export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: demo test lint peers peft-tests vllm matrix clean
+.PHONY: demo test lint docs peers peft-tests vllm matrix clean
 
 demo: $(VENV)/train.stamp
 	$(BIN)/trimtab train recipes/words.yaml
@@ -19,6 +20,10 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mkdocs build # strict: no link or anchor leads nowhere
+
+docs: $(VENV)/dev.stamp
+	$(BIN)/mkdocs build # to build/site
 
 # PEFT's own tests with ReftConfig, from its source distribution, which pip downloads.
 peft-tests: $(VENV)/dev.stamp

@@ -12,11 +12,30 @@ from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoTokenizer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trimtab import ReftConfig
 from trimtab.runs.predict import predict
-from trimtab.runs.reuse import LowerBlocksReuse, PrefixReuse, Reuse, Store, choose_reuse
-from trimtab.runs.trainer import LengthGrouped, pack, supervised_only, with_supervised
+from trimtab.runs.reuse import (
+    ATTENTION,
+    LowerBlocksReuse,
+    PrefixReuse,
+    Reuse,
+    Store,
+    UnlikeAttention,
+    _attend,
+    choose_reuse,
+)
+from trimtab.runs.trainer import (
+    LengthGrouped,
+    NumberedCollator,
+    ReftTrainer,
+    TrainingSpec,
+    pack,
+    supervised_only,
+    training_arguments,
+    with_supervised,
+)
 from trimtab.tasks.tokens import IGNORED, Collator, Encoded
 
 TOKENIZER = AutoTokenizer.from_pretrained("models/tiny-llama")
@@ -35,6 +54,7 @@ def examples(count: int = 5) -> list[Encoded]:
 
 def adapted(name: str, positions: str, layers: Any = "all", site: str = "block") -> tuple[PeftModel, ReftConfig]:
     config = ReftConfig(task_type="CAUSAL_LM", positions=positions, layers=layers, site=site, init_weights="paper", r=2)
+    torch.manual_seed(4)
     base = tiny(name)  # in eval mode, where dropout rests; the config is asked about it all the same
     for attribute in ("attn_pdrop", "embd_pdrop", "resid_pdrop", "attention_dropout", "hidden_dropout", "dropout"):
         if hasattr(base.config, attribute):
@@ -67,10 +87,45 @@ def test_prefix_reuse_gives_the_plain_gradients(name: str, positions: str, tmp_p
     model, config = adapted(name, positions)
     reuse = choose_reuse(model, config, Store(2000, tmp_path / "kept"), checkpointing=False)
     assert isinstance(reuse, PrefixReuse), reuse
-    assert_same(model, reuse, Collator(TOKENIZER)(examples()))
+    for reuse.lean in (True, False):
+        assert_same(model, reuse, Collator(TOKENIZER)(examples()))
     assert reuse.store.on_disk > 0  # 2 kB hold one prefix or two
     reuse.store.close()
     assert not (tmp_path / "kept").exists()
+
+
+def test_attention_that_is_more_than_ours_is_left_to_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `trainer`, whose first step finds out, for this run and the next."""
+    store, asked = Store(10**9, tmp_path / "kept"), []
+
+    def capped(*args: Any, **others: Any) -> Any:
+        asked.append(1)
+        return _attend(*args, softcap=30.0, **others)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, ATTENTION, capped)
+    with pytest.raises(UnlikeAttention, match="softcap"):
+        model, config = adapted("llama", "l2")
+        with choose_reuse(model, config, store, checkpointing=False).applied(Collator(TOKENIZER)(examples())) as less:  # type: ignore[union-attr]
+            model(**less)
+    losses = []
+    for lean in (True, False):
+        model, config = adapted("llama", "l2")
+        reuse = choose_reuse(model, config, store, checkpointing=False)
+        assert isinstance(reuse, PrefixReuse) and reuse.lean
+        arguments = training_arguments(TrainingSpec(max_steps=2, batch_size=5), tmp_path, 0, 5)
+        collate = NumberedCollator(TOKENIZER)
+        trainer = ReftTrainer(model, arguments, examples(), reuse, data_collator=collate)
+        asked.clear()
+        trainer.train()
+        assert not reuse.lean and trainer.reuse is reuse
+        assert bool(asked) is lean
+        losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+    model, _ = adapted("llama", "l2")
+    plain = ReftTrainer(model, arguments, examples(), data_collator=collate)
+    plain.train()
+    losses.append([log["loss"] for log in plain.state.log_history if "loss" in log])
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[2]), rtol=1e-5, atol=1e-5)
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "gpt_neox", "opt", "phi3"])

@@ -43,7 +43,6 @@ UNSUPPORTED = {
     "tool_choice": "required",
     "functions": [{"name": "f"}],
     "function_call": "auto",
-    "response_format": {"type": "json_object"},
     "audio": {"voice": "alloy", "format": "wav"},
     "modalities": ["audio"],
     "prediction": {"type": "content", "content": "a"},
@@ -478,6 +477,51 @@ def test_a_bad_adapter_that_a_request_brings(served: Served, generous: httpx.Cli
     answer = generous.post(TEXT, json=body)
     assert answer.status_code == 400 and "reft_adapter" in answer.json()["error"]["param"]
     assert "/tmp" not in answer.text and str(served.adapters.parent) not in answer.text
+
+
+def uploads(served: Served) -> int:
+    """How many are kept."""
+    folder = served.service.registry._uploads
+    return len(list(Path(folder.name).iterdir())) if folder is not None else 0
+
+
+def test_an_adapter_is_uploaded_under_a_name(served: Served) -> None:
+    ids, before = served.ids("cat"), uploads(served)
+
+    def load(name: str, **more: Any) -> httpx.Response:
+        return served.client.post(
+            LOAD, json={"lora_name": "sent", "reft_adapter": brought(served.adapters / name), **more}
+        )
+
+    def said() -> str:
+        body = {"model": "sent", "prompt": ids, "max_tokens": 6, "temperature": 0}
+        return str(served.client.post(TEXT, json=body).json()["choices"][0]["text"])
+
+    assert load("ends").json()["id"] == "sent"
+    assert said() == served.expected_text(ids, "ends", 6)
+    taken = load("all")
+    assert (taken.status_code, said()) == (400, served.expected_text(ids, "ends", 6))
+    assert load("all", load_inplace=True).status_code == 200
+    assert said() == served.expected_text(ids, "all", 6)
+    served.service.registry._held.clear()  # from memory, as many others would
+    assert said() == served.expected_text(ids, "all", 6)
+    assert uploads(served) == before + 1
+    assert served.client.post(UNLOAD, json={"lora_name": "sent"}).status_code == 200
+    assert served.client.post(TEXT, json={"model": "sent", "prompt": ids}).status_code == 404
+    assert uploads(served) == before
+
+
+@pytest.mark.parametrize("change", [{"weights": "é"}, {"weights": "AAAA"}, {"config": {"peft_type": "LORA"}}])
+def test_a_bad_upload_leaves_nothing(served: Served, change: dict[str, Any]) -> None:
+    before = uploads(served)
+    body = {"lora_name": "sent", "reft_adapter": brought(served.adapters / "ends") | change}
+    answer = served.client.post(LOAD, json=body)
+    assert answer.status_code == 400 and "reft_adapter" in answer.json()["error"]["param"]
+    assert "/tmp" not in answer.text and uploads(served) == before
+    both = {"lora_name": "sent", "lora_path": "ends", "reft_adapter": brought(served.adapters / "ends")}
+    for wrong in (both, {"lora_name": "sent"}):
+        error = served.client.post(LOAD, json=wrong).json()["error"]
+        assert error["param"] == "lora_path" and "one of the two" in error["message"]
 
 
 # The other routes.

@@ -13,6 +13,9 @@ import pytest
 import torch
 from served import ADAPTERS, BASE, MODEL, Served, serving, user
 
+from trimtab.adapter.explain import explain
+from trimtab.serve.rows import Limits
+
 MODELS = [BASE, *ADAPTERS]
 PROMPT = "The cat and the dog went"
 
@@ -219,3 +222,36 @@ def test_the_docs_run(served: Served, page: str, capsys: pytest.CaptureFixture[s
     served.client.post("/v1/unload_lora_adapter", json={"lora_name": "plural"})
     if "print" in code:
         assert capsys.readouterr().out.strip() == served.expected_text(served.chat_ids("cat"), "ends", 64).strip()
+
+
+@pytest.mark.parametrize("chunk", [7, 512])
+def test_how_far_each_token_of_a_prompt_is_moved(tmp_path: Path, chunk: int) -> None:
+    """Against the hidden states of a model of its own, before and behind each edit; asking changes no answer."""
+    with serving(tmp_path, Limits(chunk=chunk)) as served:
+        ids, said = served.ids(PROMPT + " down to the river"), {"temperature": 0, "max_tokens": 4}
+        for model, scale in (("ends", 1.0), ("apart", -0.5), ("all", 1.0), ("new", 1.0), (BASE, 1.0)):
+            body: Any = {"model": model, "prompt": [ids, ids[:5]], "extra_body": {"reft_moves": True}, **said}
+            if scale != 1:
+                body["extra_body"]["reft_scale"] = scale
+            for _ in range(2):  # the second time the store has the prompt
+                choices = served.openai.completions.create(**body).choices
+                for choice, prompt in zip(choices, (ids, ids[:5]), strict=True):
+                    assert choice.text == served.expected_text(prompt, model, 4, scale)
+                    told = choice.reft_moves  # type: ignore[attr-defined]
+                    assert told["tokens"] == [served.service.tokens.text(token) for token in prompt]
+                    wanted = moved(served, model, scale, prompt)
+                    torch.testing.assert_close(torch.tensor(told["moves"]), wanted, atol=2e-4, rtol=1e-3)
+        stream = served.openai.chat.completions.create(
+            model="ends", messages=[user("cat")], stream=True, extra_body={"reft_moves": True}, **said
+        )  # type: ignore[call-overload]
+        told = [part.choices[0].model_extra.get("reft_moves") for part in stream if part.choices]
+        assert told[0]["moves"] and not any(told[1:])
+
+
+def moved(served: Served, model: str, scale: float, ids: list[int]) -> torch.Tensor:
+    """(tokens,) as `explain` finds it by hooks on a model of its own, summed over blocks."""
+    if model == BASE:
+        return torch.zeros(len(ids))
+    with torch.no_grad(), served._reference(model, scale) as reference:
+        places = explain(reference, torch.tensor(ids)).places
+    return torch.tensor([[move or 0.0 for move in place.moved] for place in places]).sum(0)

@@ -12,8 +12,9 @@ from trimtab.serve.app import create_app
 from trimtab.serve.guard import Access
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")]
+MARKS = ".turn:last-child .moves:not([hidden])"
 DONE = "!document.getElementById('send').disabled && document.querySelectorAll('.answer').length === "
-ANSWERS = "[...document.querySelectorAll('.turn:last-child .answer p')].map(p => p.textContent)"
+ANSWERS = "[...document.querySelectorAll('.turn:last-child .answer p:not(.moves)')].map(p => p.textContent)"
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,10 @@ def test_adapters_answer_side_by_side(served: Served, tab: Browser, width: int, 
     models = [BASE, "all", "apart", "ends", "new"]
     ids = served.chat_ids("cat")
     assert tab.js(ANSWERS) == [served.expected_text(ids, model, 12) for model in models]
+    marked = tab.js(f"[...document.querySelectorAll('{MARKS}')].map(p => p.textContent)")
+    assert marked == ["<|bos|><|user|>cat<|assistant|>"] * 4  # of all but the base model
+    edited = tab.js(f"[...document.querySelectorAll('{MARKS}')].map(p => p.querySelectorAll('.moved').length)")
+    assert edited == [len(ids), 5, 3, 0]  # all, f2+l3, f1+l2, generated
     assert tab.js("document.documentElement.scrollWidth") <= width
     assert tab.js("document.querySelector('.turn:last-child').getBoundingClientRect().top") < 400
     tab.screenshot(tmp_path / f"answers-{width}.png")

@@ -573,6 +573,32 @@ def test_processes_give_what_one_process_gives(models: Path, tmp_path: Path) -> 
             assert here.predictions == found.predictions and here.curve == found.curve
 
 
+@pytest.mark.parametrize("positions", ["f1+l2", "l2"])
+def test_edits_leave_the_model_for_the_next_trial_and_weights_do_not(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, positions: str
+) -> None:
+    path = write_recipe(models, tmp_path)
+    raw = json.loads(path.read_text())
+    raw["adapter"]["positions"] = positions
+    path.write_text(json.dumps(raw))
+    recipe = load_recipe(path)
+    order = ["loreft", "joint", "red", "lora", "loreft", "full", "loreft", "untuned"]
+    alone = []
+    for place, name in enumerate(order):
+        trials._bases.clear()
+        alone.append(run_trial(trial(recipe, name, seed=place), tmp_path / "alone"))
+    trials._bases.clear()
+    loaded = []
+    load = Base.load
+    monkeypatch.setattr(Base, "load", lambda self, *args: (loaded.append(bool(self._shared)), load(self, *args))[1])
+    for place, name in enumerate(order):
+        found, by_itself = run_trial(trial(recipe, name, seed=place), tmp_path / "together"), alone[place]
+        assert (found.curve, found.predictions) == (by_itself.curve, by_itself.predictions), name
+        assert found.validation_loss == by_itself.validation_loss
+    # Whether a model was there already: after each adapter of edits, and no weights'.
+    assert loaded == [False, True, True, True, False, True, False, True]
+
+
 def test_solved_examples_that_the_model_cannot_read_are_left_out(models: Path, tmp_path: Path) -> None:
     recipe = load_recipe(write_recipe(models, tmp_path))
     many = trial(recipe, {"many": {"trains": "nothing", "shots": 18}})

@@ -51,7 +51,7 @@ REFT = extend_peft_types()
 class ReftConfig(PeftConfig):
     """Configuration of a ReFT adapter (Wu et al. 2024, arXiv:2404.03592).
 
-    Example:
+    Examples:
         >>> ReftConfig(task_type="CAUSAL_LM", method="loreft", r=4, positions="f7+l7", layers="all")
 
     Raises:

@@ -47,10 +47,12 @@ def edit(
         model: any model that an adapter could be put on, with adapters or without.
         change: Φ, a function of the edited tokens' hidden states (n, d), float32, that gives (n, d); or a matrix M
             (d, d), Φ(h) = M h; or a vector v (d,), Φ(h) = h + v.
-        layers, positions, site: as in `ReftConfig`.
+        layers: as in `ReftConfig`.
+        positions: as there.
+        site: as there.
         scale: 0 leaves the model as it is, negative values reverse the edit.
 
-    Example:
+    Examples:
         >>> with trimtab.edit(model, lambda h: h - (h @ u)[:, None] * u, layers=[10, 11], positions="all"):
         ...     model.generate(**batch)
 

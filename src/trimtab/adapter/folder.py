@@ -158,7 +158,7 @@ def adapter_from(
     Returns:
         The config as saved.
 
-    Example:
+    Examples:
         >>> config = ReftConfig(method="vector", positions="all", task_type="CAUSAL_LM")
         >>> trimtab.adapter_from({10: {"vector": v, "strength": torch.ones(1)}}, config, model, "steered")
 

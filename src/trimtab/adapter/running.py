@@ -132,7 +132,7 @@ def prompts(model: nn.Module, lengths: Any = None, decoder_lengths: Any = None) 
         lengths: (B,) real tokens of each row's prompt, as `prompt_lengths`; in an encoder-decoder the encoder's.
         decoder_lengths: (B,) the same of the decoder, its start token included.
 
-    Example:
+    Examples:
         >>> with trimtab.prompts(model, batch["prompt_lengths"]):
         ...     loss = distillation_loss(model, batch)
 

@@ -31,15 +31,30 @@ SHOWN, SHOWN_BY_TRAIN = 5, 3
 
 @command()
 def init(
-    model: Annotated[str, typer.Argument(help="A local model folder or a Hub name.")],
+    model: Annotated[str | None, typer.Argument(help="A local model folder or a Hub name.")] = None,
     task: Annotated[list[str] | None, typer.Option(help="name=training_file; may be repeated.")] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The recipe to write.")] = Path("recipe.yaml"),
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The recipe to write; recipe.yaml by default.")
+    ] = None,
+    example: Annotated[
+        str | None, typer.Option(metavar="TYPE", help="Only print a recipe of this type of task, with every key.")
+    ] = None,
 ) -> None:
     """Look at a model and write a commented recipe for it."""
+    if example is not None:
+        from trimtab.recipe.reference import example_recipe
+
+        if task or output:
+            raise ValueError("--example prints a recipe and reads no file; leave out --task and --output.")
+        typer.echo(example_recipe(example, model), nl=False)
+        return
+    if model is None:
+        raise ValueError("init needs a model: trimtab init MODEL --task FILE, or --example TYPE alone.")
     from trimtab.recipe.init import adapter_parameters, look_at, look_at_tasks, recipe_text, suggest
     from trimtab.recipe.load import load_recipe
     from trimtab.runs.summary import first_row
 
+    output = output or Path("recipe.yaml")
     must_be_new(output)
     facts = look_at(model)
     tasks = look_at_tasks(task or [], facts.generates)

@@ -30,7 +30,9 @@ class Settings(Section):
     """How a task's adapter is made and trained, beside what the task says of itself."""
 
     adapter: AdapterSpec = AdapterSpec()
+    """Keys of `adapter` for this task alone."""
     training: TrainingSpec = TrainingSpec()
+    """Keys of `training` for this task alone."""
 
 
 def _entry(spec: Any) -> Any:
@@ -58,18 +60,26 @@ def _merged(common: S | None, own: S) -> S:
 class Recipe(Section):
     """The whole file. Each task's `adapter` and `training` already hold what the top level says."""
 
-    model: str
+    model: Annotated[str, Field(examples=["models/tiny-llama"])]
     """a local model folder or a Hub name"""
-    source: str | None = None
+    source: Annotated[str | None, Field(examples=["our ticket system, exported in May"])] = None
     """Where the data comes from; said when a file is missing."""
     output: str = "runs"
+    """The folder in which each task leaves one of its own, which PEFT loads."""
     seed: NonNegativeInt = 0
+    """Of the order of examples, dropout, random starts and the rows drawn for validation."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the frozen model; auto is as its weights are stored. Edits compute in float32 in any case."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"] = "auto"
+    """The implementation of transformers; auto is its choice. The flash ones need a package and a GPU."""
     adapter: AdapterSpec = AdapterSpec()
+    """The edit: how, at which tokens, in which blocks."""
     training: TrainingSpec = TrainingSpec()
+    """How it is trained."""
     compare: CompareSpec = CompareSpec()
+    """What `trimtab compare` tries."""
     tune: TuneSpec = TuneSpec()
+    """Where `trimtab tune` looks."""
     tasks: dict[Annotated[str, AfterValidator(_folder_name)], Entry] = Field(min_length=1)
     """a mapping of task names to tasks"""
 

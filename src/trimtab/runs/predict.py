@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -115,6 +115,7 @@ def mean_loss(
     batch_size: int = 64,
     takes_prompts: bool = False,
     equal_lengths: bool = False,
+    reuse: Reuse | None = None,
 ) -> float:
     """The mean loss a token of the answers, or a label.
 
@@ -122,6 +123,7 @@ def mean_loss(
         encoded: with answers.
         takes_prompts: whether the model takes `prompt_lengths`.
         equal_lengths: batches of examples of one length, so that nothing is padded.
+        reuse: what of the frozen model's work is kept, and need not be repeated.
     """
     collate, device, total, count = Collator(tokenizer), next(model.parameters()).device, 0.0, 0
     lengths = [len(e.input_ids) for e in encoded]
@@ -132,7 +134,8 @@ def mean_loss(
             if not takes_prompts:
                 batch.pop("prompt_lengths", None)
             supervised = int((batch["labels"] != IGNORED).sum())
-            total, count = total + float(model(**batch).loss) * supervised, count + supervised
+            with reuse.applied(batch) if reuse is not None else nullcontext(batch) as less:
+                total, count = total + float(model(**less).loss) * supervised, count + supervised
     return total / count
 
 

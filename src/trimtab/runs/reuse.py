@@ -18,8 +18,9 @@ from __future__ import annotations
 import hashlib
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.cache_utils import DynamicLayer
+from transformers.masking_utils import sdpa_mask
 
 from trimtab.adapter.config import ReftConfig
 from trimtab.adapter.forward import BASE
@@ -41,8 +44,8 @@ class Store:
 
     def __init__(self, budget: int, folder: Path) -> None:
         self.budget, self.folder, self.used, self.on_disk = budget, folder, 0, 0
-        self.checked: set[str] = set()
-        """The kinds of reuse that were seen to give the plain loss."""
+        self.checked: dict[str, bool] = {}
+        """The kinds of reuse that were seen to give the plain loss, and whether the leanest way of it did."""
         self._kept: dict[str, Tensor | Path] = {}
 
     def __contains__(self, name: str) -> bool:
@@ -74,6 +77,8 @@ class Reuse(ABC):
 
     def __init__(self, model: PeftModel, store: Store) -> None:
         self.model, self.store = model, store
+        self.lean = False
+        """Whether it takes a way to the same loss that is cheaper still, but not every model's."""
         self.tokens, self.tokens_saved = 0, 0
         """Real tokens of all batches, and those that the trained part of the pass did not have to touch."""
 
@@ -135,6 +140,7 @@ class PrefixReuse(Reuse):
     def __init__(self, model: PeftModel, store: Store, positions: Positions) -> None:
         super().__init__(model, store)
         self.positions = positions
+        self.lean = next(model.parameters()).device.type == "cpu"  # row by row, which many small kernels would not be
 
     @property
     def what(self) -> str:
@@ -179,15 +185,17 @@ class PrefixReuse(Reuse):
         before = torch.arange(max(starts), device=ids.device) >= max(starts) - first.unsqueeze(
             1
         )  # prefixes end together
-        yield {
-            "input_ids": ids.gather(1, taken),
-            "labels": batch["labels"].gather(1, taken).masked_fill(~real, IGNORED),
-            "attention_mask": torch.cat([before, real], 1).long(),
-            "position_ids": taken,
-            "past_key_values": self._cache(parts, max(starts)),
-            "prompt_lengths": prompts,
-            "use_cache": True,
-        }
+        lean = self.lean and any(starts)
+        with _attending_to(self.model.get_base_model(), parts) if lean else nullcontext():
+            yield {
+                "input_ids": ids.gather(1, taken),
+                "labels": batch["labels"].gather(1, taken).masked_fill(~real, IGNORED),
+                "attention_mask": torch.cat([before, real], 1).long(),
+                "position_ids": taken,
+                "past_key_values": _Elsewhere(parts, max(starts)) if lean else self._cache(parts, max(starts)),
+                "prompt_lengths": prompts,
+                "use_cache": True,
+            }
 
     def _cache(self, parts: list[Tensor | None], width: int) -> DynamicCache | None:
         some = next((part for part in parts if part is not None), None)
@@ -203,6 +211,97 @@ class PrefixReuse(Reuse):
         for layer in range(layers):
             cache.update(batch[layer, 0], batch[layer, 1], layer)
         return cache
+
+
+class _Elsewhere(DynamicCache):
+    """A cache that counts the tokens before a batch and does not hold them: `_attend` takes them where they are kept.
+
+    Growing one by the batch's own keys would copy all of it in every block, and attention's backward would then work
+    out the gradients of all the keys, of which no frozen one needs any.
+    """
+
+    def __init__(self, parts: Sequence[Tensor | None], length: int) -> None:
+        super().__init__()
+        self.layers = [_Counted(length) for _ in next(part for part in parts if part is not None)]
+
+
+class _Counted(DynamicLayer):
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.length = length
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+
+class UnlikeAttention(NotImplementedError):
+    """The model's attention is asked for more than `_attend` does."""
+
+
+_parts: ContextVar[Sequence[Tensor | None]] = ContextVar("parts")
+"""Of each row of the batch, the keys and values (layers, 2, heads, tokens, head size) of what comes before it."""
+ATTENTION = "trimtab_kept"
+"""The name of `_attend` among transformers' attention functions."""
+OF_NO_MATTER = {"position_ids", "is_causal", "use_cache", "cache_position", "num_items_in_batch", "shift_labels"}
+"""What models hand on to their attention that makes no difference to `_attend`."""
+
+
+@contextmanager
+def _attending_to(base: Any, parts: Sequence[Tensor | None]) -> Iterator[None]:
+    """Have the model's attention read these parts before the batch's own tokens."""
+    config = base.config.get_text_config()
+    usual, token = config._attn_implementation, _parts.set(parts)
+    config._attn_implementation = ATTENTION
+    try:
+        yield
+    finally:
+        config._attn_implementation = usual
+        _parts.reset(token)
+
+
+def _attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """softmax(q [K K']ᵀ) [V V'] with what is kept in K, V and the batch's own in K', V', without joining them.
+
+    Args:
+        query: (B, heads, T, size); key and value (B, a divisor of heads, T, size).
+        attention_mask: (B, 1, T, before + T), whose last T columns are taken, or None for one token.
+    Raises:
+        UnlikeAttention: there is a dropout, a bias, a cap or whatever else.
+    """
+    more = [
+        name for name, asked in others.items() if asked is not None and asked is not False and name not in OF_NO_MATTER
+    ]
+    (rows, heads, length, size), groups = query.shape, query.shape[1] // key.shape[1]
+    if dropout or more or (attention_mask is None and length > 1):
+        raise UnlikeAttention(", ".join(more) or "dropout or mask")
+    query = query.reshape(rows, key.shape[1], groups * length, size) * (size**-0.5 if scaling is None else scaling)
+    near = query @ key.transpose(2, 3)
+    if attention_mask is not None:
+        seen = attention_mask[..., -length:].repeat(1, 1, groups, 1)
+        near = near.masked_fill(~seen, -torch.inf) if seen.dtype == torch.bool else near + seen
+    read = []
+    for row, part in enumerate(_parts.get()):
+        kept = part[module.layer_idx] if part is not None else key.new_zeros(2, *key.shape[1:2], 0, size)
+        scores = torch.cat([query[row] @ kept[0].transpose(1, 2), near[row]], 2)
+        shares = scores.float().softmax(2).to(value.dtype).split([kept.shape[2], length], 2)
+        read.append(shares[0] @ kept[1] + shares[1] @ value[row])
+    return torch.stack(read).reshape(rows, heads, length, size).transpose(1, 2), None
+
+
+AttentionInterface.register(ATTENTION, _attend)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 class LowerBlocksReuse(Reuse):

@@ -8,6 +8,7 @@ dearer.
 from __future__ import annotations
 
 import inspect
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -23,7 +24,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from trimtab.errors import DivergedError, RunError
 from trimtab.runs import processes
-from trimtab.runs.reuse import Reuse
+from trimtab.runs.reuse import Reuse, UnlikeAttention
 from trimtab.tasks.spec import Section
 from trimtab.tasks.tokens import IGNORED, Collator, Encoded
 from trimtab.where.prompts import prompt_lengths_of
@@ -37,21 +38,31 @@ class TrainingSpec(Section):
     """How a task is trained. `epochs` and `max_steps` replace each other; the one not used is None."""
 
     learning_rate: PositiveFloat = 4e-3
+    """The highest, which is reached after the warm-up. Edits take far higher ones than weights do."""
     epochs: PositiveFloat | None = 20.0
-    max_steps: PositiveInt | None = None
+    """How often each example is trained on."""
+    max_steps: Annotated[PositiveInt | None, Field(examples=[300])] = None
+    """How many steps are made, instead of `epochs`."""
     batch_size: PositiveInt = 16
+    """Examples in a forward and backward pass."""
     gradient_accumulation: PositiveInt = 1
+    """Such passes in a step: a step is of `batch_size` times this many examples."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the rate falls after the warm-up: to 0 in a line or a cosine, or not at all."""
     warmup: Annotated[float, Field(ge=0, le=1)] = 0.1
     """The share of the steps over which the rate rises from 0."""
     weight_decay: NonNegativeFloat = 0.0
+    """AdamW's; R keeps orthonormal rows all the same."""
     max_length: PositiveInt = 512
+    """The most tokens of an example, its answer included; texts for a classifier are cut to it."""
     too_long: Literal["leave_out", "cut"] = "leave_out"
     """What is done with generation examples longer than that: left out of training, or their answers cut short."""
     eval_batch_size: PositiveInt = 64
-    checkpoint_every: PositiveInt | None = None
-    """In steps; None is once an epoch."""
+    """Examples at a time when scoring; no score depends on it."""
+    checkpoint_every: Annotated[PositiveInt | None, Field(examples=[100])] = None
+    """In steps; without it, once an epoch."""
     gradient_checkpointing: bool = False
+    """Compute activations again instead of keeping them: less memory, more time."""
     packing: Literal[True, False, "auto"] = "auto"
     """Pack a batch into one row instead of padding it; auto: where attention is a flash kernel, which profits."""
     reuse: bool = True
@@ -78,7 +89,7 @@ def supervised_only(collate: Callable[[Any], Batch]) -> Callable[[Any], Batch]:
     It adds `logits_to_keep` (B, T) and `shift_labels` (n,), which transformers' causal language models take; their
     logits then have shape (n, vocabulary). The loss is the same.
 
-    Example:
+    Examples:
         >>> Trainer(model, args, data_collator=supervised_only(collator), ...)
     """
 
@@ -95,7 +106,7 @@ def with_prompts(collate: Callable[[Any], Batch]) -> Callable[[Any], Batch]:
     forwards for metrics. It adds `prompt_lengths` (B,), with packed rows one a sequence, or `decoder_prompt_lengths`
     where the batch has `decoder_input_ids`; to a classifier's batch, whose labels are not tokens, nothing.
 
-    Example:
+    Examples:
         >>> Trainer(model, args, data_collator=with_prompts(collator), ...)
     """
 
@@ -256,7 +267,7 @@ class ReftTrainer(Trainer):
         self.progress.tokens += mine * processes.count()  # the others have about as many
         if not self.takes_prompts:
             inputs.pop("prompt_lengths", None)
-        if self.reuse is not None and self.reuse.kind not in self.reuse.store.checked:
+        if self.reuse is not None:
             self._check(model, inputs)
         with self.reuse.applied(inputs) if self.reuse is not None else nullcontext(inputs) as batch:
             if self._keeps_supervised and batch["labels"].dim() == 2:
@@ -264,23 +275,40 @@ class ReftTrainer(Trainer):
             return super().compute_loss(model, batch, *args, **kwargs)
 
     def _check(self, model: nn.Module, inputs: Batch) -> None:
-        """Compare the first batch's loss with and without reuse, and give reuse up should they differ."""
+        """Compare a first batch's loss with and without reuse, the leanest first, and give up what differs."""
         assert self.reuse is not None
+        kind, checked = self.reuse.kind, self.reuse.store.checked
+        if kind in checked:
+            self.reuse.lean = checked[kind]
+            return
         state = torch.get_rng_state()
         was_training = model.training
         model.eval()
         with torch.no_grad():
             plain = float(model(**inputs).loss)
-            with self.reuse.applied(inputs) as batch:
-                reused = float(model(**batch).loss)
+            reused = self._reused(model, inputs)
+            if not self._alike(plain, reused) and self.reuse.lean:
+                self.reuse.lean = False
+                reused = self._reused(model, inputs)
         model.train(was_training)
         torch.set_rng_state(state)
-        narrow = next(_base(model).parameters()).dtype in (torch.bfloat16, torch.float16)
-        if not abs(plain - reused) <= (0.05 if narrow else 1e-3) * max(1.0, abs(plain)):
+        if not self._alike(plain, reused):
             self.reuse_refused = f"the first loss came out as {reused:.5f} instead of {plain:.5f}"
             self.reuse = None
             return
-        self.reuse.store.checked.add(self.reuse.kind)
+        checked[kind] = self.reuse.lean
+
+    def _reused(self, model: nn.Module, inputs: Batch) -> float:
+        assert self.reuse is not None
+        try:
+            with self.reuse.applied(inputs) as batch:
+                return float(model(**batch).loss)
+        except UnlikeAttention:
+            return math.nan
+
+    def _alike(self, plain: float, reused: float) -> bool:
+        narrow = next(_base(self.model).parameters()).dtype in (torch.bfloat16, torch.float16)
+        return abs(plain - reused) <= (0.05 if narrow else 1e-3) * max(1.0, abs(plain))
 
 
 def _base(model: Any) -> Any:

@@ -246,7 +246,7 @@ def _run(trial: Trial) -> Outcome:
     experiment, way, task = trial.experiment, trial.way, trial.experiment.task
     if way.shots and not task.takes_shots:
         raise NotPossible("the task takes no solved examples")
-    base = Base(experiment.source)
+    base = _base_for(experiment)
     model, new = base.load(task.head, trial.seed)
     texts = windows(trial.held_out, base.tokenizer) if task.generates else []
     key = (experiment.source, str(trial.held_out))
@@ -259,10 +259,10 @@ def _run(trial: Trial) -> Outcome:
     adapted = way.build(model, task.task_type, new, trial.seed, task.edit_turns)
     reuse, trained = _trained(trial, adapted, base.tokenizer, examples) if way.trains else (None, {})
     if way.trains and "validation" in trial.splits:
-        trained["validation_loss"] = _validation_loss(trial, adapted, base.tokenizer)
+        trained["validation_loss"] = _validation_loss(trial, adapted, base.tokenizer, reuse)
     found = {split: _scored(trial, adapted, base.tokenizer, split, shots, reuse) for split in trial.splits}
     lost = window_loss(adapted, texts, takes_prompts=way.takes_prompts) - _base_losses[key] if texts else None
-    return Outcome(
+    outcome = Outcome(
         validation=found["validation"].main if "validation" in found else None,
         test=found["test"].scores if "test" in found else {},
         predictions=found["test"].predictions if "test" in found else [],
@@ -272,6 +272,25 @@ def _run(trial: Trial) -> Outcome:
         forgetting=lost,
         **trained,
     )
+    if way.takes_off(adapted) and not trial.training.gradient_checkpointing:  # which stays switched on
+        model.eval()
+        _bases[_model_of(experiment)] = base
+    return outcome
+
+
+_bases: dict[Any, Base] = {}
+"""The base model that the last trial left as it was, so that the next need not load it."""
+
+
+def _model_of(experiment: Experiment) -> tuple[ModelSource, str | None]:
+    return experiment.source, hash_of_model(experiment.source)
+
+
+def _base_for(experiment: Experiment) -> Base:
+    """The base model, which is the caller's to change: it is kept for nobody else."""
+    kept = _bases.pop(_model_of(experiment), None)
+    _bases.clear()
+    return kept or Base(experiment.source)
 
 
 def _trained(
@@ -299,7 +318,7 @@ _stores: dict[Any, Store] = {}
 
 def store_for(experiment: Experiment) -> Store:
     """What is kept of the frozen model's work, for all trials that this process makes on the same model."""
-    key = (experiment.source, hash_of_model(experiment.source))
+    key = _model_of(experiment)
     if key not in _stores:
         close_stores()
         folder = Path(tempfile.mkdtemp(prefix="trimtab-reuse-"))
@@ -445,12 +464,17 @@ def _scored(
     return experiment.evaluate(model, tokenizer, split, **how)
 
 
-def _validation_loss(trial: Trial, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> float:
+def _validation_loss(trial: Trial, model: nn.Module, tokenizer: PreTrainedTokenizerBase, reuse: Reuse | None) -> float:
     """Raises RunError where it is not finite."""
     experiment, way = trial.experiment, trial.way
     encoded, _ = experiment.encode(tokenizer, experiment.task.examples("validation"), training=True)
     size = experiment.training.eval_batch_size
-    loss = mean_loss(model, tokenizer, encoded, size, way.takes_prompts, equal_lengths=way.adds_tokens)
+    how: dict[str, Any] = {
+        "takes_prompts": way.takes_prompts,
+        "equal_lengths": way.adds_tokens,
+        "reuse": reuse,
+    }
+    loss = mean_loss(model, tokenizer, encoded, size, **how)
     if not math.isfinite(loss):  # such a model's answers look like a constant, which may even score
         raise RunError(f"{experiment.name}: after training the loss on validation is {loss}")
     return loss

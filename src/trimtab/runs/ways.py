@@ -10,11 +10,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from peft import PeftType, PromptLearningConfig, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from pydantic import Field
 from torch import nn
 
 from trimtab.adapter.config import ReftConfig
@@ -58,7 +59,7 @@ RATES: dict[str, tuple[float, ...]] = {
 
 
 class AdapterSpec(Section):
-    """What `trimtab.ReftConfig` is made of; the values are checked there."""
+    """What `trimtab.ReftConfig` is made of; the values are checked, and said what they mean, there."""
 
     method: str = "loreft"
     r: int = 4
@@ -67,10 +68,9 @@ class AdapterSpec(Section):
     site: str = "block"
     tied: bool = True
     dropout: float = 0.0
-    activation: str | None = None
+    activation: Annotated[str | None, Field(examples=["relu"])] = None
     init_weights: bool | str = True
-    lora: dict[str, Any] | None = None
-    """A LoRA trained and saved with the edits: fields of `peft.LoraConfig`."""
+    lora: Annotated[dict[str, Any] | None, Field(examples=[{"r": 8, "target_modules": "all-linear"}])] = None
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,10 @@ class Way(ABC):
             NotPossible: the model has no such parameters, or PEFT does not know where to put them.
         """
 
+    def takes_off(self, adapted: Any) -> bool:
+        """Take what `build` added off again, where that leaves the base model as it was; says whether it did."""
+        return False
+
     def check(self) -> None:
         """Raises ValueError for a field or value that its config does not take."""
         return
@@ -156,6 +160,10 @@ class ReftWay(Way):
         except ValueError as error:
             raise NotPossible(_first_line(error)) from error
         return adapted
+
+    def takes_off(self, adapted: Any) -> bool:
+        adapted.base_model.unload()
+        return True
 
     def reuse(self, model: Any, store: Store, checkpointing: bool) -> Reuse | str:
         config = model.peft_config[model.active_adapter]

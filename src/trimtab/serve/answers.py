@@ -156,7 +156,8 @@ class Chat:
 
     def _choice(self, index: int, event: Event, **said: schemas.Said) -> schemas.ChatChoice:
         logprobs = schemas.ChatLogprobs(content=list(map(self._logprob, event.logprobs))) if event.logprobs else None
-        return schemas.ChatChoice(index=index, logprobs=logprobs, finish_reason=event.finish_reason, **said)
+        more = {**said, **_moves(self.tokens, self.prompts[0], event)}
+        return schemas.ChatChoice(index=index, logprobs=logprobs, finish_reason=event.finish_reason, **more)
 
     def _logprob(self, one: Logprob) -> schemas.TokenLogprob:
         top = [schemas.TopLogprob(**self._named(token, logprob)) for token, logprob in one.top]
@@ -200,7 +201,8 @@ class Text:
     def _choice(self, index: int, event: Event, first: bool) -> schemas.TextChoice:
         text = (self._prompt_text(index) if first and self.body.echo else "") + event.text
         logprobs = self._logprobs(index, event) if self.body.logprobs is not None else None
-        return schemas.TextChoice(index=index, text=text, logprobs=logprobs, finish_reason=event.finish_reason)
+        more = _moves(self.tokens, self.prompts[index // self.body.n], event)
+        return schemas.TextChoice(index=index, text=text, logprobs=logprobs, finish_reason=event.finish_reason, **more)
 
     def _prompt_text(self, index: int) -> str:
         prompt = _each(self.body.prompt)[index // self.body.n]
@@ -223,6 +225,14 @@ class Text:
         return {**top, self.tokens.text(one.token): _finite(one.logprob)}
 
 
+def _moves(tokens: Tokens, prompt: Sequence[int], event: Event) -> dict[str, Any]:
+    """Of a choice's first event, where asked for."""
+    if not event.prompt_moves:
+        return {}
+    moves = [round(move, 4) for move in event.prompt_moves]
+    return {"reft_moves": schemas.Moves(tokens=[tokens.text(token) for token in prompt], moves=moves)}
+
+
 def _finite(logprob: float) -> float:
     """JSON has no infinity; a token that cannot be gets what OpenAI writes for it."""
     return max(logprob, -9999.0)
@@ -241,6 +251,7 @@ def merged(events: Sequence[Event]) -> Event:
         text="".join(event.text for event in events),
         logprobs=tuple(chain.from_iterable(event.logprobs for event in events)),
         prompt_logprobs=events[0].prompt_logprobs,
+        prompt_moves=events[0].prompt_moves,
     )
 
 

@@ -149,8 +149,8 @@ def tokenize(body: schemas.TokenizeRequest, service: Shared) -> schemas.Tokenize
 @admin.post("/v1/load_reft_adapter")
 @admin.post("/v1/load_lora_adapter")
 def load_adapter(body: schemas.LoadAdapter, service: Shared) -> schemas.ModelCard:
-    """Give a folder a name; requests may use it once this returns."""
-    service.registry.load(body.lora_name, body.lora_path, replace=body.load_inplace)
+    """Give a folder, or an adapter that comes along, a name; requests may use it once this returns."""
+    service.load(body)
     return service.card(body.lora_name)
 
 

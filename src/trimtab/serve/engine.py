@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from trimtab.serve.registry import Adapter
 
@@ -135,6 +135,10 @@ class Request:
     """Requests of different salt share no cached prefix."""
     prompt_end: int | None = None
     """How many of the tokens are the prompt that positions are counted in; the rest is taken for the answer."""
+    moves: bool = False
+    """Say how far each token of the prompt is moved; no part of it is then taken from the prefix store."""
+    form: Any = None
+    """What the engine's `form` gave, of this request alone: the answer keeps to it."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +161,8 @@ class Event:
     """One a token of `tokens`, where asked for."""
     prompt_logprobs: tuple[Logprob | None, ...] = ()
     """With the first event, where asked for: one a prompt token, None for the first."""
+    prompt_moves: tuple[float, ...] = ()
+    """With the first event, where asked for: one a prompt token, ‖change‖ / ‖h‖ summed over the edited sites."""
     finish_reason: FinishReason | None = None
     stop: str | int | None = None
     """The stop string or end token that ended it. A stop token counts among `tokens` but gives no text."""
@@ -195,6 +201,9 @@ Emit = Callable[[Event], None]
 class Engine(Protocol):
     """Runs requests on one model."""
 
+    tells_moves: bool
+    """Whether a request may ask for `moves`."""
+
     @property
     def health(self) -> Health: ...
 
@@ -218,6 +227,14 @@ class Engine(Protocol):
 
         Raises:
             BadRequest: it can never be served. QueueFull: not now. Unavailable: the engine is not ready.
+        """
+        ...
+
+    def form(self, schema: Mapping[str, Any]) -> Any:
+        """What keeps an answer to JSON of a schema, with a `copy` for further answers; may take a second.
+
+        Raises:
+            BadRequest: it cannot be done.
         """
         ...
 

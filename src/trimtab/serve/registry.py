@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any, NamedTuple
 
 import torch
@@ -90,6 +92,7 @@ class Registry:
         self._lock = threading.Lock()
         self._known: dict[str, _Known] = {}
         self._gone: set[str] = set()  # unloaded, though their folders are there
+        self._uploads: TemporaryDirectory[str] | None = None
         self._held: OrderedDict[str, Adapter] = OrderedDict()  # the least recently used first
 
     def names(self) -> list[str]:
@@ -137,10 +140,21 @@ class Registry:
         adapter = self.read(folder, name)
         with self._lock:
             self._check_free(name, replace)
+            self._drop(self._known.get(name))
             self._known[name] = _Known(adapter.digest, Path(folder))
             self._gone.discard(name)
             self._hold(name, adapter)
         return adapter
+
+    def room(self) -> Path:
+        """A new folder for an adapter that has none: it goes when its name stands for it no more."""
+        if self._uploads is None:
+            self._uploads = TemporaryDirectory(prefix="trimtab-adapters-")
+        return Path(mkdtemp(dir=self._uploads.name))
+
+    def _drop(self, known: _Known | None) -> None:
+        if known is not None and self._uploads is not None and known.folder.is_relative_to(self._uploads.name):
+            shutil.rmtree(known.folder, ignore_errors=True)
 
     def unload(self, name: str) -> None:
         """Forget a name, until it is loaded again.
@@ -150,8 +164,10 @@ class Registry:
         """
         found = self._is_found(name)
         with self._lock:
-            if self._known.pop(name, None) is None and not found:
+            known = self._known.pop(name, None)
+            if known is None and not found:
                 raise UnknownAdapter(name)
+            self._drop(known)
             self._held.pop(name, None)
             self._gone.add(name)
 

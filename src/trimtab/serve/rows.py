@@ -60,11 +60,13 @@ class Row:
         self.stored = 0
         """Blocks that the prefix store was given or gave."""
         self.edits = [Edited(a.adapter.digest, a.scale, a.adapter.positions) for a in request.adapters]
-        self.sampler = Sampler(request.sampling, request.tokens)
+        self.sampler = Sampler(request.sampling, request.tokens, request.form)
         self.text = AnswerText(tokenizer, request.sampling.stop)
         self.keys: list[bytes] = []
         self.scores: list[Logprob | None] = [None]
         """Of the prompt's tokens, where asked for."""
+        self.moves: list[float] = []
+        """The same."""
 
     @property
     def prefilling(self) -> bool:
@@ -123,8 +125,15 @@ class Runner:
         width = max(row.done + length for row, length in zip(rows, lengths, strict=True))
         inputs, columns, told = torch.tensor([ids, place, positions], device=self.model.device)
         self.cache.show(range(rows[0].index, rows[0].index + len(rows)), columns, width)
-        with self.table.editing(stages):
-            return self.model(inputs, columns, told, width, self.cache, everything)
+        asked = [row.prefilling and row.request.moves for row in rows]
+        moves = torch.zeros(len(rows) * queries, device=self.model.device) if any(asked) else None
+        with self.table.editing(stages, moves):
+            logits = self.model(inputs, columns, told, width, self.cache, everything)
+        if moves is not None:
+            for row, length, own, is_asked in zip(rows, lengths, moves.view(len(rows), -1), asked, strict=True):
+                if is_asked:
+                    row.moves += own[queries - length :].tolist()
+        return logits
 
     def arrange(self, rows: Sequence[Row], *segments: Sequence[Row]) -> None:
         """Give the rows of the segments the indices from 0 on, a segment after another, moving as few as can be."""
@@ -145,7 +154,7 @@ class Runner:
             self.cache.move([before[row] for row in moved], indices, max(row.done for row in moved))
 
     def shares(self, row: Row) -> bool:
-        return bool(self.limits.prefix_bytes) and not row.scores_prompt
+        return bool(self.limits.prefix_bytes) and not row.scores_prompt and not row.request.moves
 
     def take_blocks(self, row: Row) -> None:
         """Go on from what the store has; the prompt's last token is always run, for its logits."""

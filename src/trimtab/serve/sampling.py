@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from trimtab.serve.engine import Logprob, Sampling
+from trimtab.serve.grammar import Form
 
 
 class Sampler:
     """What one request's choices depend on besides its logits: settings, tokens so far, a random sequence."""
 
-    def __init__(self, sampling: Sampling, prompt: Sequence[int]) -> None:
-        self.sampling = sampling
+    def __init__(self, sampling: Sampling, prompt: Sequence[int], form: Form | None = None) -> None:
+        self.sampling, self.form = sampling, form
         self._random = random.Random(sampling.seed)
         self._prompt = frozenset(prompt) if sampling.repetition_penalty != 1 else frozenset()
         self._generated: Counter[int] = Counter()
@@ -28,6 +29,7 @@ class Sampler:
             or sampling.presence_penalty
             or sampling.frequency_penalty
             or sampling.repetition_penalty != 1
+            or form is not None
         )
 
     @property
@@ -44,9 +46,11 @@ class Sampler:
     def saw(self, token: int) -> None:
         if self.adjusts:
             self._generated[token] += 1
+        if self.form is not None:
+            self.form.saw(token)
 
     def adjusted(self, logits: Tensor) -> Tensor:
-        """Logits (V,) after penalties and bias."""
+        """Logits (V,) after penalties and bias, of the tokens that the answer's form allows."""
         own = self.sampling
         logits = logits.clone()
         if own.repetition_penalty != 1 and (seen := list(self._prompt | self._generated.keys())):
@@ -59,6 +63,8 @@ class Sampler:
         if changes:
             index = torch.tensor(list(changes), device=logits.device)
             logits[index] += torch.tensor(list(changes.values()), device=logits.device)
+        if self.form is not None:
+            logits.masked_fill_(~self.form.allowed().to(logits.device), -torch.inf)
         return logits
 
 

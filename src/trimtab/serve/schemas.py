@@ -38,7 +38,6 @@ _NOT_DONE: dict[str, tuple[Any, ...]] = {  # with the values that ask for nothin
     "parallel_tool_calls": (True, False),
     "prediction": (),
     "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
     "structured_outputs": (),
     "suffix": ("",),
     "tool_calls": ([],),
@@ -114,6 +113,37 @@ class ScaledAdapter(_Body):
     scale: float = Field(1.0, ge=-100, le=100, description="Strength of its edit.")
 
 
+class AnyText(_Body):
+    """Whatever the model writes."""
+
+    type: Literal["text"]
+
+
+class AnyJson(_Body):
+    """A JSON object."""
+
+    type: Literal["json_object"]
+
+
+class NamedSchema(_Body):
+    """A JSON schema; the name and the description are for the reader."""
+
+    name: String = Field(max_length=64)
+    description: String | None = None
+    json_schema: dict[str, Any] = Field(alias="schema")
+    strict: bool = Field(True, description="Ignored: the schema is always kept to.")
+
+
+class JsonOfSchema(_Body):
+    """JSON of a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+ResponseFormat = Annotated[AnyText | AnyJson | JsonOfSchema, Field(discriminator="type")]
+
+
 class Generation(Prompt):
     """What chat and plain completions have in common."""
 
@@ -121,6 +151,7 @@ class Generation(Prompt):
         [], description="Several by name, in the order in which they edit; `model` is the base then."
     )
     reft_adapter: BroughtAdapter | None = Field(None, description="Instead of one by name, where the server allows it.")
+    reft_moves: bool = Field(False, description="Say how far the edits move each token of the prompt.")
     n: int = Field(1, ge=1, le=128)
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
@@ -134,6 +165,7 @@ class Generation(Prompt):
     stop: Word | Annotated[list[Word], Field(max_length=16)] = []
     stop_token_ids: list[TokenId] = []
     ignore_eos: bool = False
+    response_format: ResponseFormat = Field(AnyText(type="text"), description="The form that answers are held to.")
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
 
@@ -215,8 +247,16 @@ class LoadAdapter(_Body):
     """By vLLM's names, whatever the kind of adapter."""
 
     lora_name: String
-    lora_path: String = Field(description="Below the server's folder of adapters.")
+    lora_path: String | None = Field(None, description="Below the server's folder of adapters.")
+    reft_adapter: BroughtAdapter | None = Field(None, description="Instead of lora_path: the adapter itself.")
     load_inplace: bool = Field(False, description="Replace the adapter of this name, if there is one.")
+
+    @model_validator(mode="after")
+    def _one(self) -> LoadAdapter:
+        if (self.lora_path is None) == (self.reft_adapter is None):
+            code = "missing" if self.lora_path is None else "invalid_value"
+            raise PydanticCustomError(code, "give this or reft_adapter, one of the two", {"param": "lora_path"})
+        return self
 
 
 class UnloadAdapter(_Body):
@@ -279,12 +319,21 @@ class Said(BaseModel):
     content: str = ""
 
 
+class Moves(BaseModel):
+    """The prompt as the model reads it, and how far its tokens are moved."""
+
+    tokens: list[str]
+    moves: list[float]
+    """The length of the change over that of the hidden state, summed over layers; 0 where nothing is edited."""
+
+
 class ChatChoice(BaseModel):
     """With `message` in a whole answer, with `delta` in a part of one."""
 
     index: int
     message: Said | None = None
     delta: Said | None = None
+    reft_moves: Moves | None = None
     logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason | None = None
 
@@ -294,6 +343,7 @@ class TextChoice(BaseModel):
 
     index: int
     text: str
+    reft_moves: Moves | None = None
     logprobs: TextLogprobs | None = None
     finish_reason: FinishReason | None = None
 
@@ -332,6 +382,8 @@ class ModelCard(BaseModel):
     max_model_len: int
     chat: bool
     """Whether the tokenizer has a chat template."""
+    reft_moves: bool
+    """Whether requests may ask for them."""
 
 
 class ModelList(BaseModel):

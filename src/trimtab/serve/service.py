@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import shutil
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from fastapi import Request
 from transformers import PreTrainedTokenizerBase
@@ -25,8 +27,10 @@ from trimtab.serve.engine import Applied, Engine, EngineError, Event
 from trimtab.serve.engine import Request as EngineRequest
 from trimtab.serve.errors import ApiError, of_engine
 from trimtab.serve.metrics import Metrics
-from trimtab.serve.registry import Registry, UnknownAdapter
+from trimtab.serve.registry import NameTaken, Registry, UnknownAdapter
 
+FIELD = "reft_adapter"
+"""That an adapter comes in."""
 Events = AsyncGenerator[tuple[int, Event], None]
 
 
@@ -103,22 +107,32 @@ class Service:
 
     def _brought(self, brought: schemas.BroughtAdapter, body: schemas.Prompt) -> tuple[Applied, ...]:
         """The edit that a request brings. Raises ApiError."""
-        field = "reft_adapter"
         if not self.takes_adapters:
-            raise ApiError(403, f"{field}: this server takes no adapters from requests.", "not_allowed", field)
+            raise ApiError(403, f"{FIELD}: this server takes no adapters from requests.", "not_allowed", FIELD)
         if body.model != self.base:
-            raise ApiError(400, f"{field}: edits the base model; give model as {self.base!r}.", param="model")
+            raise ApiError(400, f"{FIELD}: edits the base model; give model as {self.base!r}.", param="model")
+        with TemporaryDirectory() as folder, _as_brought(folder):
+            _write(brought, Path(folder))
+            return (Applied(self.registry.read(folder, "(brought)"), body.reft_scale),)
+
+    def load(self, body: schemas.LoadAdapter) -> None:
+        """Give a name to a folder's adapter, or to one that comes with the request.
+
+        Raises:
+            ApiError: that one is none. AdapterError: of what the registry says of a name or a folder.
+        """
+        name, replaced = body.lora_name, body.load_inplace
+        if body.reft_adapter is None:
+            self.registry.load(name, str(body.lora_path), replaced)
+            return
+        folder = self.registry.room()
         try:
-            weights = base64.b64decode(brought.weights, validate=True)
-        except ValueError:
-            raise ApiError(400, f"{field}.weights: is not base64.", param=f"{field}.weights") from None
-        with TemporaryDirectory() as folder:
-            (Path(folder) / CONFIG).write_text(json.dumps(brought.config))
-            (Path(folder) / WEIGHTS).write_bytes(weights)
-            try:
-                return (Applied(self.registry.read(folder, "(brought)"), body.reft_scale),)
-            except AdapterError as error:
-                raise ApiError(400, str(error).replace(folder, field), "invalid_adapter", field) from None
+            with _as_brought(str(folder)):
+                _write(body.reft_adapter, folder)
+                self.registry.add(name, folder, replaced)
+        except BaseException:
+            shutil.rmtree(folder)
+            raise
 
     def requests(self, form: Form, tenant: bytes) -> list[EngineRequest]:
         """One for each choice. Raises ApiError."""
@@ -130,6 +144,7 @@ class Service:
             )
         turns = next((one.adapter.positions.turns for one in applied), None)
         ends = form.prompt_ends(turns) if turns else [None] * len(form.prompts)
+        kept = self._kept_form(body)
         for prompt, end in zip(form.prompts, ends, strict=True):
             room = self.engine.max_len - len(prompt)
             sampling = form.sampling(max(1, room))
@@ -139,8 +154,23 @@ class Service:
                 raise ApiError(400, message, "context_length_exceeded", form.field)
             for i in range(body.n):
                 own = sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + i)
-                made.append(EngineRequest(uuid.uuid4().hex, prompt, own, applied, tenant, end))
+                held = kept.copy() if kept is not None else None
+                told: dict[str, Any] = {"moves": body.reft_moves, "form": held}
+                made.append(EngineRequest(uuid.uuid4().hex, prompt, own, applied, tenant, end, **told))
         return made
+
+    def _kept_form(self, body: schemas.Generation) -> Any:
+        """What the answers are held to, or None. Raises ApiError."""
+        asked = body.response_format
+        if isinstance(asked, schemas.AnyText):
+            return None
+        if body.ignore_eos:
+            raise ApiError(400, "ignore_eos: an answer of a form ends where it is whole.", param="ignore_eos")
+        schema = asked.json_schema.json_schema if isinstance(asked, schemas.JsonOfSchema) else {"type": "object"}
+        try:
+            return self.engine.form(schema)
+        except EngineError as error:
+            raise of_engine(error) from None
 
     def card(self, name: str) -> schemas.ModelCard:
         return schemas.ModelCard(
@@ -150,6 +180,7 @@ class Service:
             parent=None if name == self.base else self.base,
             max_model_len=self.engine.max_len,
             chat=self.tokens.chat,
+            reft_moves=self.engine.tells_moves,
         )
 
     async def events(self, requests: Sequence[EngineRequest], http: Request, parts: bool) -> Events:
@@ -199,6 +230,27 @@ class Service:
             for request in left.values():
                 self.engine.cancel(request.id)
                 self.metrics.ended(_adapter(request), Event(finish_reason="abort"))
+
+
+def _write(brought: schemas.BroughtAdapter, folder: Path) -> None:
+    """The two files of an adapter that came with a request. Raises ApiError."""
+    try:
+        weights = base64.b64decode(brought.weights, validate=True)
+    except ValueError:
+        raise ApiError(400, f"{FIELD}.weights: is not base64.", param=f"{FIELD}.weights") from None
+    (folder / CONFIG).write_text(json.dumps(brought.config))
+    (folder / WEIGHTS).write_bytes(weights)
+
+
+@contextmanager
+def _as_brought(folder: str) -> Iterator[None]:
+    """What is wrong with an adapter in this folder is said of the field that it came in."""
+    try:
+        yield
+    except NameTaken:
+        raise
+    except AdapterError as error:
+        raise ApiError(400, str(error).replace(folder, FIELD), "invalid_adapter", FIELD) from None
 
 
 class _Clock:

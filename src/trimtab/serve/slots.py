@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
@@ -35,6 +35,7 @@ from trimtab.serve.engine import (
     StepFailed,
     Unavailable,
 )
+from trimtab.serve.grammar import Form, Grammars
 from trimtab.serve.model import ServedModel
 from trimtab.serve.rows import Limits as Limits
 from trimtab.serve.rows import Row, Runner, wanted
@@ -60,6 +61,8 @@ class SlotsEngine:
         NotServed: its cache is not one of keys and values.
     """
 
+    tells_moves = True
+
     def __init__(self, model: Any, table: AdapterTable, tokenizer: Any = None, limits: Limits | None = None) -> None:
         self.limits, self.table, self._tokenizer = limits or Limits(), table, tokenizer
         try:
@@ -68,6 +71,7 @@ class SlotsEngine:
             table.close()
             raise
         self._ends = end_tokens(model, tokenizer)
+        self._grammars = Grammars(tokenizer, self._model.vocabulary, self._ends)
         self._runner = Runner(self._model, table, self.limits)
         self._rows: list[Row] = []
         self._waiting: deque[tuple[Request, Emit, float]] = deque()
@@ -120,6 +124,9 @@ class SlotsEngine:
             self._ids.add(request.id)
             self._waiting.append((request, emit, time.monotonic()))
             self._wake.notify_all()
+
+    def form(self, schema: Mapping[str, Any]) -> Form:
+        return self._grammars.of_schema(schema)
 
     def _check_request(self, request: Request) -> None:
         sampling, length = request.sampling, len(request.tokens)
@@ -335,6 +342,9 @@ class SlotsEngine:
         """Choose the next token of each row from logits (B, V), and say so."""
         tokens = choose(logits, [row.sampler for row in rows])
         for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+            if row.request.form is not None and (failed := row.request.form.failed):
+                self._finish(row, "error", StepFailed(f"the answer could not be kept to its form: {failed}"))
+                continue
             top = row.request.sampling.logprobs
             scores = logprobs(logits[i : i + 1], [token], top) if top is not None else ()
             self._take(row, token, scores)
@@ -342,8 +352,9 @@ class SlotsEngine:
     def _take(self, row: Row, token: int, scores: tuple[Logprob, ...]) -> None:
         sampling, first = row.request.sampling, row.generated == 0
         prompt_scores = tuple(row.scores) if first and row.scores_prompt else ()
+        moves = tuple(row.moves) if first else ()
         if sampling.max_tokens == 0:
-            self._finish(row, "length", prompt_logprobs=prompt_scores)
+            self._finish(row, "length", prompt_logprobs=prompt_scores, prompt_moves=moves)
             return
         row.tokens.append(token)
         self._stats.generated_tokens += 1
@@ -353,6 +364,7 @@ class SlotsEngine:
         else:
             text, stop = row.text.add(token)
         news: dict[str, Any] = {"tokens": (token,), "logprobs": scores, "prompt_logprobs": prompt_scores, "text": text}
+        news["prompt_moves"] = moves
         if stop is not None or row.generated == sampling.max_tokens:
             self._finish(row, "length" if stop is None else "stop", stop=stop, **news)
         else:

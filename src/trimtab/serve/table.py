@@ -214,6 +214,7 @@ class AdapterTable(Entries):
         self._scales = [False] * entries
         self._sites: list[frozenset[str]] = [frozenset()] * entries
         self._lines: list[Lines] = []
+        self._moves: Tensor | None = None
         self._handles = [self._hook(site) for site in layout.sites]
 
     def _hook(self, site: Site) -> RemovableHandle:
@@ -228,13 +229,17 @@ class AdapterTable(Entries):
         self._scales[entry] = bool(scaled)
 
     @contextmanager
-    def editing(self, stages: Sequence[Sequence[Span]]) -> Iterator[None]:
-        """Edit the rows of the forward that runs inside the `with`; a later stage reads what an earlier one wrote."""
-        self._lines = [self._ready(group) for spans in stages for group in plan(spans)]
+    def editing(self, stages: Sequence[Sequence[Span]], moves: Tensor | None = None) -> Iterator[None]:
+        """Edit the rows of the forward that runs inside the `with`; a later stage reads what an earlier one wrote.
+
+        Args:
+            moves: (rows of the flat batch,), which grows by how far each is moved: ‖change‖ / ‖h‖, summed over sites.
+        """
+        self._lines, self._moves = [self._ready(group) for spans in stages for group in plan(spans)], moves
         try:
             yield
         finally:
-            self._lines = []
+            self._lines, self._moves = [], None
 
     def _ready(self, group: Group) -> Lines:
         entries, device = group.entry.tolist(), self.vectors.device
@@ -254,6 +259,9 @@ class AdapterTable(Entries):
         running = self._running(name, hidden)
         for lines in running:
             change = self._change(name, flat[lines.row], lines)
+            if self._moves is not None:
+                before = flat[lines.row].float().norm(dim=-1).clamp_min(1e-12)
+                self._moves.index_add_(0, lines.row, change.float().norm(dim=-1) / before)
             flat = flat.index_add(0, lines.row, change.to(flat.dtype))
         return flat.view_as(hidden) if running else hidden
 

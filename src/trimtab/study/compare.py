@@ -31,18 +31,24 @@ from trimtab.tasks.spec import Section
 class CompareSpec(Section):
     """What `trimtab compare` tries: all methods with the same seeds, steps and data."""
 
-    methods: Annotated[list[str | dict[str, dict[str, Any]]], Field(min_length=2)] | None = None
+    methods: Annotated[
+        Annotated[list[str | dict[str, dict[str, Any]]], Field(min_length=2)] | None,
+        Field(examples=[["lora", "loreft", {"big": {"peft_type": "LORA", "r": 32}}]]),
+    ] = None
     """Names, {name: {peft_type: LORA, r: 32, …}} or {name: {method: loreft, r: 8, …}}; the first is the reference."""
-    learning_rates: Annotated[list[PositiveFloat], Field(min_length=1)] | None = None
+    learning_rates: Annotated[
+        Annotated[list[PositiveFloat], Field(min_length=1)] | None, Field(examples=[[1e-3, 4e-3]])
+    ] = None
     """Of all methods, instead of each one's own (which `learning_rates` in a method's settings gives too)."""
     reach: NonNegativeInt = 3
     """How far a seed goes on beyond the lowest or highest rate while that is the best, in steps of the rates' own."""
     seeds: PositiveInt = 5
+    """How many, each of which goes through the whole choice of a rate."""
     margin: PositiveFloat = MARGIN
     """Differences below this are as good as none; methods that are surely this alike are called equal."""
-    budget: PositiveInt | None = None
+    budget: Annotated[PositiveInt | None, Field(examples=[50_000])] = None
     """Trained parameters, a new head aside: each method gets the largest rank, or the most layers, that fit."""
-    held_out: str | None = None
+    held_out: Annotated[str | None, Field(examples=["data/text.txt"])] = None
     """A text file; how much the model's loss on it grows is reported as forgetting."""
 
 

@@ -25,7 +25,9 @@ class TuneSpec(Section):
     """Where `trimtab tune` looks: the paper's search space, at the ranks of small and large models."""
 
     r: list[PositiveInt] = Field([1, 2, 4, 8, 16, 32], min_length=1)
+    """ranks"""
     positions: list[str] = Field([f"f{n}+l{n}" for n in (1, 3, 5, 7, 9, 11)], min_length=1)
+    """each as `adapter: positions:` takes it"""
     layers: list[Literal["all", "lower", "middle", "upper"]] = Field(["all", "lower", "middle", "upper"], min_length=1)
     """all, or a third of the blocks"""
     learning_rates: list[PositiveFloat] = Field([9e-5, 2e-2], min_length=1, max_length=2)

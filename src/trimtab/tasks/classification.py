@@ -28,7 +28,7 @@ SHOWN = 12
 class TextSpec(TaskSpec):
     """What tasks on whole texts share."""
 
-    text: FieldNames
+    text: Annotated[FieldNames, Field(examples=["sentence"])]
     """the text's field, or [first, second] for a pair"""
 
 
@@ -38,9 +38,10 @@ TextSpecT = TypeVar("TextSpecT", bound=TextSpec)
 class PooledSpec(TextSpec):
     """What tasks with one answer a text share."""
 
-    pool: Annotated[Literal["mean", "first", "last", "model"] | None, Field(exclude_if=lambda value: value is None)] = (
-        None
-    )
+    pool: Annotated[
+        Literal["mean", "first", "last", "model"] | None,
+        Field(exclude_if=lambda value: value is None, examples=["mean"]),
+    ] = None
     """Which tokens the head reads: all, the first, the last, or as the model's architecture does; without it, as the
     model was pretrained (where sentence-transformers' files say so)."""
 
@@ -79,9 +80,9 @@ class TextTask(Task[TextSpecT]):
 class LabelledSpec(TextSpec):
     """What tasks whose answers have names share."""
 
-    label: str
+    label: Annotated[str, Field(examples=["label"])]
     """the field that holds the class"""
-    labels: Names | None = None
+    labels: Annotated[Names | None, Field(examples=[["refund", "delivery"]])] = None
     """The classes in order; without it, those of the training file, sorted."""
 
 
@@ -185,6 +186,10 @@ class ClassificationSpec(LabelledSpec, PooledSpec):
     """Text (or a pair of texts) in, one of several classes out."""
 
     SCORES = CLASS_SCORES
+    example_rows = (
+        {"sentence": "Where is my parcel?", "label": "delivery"},
+        {"sentence": "I want my money back.", "label": "refund"},
+    )
     type: Literal["classification"]
     score: Annotated[str, one_of(CLASS_SCORES)] = "accuracy"
 

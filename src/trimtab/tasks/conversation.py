@@ -25,6 +25,16 @@ from trimtab.tasks.turns import encode_answers, encode_messages, write_messages
 class ConversationSpec(WritingSpec):
     """Messages of several turns in, the assistant's answers out."""
 
+    example_rows = (
+        {
+            "messages": [
+                {"role": "user", "content": "cat"},
+                {"role": "assistant", "content": "cats"},
+                {"role": "user", "content": "dog"},
+                {"role": "assistant", "content": "dogs"},
+            ]
+        },
+    )
     type: Literal["conversation"]
     train_turns: Literal["all", "last"] = "all"
     """Which of a conversation's answers are trained on and scored, each after all that really came before it."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from trimtab.errors import DataError
@@ -27,12 +27,17 @@ class WritingSpec(TaskSpec):
 
     SCORES = GENERATION_SCORES
     set_fields = frozenset({"score", "choices"})
-    system: str | None = None
-    choices: Names | None = None
+    system: Annotated[str | None, Field(examples=["Answer in one word."])] = None
+    """The system message before every prompt, for models with a chat template."""
+    choices: Annotated[Names | None, Field(examples=[["yes", "no"]])] = None
+    """What `score: choice` chooses from: the one that an answer names first counts."""
     score: Annotated[str, one_of(GENERATION_SCORES)] = "exact_match"
     max_new_tokens: PositiveInt = 16
+    """The most tokens of a generated answer."""
     repetition_penalty: PositiveFloat = 1.0
+    """Above 1 makes tokens that are there already less likely in what is generated; 1 does nothing."""
     no_repeat_ngram_size: NonNegativeInt = 0
+    """No run of so many tokens is generated twice; 0 allows it."""
 
     @model_validator(mode="after")
     def _choices_go_with_choice(self) -> Self:
@@ -111,12 +116,14 @@ class GenerationSpec(WritingSpec):
     """Prompt in, text out."""
 
     set_fields = WritingSpec.set_fields | {"answer"}
+    example_rows = ({"input": "cat", "output": "cats"}, {"input": "dog", "output": "dogs"})
     type: Literal["generation"]
-    prompt: Templates
+    prompt: Annotated[Templates, Field(examples=["{input}"])]
     """a template over the row's fields such as "{question}", or several: the first whose fields all hold something"""
-    answer: Template
+    answer: Annotated[Template, Field(examples=["{output}"])]
     """a template over the row's fields such as "{output}" """
     chat: Literal[True, False, "auto"] = "auto"
+    """Whether the model's chat template goes around the prompt; auto: where the model has one."""
 
     @model_validator(mode="after")
     def _system_goes_with_chat(self) -> GenerationSpec:

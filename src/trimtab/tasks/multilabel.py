@@ -22,6 +22,10 @@ class MultiLabelSpec(LabelledSpec, PooledSpec):
     """Text (or a pair of texts) in, any number of several classes out."""
 
     SCORES = SET_SCORES
+    example_rows = (
+        {"sentence": "My parcel is late, I want my money back.", "label": ["delivery", "refund"]},
+        {"sentence": "Where is my parcel?", "label": ["delivery"]},
+    )
     type: Literal["multi_label_classification"]
     split_by: Annotated[str, Field(min_length=1)] = ","
     """What stands between the names in a label that is text instead of a list."""

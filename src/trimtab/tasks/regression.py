@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
+from pydantic import Field
+
 from trimtab.errors import DataError
 from trimtab.tasks.base import Example, Head
 from trimtab.tasks.classification import PooledSpec, TextTask
@@ -19,8 +21,9 @@ class RegressionSpec(PooledSpec):
     """Text (or a pair of texts) in, one number out."""
 
     SCORES = NUMBER_SCORES
+    example_rows = ({"sentence": "Could not be better.", "label": 5.0}, {"sentence": "It will do.", "label": 2.5})
     type: Literal["regression"]
-    label: str
+    label: Annotated[str, Field(examples=["label"])]
     """the field that holds the number"""
     score: Annotated[str, one_of(NUMBER_SCORES)] = "correlation"
 

@@ -65,19 +65,25 @@ def one_of(names: Collection[str]) -> AfterValidator:
 class Limits(Section):
     """At most so many rows of a split (of test: of each of its sets), from its start."""
 
-    train: PositiveInt | None = None
-    validation: PositiveInt | None = None
-    test: PositiveInt | None = None
+    train: Annotated[PositiveInt | None, Field(examples=[1000])] = None
+    """Rows to train on."""
+    validation: Annotated[PositiveInt | None, Field(examples=[100])] = None
+    """Rows to validate on."""
+    test: Annotated[PositiveInt | None, Field(examples=[200])] = None
+    """Rows to test on, of each set."""
 
 
 class SetSpec(Section):
     """One of several test sets; what it says of answer and score holds instead of what the task says."""
 
-    file: str
+    file: Annotated[str, Field(examples=["data/test.jsonl"])]
     """a .jsonl, .json, .csv, .tsv or .parquet file, or in data with name: the Hub dataset's split"""
-    answer: Template | None = None
-    score: str | None = None
-    choices: Names | None = None
+    answer: Annotated[Template | None, Field(examples=["{output}"])] = None
+    """A template, instead of the task's (generation)."""
+    score: Annotated[str | None, Field(examples=["overlap"])] = None
+    """A score, instead of the task's (generation, conversation)."""
+    choices: Annotated[Names | None, Field(examples=[["yes", "no"]])] = None
+    """What `score: choice` chooses from in this set."""
 
 
 def _set(value: Any) -> Any:
@@ -95,32 +101,36 @@ Sets = Annotated[
 class DataSpec(Section):
     """Files, or with `name` the splits of a dataset on the Hub."""
 
-    train: str
+    train: Annotated[str, Field(examples=["data/train.jsonl"])]
     """a .jsonl, .json, .csv, .tsv or .parquet file, or with name: the Hub dataset's split"""
-    validation: str | Literal[False] | None = None
+    validation: Annotated[str | Literal[False] | None, Field(examples=["data/validation.jsonl"])] = None
     """Without it some of train validates; with false nothing does."""
-    test: (
+    test: Annotated[
         Annotated[
             Annotated[str, Tag("file")] | Annotated[Sets, Tag("sets")],
             Discriminator(lambda value: "sets" if isinstance(value, dict) else "file"),
         ]
-        | None
-    ) = None
+        | None,
+        Field(examples=["data/test.jsonl"]),
+    ] = None
     """A file; or several, each with its name: the main score is then the plain mean of theirs."""
-    name: str | None = None
-    config: str | None = None
-    columns: Names | None = None
+    name: Annotated[str | None, Field(examples=["stanfordnlp/imdb"])] = None
+    """A dataset on the Hub, whose splits train, validation and test then name."""
+    config: Annotated[str | None, Field(examples=["plain_text"])] = None
+    """The dataset's configuration, where it has several."""
+    columns: Annotated[Names | None, Field(examples=[["sentence", "label"]])] = None
     """The field names of a CSV or TSV file that has no header line."""
-    separator: Annotated[str, Field(min_length=1, max_length=1)] | None = None
+    separator: Annotated[Annotated[str, Field(min_length=1, max_length=1)] | None, Field(examples=[";"])] = None
     """What stands between the cells of a CSV or TSV file; without it, found by looking: a comma, ';', a tab or '|'."""
-    conversation: str | None = None
+    conversation: Annotated[str | None, Field(examples=["messages"])] = None
     """The field that holds a conversation (`messages`, or ShareGPT's `conversations`). To a task of another type than
     conversation it has one turn, whose texts become the fields `system`, `user` and `assistant`."""
-    group: str | None = None
+    group: Annotated[str | None, Field(examples=["author"])] = None
     """The field that says which rows are of one source (a document, a person), so that `compare` counts them as one."""
     skip_bad_rows: bool = False
     """Leave out lines of a CSV or TSV file with too many or too few cells, and rows of train that cannot be used."""
     limit: Limits = Limits()
+    """At most so many rows of each split, for a trial."""
 
     @model_validator(mode="after")
     def _one_source(self) -> DataSpec:
@@ -146,8 +156,12 @@ class TaskSpec(Section):
     SCORES: ClassVar[dict[str, Score]]
     set_fields: ClassVar[frozenset[str]] = frozenset()
     """The keys that a test set may give instead of the task's."""
+    example_rows: ClassVar[tuple[dict[str, Any], ...]] = ()
+    """Of a training file, for the reference and `trimtab init --example`."""
     type: str
+    """The kind of task."""
     score: str
+    """What counts as right."""
     data: DataSpec
     """a mapping such as {train: data/train.jsonl, test: data/test.jsonl}"""
 

@@ -22,15 +22,21 @@ from trimtab.tasks.tokens import Encoded, encode_words
 
 
 class TaggingSpec(LabelledSpec):
-    """Words in, a tag for each of them out."""
+    """Words in, a tag for each of them out (`positions: all` edits each of them)."""
 
     SCORES = TAG_SCORES
+    example_rows = (
+        {"words": ["Ada", "met", "Alan"], "tags": ["B-PER", "O", "B-PER"]},
+        {"words": ["it", "rains"], "tags": ["O", "O"]},
+    )
     type: Literal["token_classification"]
     text: Annotated[
-        list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v), Field(min_length=1, max_length=1)
+        list[str],
+        BeforeValidator(lambda v: [v] if isinstance(v, str) else v),
+        Field(min_length=1, max_length=1, examples=["words"]),
     ]
     """the field that holds the words, a list or a text with blanks between them"""
-    label: str
+    label: Annotated[str, Field(examples=["tags"])]
     """the field that holds a tag for each word, a list or a text with blanks between them"""
     score: Annotated[str, one_of(TAG_SCORES)] = "accuracy"
 

@@ -85,6 +85,8 @@ class VllmEngine:
         NotServed: this vLLM is not one that was tested.
     """
 
+    tells_moves = False
+
     def __init__(
         self,
         model: str,
@@ -136,6 +138,8 @@ class VllmEngine:
         self._health = "ready"
 
     def submit(self, request: Request, emit: Emit) -> None:
+        if request.moves:
+            raise BadRequest("reft_moves", "reft_moves: not done by this engine; use --engine transformers.")
         self._check_request(request)
         with self._lock:
             if self.health in ("draining", "dead"):
@@ -146,6 +150,9 @@ class VllmEngine:
                 raise QueueFull(f"{len(self._ids) - self._running} requests are waiting, as many as may; try later.")
             self._ids[request.id] = None
         self._loop.call_soon_threadsafe(self._begin, _Answer(request, emit, self._tokenizer))
+
+    def form(self, schema: Mapping[str, Any]) -> Any:
+        raise BadRequest("response_format", "response_format: not done by this engine; use --engine transformers.")
 
     def _check_request(self, request: Request) -> None:
         sampling, length = request.sampling, len(request.tokens)

@@ -1,0 +1,88 @@
+"""Answers of a given form: llguidance says, after each token, which may come next for the text to become valid JSON.
+
+grammars = Grammars(tokenizer, vocabulary=len(tokenizer), ends={tokenizer.eos_token_id})
+form = grammars.of_schema({"type": "object"})
+form.allowed()                      # (V,) bool
+form.saw(token)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from llguidance import LLMatcher, LLTokenizer
+from llguidance.hf import from_tokenizer
+from torch import Tensor
+
+from trimtab.serve.engine import BadRequest
+
+FIELD = "response_format"
+LARGEST = 65536
+"""Characters of a schema."""
+WHITESPACE = r"[\x20\x0A\x0D\x09]{1,16}"
+"""Between the parts of JSON: a bound, since a small model may go on with spaces until its tokens are spent."""
+
+
+class Form:
+    """What an answer may still become. Of one answer; `copy` for another."""
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher
+
+    def copy(self) -> Form:
+        return Form(self._matcher.deep_copy())
+
+    def allowed(self) -> Tensor:
+        """(V,) the tokens that may come next, end tokens where the text is whole."""
+        return torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8) > 0
+
+    def saw(self, token: int) -> None:
+        self._matcher.consume_token(token)
+
+    @property
+    def failed(self) -> str:
+        """Why it cannot go on: it took more than its limits allow. Empty where it can."""
+        return str(self._matcher.get_error()) if self._matcher.is_error() else ""
+
+
+class Grammars:
+    """Forms for one model.
+
+    Args:
+        vocabulary: of the model, whose logits may be more than the tokenizer's tokens.
+        ends: tokens that end an answer.
+    """
+
+    def __init__(self, tokenizer: Any, vocabulary: int, ends: Collection[int]) -> None:
+        self._tokenizer, self._vocabulary, self._ends = tokenizer, vocabulary, sorted(ends)
+
+    @cached_property
+    def _tokens(self) -> LLTokenizer:
+        """Made when it is first asked for, in about a second."""
+        if not self._ends:
+            raise BadRequest(FIELD, f"{FIELD}: the model has no end token, so that an answer could not end.")
+        try:
+            return from_tokenizer(self._tokenizer, n_vocab=self._vocabulary, eos_token=self._ends)
+        except ValueError as error:
+            raise BadRequest(FIELD, f"{FIELD}: not possible with this model's tokenizer ({error}).") from None
+
+    def of_schema(self, schema: Mapping[str, Any]) -> Form:
+        """Of JSON that a schema describes; may take a second, and is not for an event loop.
+
+        Raises:
+            BadRequest: the schema is none, asks for what cannot be held to, or is too large.
+        """
+        text = json.dumps(schema)
+        if len(text) > LARGEST:
+            raise BadRequest(FIELD, f"{FIELD}: a schema of {len(text)} characters; at most {LARGEST}.")
+        matcher = LLMatcher(
+            self._tokens, LLMatcher.grammar_from_json_schema(text, {"whitespace_pattern": WHITESPACE}), log_level=0
+        )
+        if matcher.is_error():
+            reason = " ".join(matcher.get_error().split())[:300]
+            raise BadRequest(FIELD, f"{FIELD}: the schema cannot be held to: {reason}")
+        return Form(matcher)
