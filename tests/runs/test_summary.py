@@ -56,7 +56,7 @@ def test_rows_are_counted_and_told_from_where(make: Make) -> None:
     assert "2 rows drawn from train" in text and "the rows of validation, since no test data" in text
     assert "the model reads 512" in text and "!" not in text
     given = said(make(MOOD, rows("x", "y"), {"validation": "train.jsonl", "test": {"b": "train.jsonl"}}))
-    assert "2 rows in 1 sets, b" in given and "validation 2 rows of" in given
+    assert "2 rows in 1 set, b" in given and "validation 2 rows of" in given
     assert "0 to 9, 4.5 on average" in said(make(SIZE, rows(*range(10)), {"validation": "train.jsonl"}))
 
 
@@ -82,6 +82,26 @@ def test_rows_are_counted_and_told_from_where(make: Make) -> None:
 )
 def test_what_is_odd_is_remarked(make: Make, task: Any, train: Rows, sections: Any, remark: str) -> None:
     assert remark in said(make(task, train, **sections)).split("  ! ", 1)[1]
+
+
+@pytest.mark.parametrize(
+    ("data", "remarks"),
+    [
+        ({"test": "train.jsonl"}, ["15 of 16 rows of test are in train too", "1 of 16 rows of test are in validation"]),
+        ({"validation": "train.jsonl"}, ["all 16 rows of validation are in train too, so their score is partly"]),
+        ({"test": "other.jsonl", "group": "who"}, ["1 of test's whos are in train too"]),
+        ({"test": "other.jsonl"}, []),
+    ],
+)
+def test_rows_of_train_that_are_scored_too_are_counted(
+    make: Make, tmp_path: Path, data: dict[str, Any], remarks: list[str]
+) -> None:
+    train = [{**row, "who": i % 8 + 1} for i, row in enumerate(rows(*["a", "b"] * 8))]
+    other = [{**row, "who": i + 8} for i, row in enumerate(rows(*"ab", text="another day"))]
+    (tmp_path / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in other))
+    _, *found = said(make(MOOD, train, data)).split("  ! ")
+    assert len(found) >= len(remarks) and all(any(one in text for text in found) for one in remarks)
+    assert bool(found) == bool(remarks)
 
 
 def test_rows_left_out_say_why(make: Make) -> None:

@@ -380,8 +380,8 @@ def test_a_report_is_whole(models: Path, tmp_path: Path, inline: None, monkeypat
     assert lines["lora r1"].parameters < lines["lora"].parameters
     assert lines["untuned"].forgetting == 0 and lines["lora"].forgetting != 0
     page = (tmp_path / "out/report.html").read_text()
-    assert "http" not in page and page.count("data:image/png;base64,") == 1
-    for name in ("lora r1", "the model has no biases", "95% interval"):
+    assert "http" not in page and page.count("data:image/png;base64,") == 2  # wide and narrow
+    for name in ("lora r1", "the model has no biases", "95% interval", "All trained at a learning rate of 0.01. "):
         assert name in page and name in (tmp_path / "out/report.md").read_text()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from statistics import median
 from typing import Any
 
@@ -13,6 +14,7 @@ from trimtab.errors import ModelError, RunError
 from trimtab.runs.models import load_tokenizer, skeleton
 from trimtab.runs.predict import check_context, context_of
 from trimtab.runs.trial import Experiment
+from trimtab.tasks import Task
 from trimtab.tasks.tokens import Encoded
 from trimtab.where.plan import edited
 from trimtab.where.positions import parse_positions
@@ -84,7 +86,7 @@ def summary(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, model: n
         "first row": _first(experiment, tokenizer),
     }
     text = "".join(f"\n  {key:<11}{value}" for key, value in lines.items())
-    odd = [*_left_out(experiment, trained), *_odd_rate(experiment), *odd]
+    odd = [*_left_out(experiment, trained), *_shared(task), *_odd_rate(experiment), *odd]
     remarks = "".join(f"\n  ! {said}" for said in odd)
     return f"{experiment.name} ({experiment.spec.type}, {task.score.name}){text}{remarks}"
 
@@ -97,9 +99,10 @@ def _rows(experiment: Experiment, split: str) -> str:
         return "the rows of validation, since no test data is given"
     count = f"{len(task.examples(split))} {task.unit}"
     if split == "validation" and task.validation_is_cut:
-        return f"{count} drawn from train by the seed"
+        whole = f", of each {data.group} all or none" if data.group else ""
+        return f"{count} drawn from train by the seed{whole}"
     if split == "test" and data.sets:
-        return f"{count} in {len(data.sets)} sets, {', '.join(data.sets)}"
+        return f"{count} in {len(data.sets)} set{'s' * (len(data.sets) > 1)}, {', '.join(data.sets)}"
     return f"{count} of {task.source(split)}"
 
 
@@ -108,6 +111,33 @@ def _tokens(experiment: Experiment, trained: Trained, model: nn.Module) -> str:
     cut = "" if trained[1] else f"; max_length {experiment.training.max_length} cuts none"
     context = f"; the model reads {room}" if room else ""
     return f"{median(lengths):g} at the median, {max(lengths)} at most{cut}{context}"
+
+
+def _shared(task: Task[Any]) -> list[str]:
+    """What is in two splits, of which one is to be new to the other."""
+    data, said = task.spec.data, []
+    splits = [
+        "train",
+        *([] if data.validation is False else ["validation"]),
+        *([] if task.test_is_validation else ["test"]),
+    ]
+    for one, other in combinations(splits, 2):
+        count, whole = task.shared(one, other), len(task.examples(other))
+        if not count:
+            if data.group and (groups := task.shared_groups(one, other)):
+                said.append(f"{groups} of {other}'s {data.group}s are in {one} too, so {CHEATED[one]}")
+            continue
+        how = "all" if count == whole else f"{count} of"
+        remedy = f"give {other} rows of its own"
+        said.append(f"{how} {whole} {task.unit} of {other} are in {one} too, so {CHEATED[one]}: {remedy}")
+    return said
+
+
+CHEATED = {
+    "train": "their score is partly of what was learnt by heart",
+    "validation": "settings are chosen on what is reported",
+}
+"""What comes of it that rows of a split are in a later one."""
 
 
 def _odd_rate(experiment: Experiment) -> list[str]:

@@ -148,10 +148,12 @@ class Plan:
     """What a study has to run."""
 
     runs: int
-    """At least; those past an edge come on top."""
+    """At least, where it `reaches`: those past an edge come on top."""
     done: int
     seconds: float | None
     """Of training, at the median of those done; None where nothing trained yet."""
+    reaches: bool = False
+    """Whether there may be more, past an edge."""
 
 
 class Study:
@@ -225,7 +227,8 @@ class Study:
         found = [outcome_of(trial, self.folder, self.content[group.task]) for group, trial in trials]
         done = [outcome for outcome in found if outcome is not None]
         seconds = [outcome.seconds for outcome in done if outcome.seconds is not None]
-        return Plan(len(trials), len(done), median(seconds) if seconds else None)
+        reaches = self.settings.reach > 0 and any(g.way.trains and len(g.rates) > 1 for g in self.groups)
+        return Plan(len(trials), len(done), median(seconds) if seconds else None, reaches)
 
     def wanted(self, group: Group, seeds: int | None = None) -> list[Trial]:
         """The trials that a group needs, as far as what is known of it tells.

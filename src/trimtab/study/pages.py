@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,23 +23,29 @@ def write_report(groups: Sequence[Group], settings: CompareSpec, folder: Path, n
     folder.mkdir(parents=True, exist_ok=True)
     plots = {task: folder / f"{name}-{task}.png" for task in report.by_size or report.tasks}
     for task, path in plots.items():
-        if report.by_size:
-            draw_sizes(report.by_size[task], task, path)
-        else:
-            draw(report.tasks[task], task, path)
+        path.write_bytes(_picture(report, task))
     write_json(folder / f"{name}.json", asdict(report))
     write_text(folder / f"{name}.md", as_markdown(report, plots))
-    write_text(folder / f"{name}.html", as_page(report, plots))
+    write_text(folder / f"{name}.html", as_page(report))
     return report
 
 
-def as_page(report: Report, plots: Mapping[str, Path]) -> str:
-    """The report as one HTML page that holds its pictures."""
-    pictures = {name: base64.b64encode(path.read_bytes()).decode() for name, path in plots.items()}
+def _picture(report: Report, task: str, narrow: bool = False) -> bytes:
+    """A PNG."""
+    return draw_sizes(report.by_size[task], task, narrow) if report.by_size else draw(report.tasks[task], task, narrow)
+
+
+def as_page(report: Report) -> str:
+    """The report as one HTML page that holds its pictures, each for wide and for narrow windows."""
+    pictures = {
+        task: [base64.b64encode(_picture(report, task, narrow)).decode() for narrow in (False, True)]
+        for task in report.by_size or report.tasks
+    }
     loader = PackageLoader("trimtab.study", "")
     made = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, loader=loader)
-    made.globals |= {"heads": tables.heads, "sizes": tables.sizes, "by_size": tables.by_size, "remarks": tables.remarks}
-    made.filters |= {"cells": tables.cells, "verdict": _class_of}
+    made.globals |= {name: getattr(tables, name) for name in ("table_of", "sizes", "by_size", "remarks")}
+    made.globals |= {name: getattr(tables, name) for name in ("answered", "shortened")}
+    made.filters |= {"verdict": _class_of}
     words = {
         "introduction": tables.introduction(report),
         "explained": tables.explained(report),

@@ -1,51 +1,101 @@
-"""Pictures of a comparison, one a task."""
+"""Pictures of a comparison, one a task, as PNGs for a wide or a narrow window."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from io import BytesIO
+from typing import Any
 
 import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogFormatter
+from matplotlib.transforms import ScaledTranslation
 
 from trimtab.study.report import Line, SizeReport, TaskReport
 
 matplotlib.use("Agg")
+DOT = 8.0
+"""How far apart the middles of two dots are, in points, so that neither covers the other."""
+DASHES: tuple[tuple[float, ...], ...] = ((), (4, 1.5), (1, 1.5))
+Look = tuple[str, str, int]
+"""Colour, marker, and which of `DASHES`."""
 
 
-def draw(report: TaskReport, task: str, path: Path) -> None:
+def draw(report: TaskReport, task: str, narrow: bool = False) -> bytes:
     """Score against parameters, time and memory, and the learning curves."""
-    figure = Figure(figsize=(11, 8), layout="constrained")
-    axes = figure.subplots(2, 2)
-    rows = [row for row in report.methods if row.seconds is not None]
-    looks = {name: (f"C{i % 10}", "os^"[i // 10 % 3]) for i, name in enumerate(sorted(row.name for row in rows))}
+    figure = Figure(figsize=(4.4, 15) if narrow else (11, 8), layout="constrained")
+    axes = figure.subplots(4, 1).ravel() if narrow else figure.subplots(2, 2).ravel()
+    lines = [line for line in report.methods if line.seconds is not None]
+    names = sorted(line.name for line in lines)
+    looks = {name: (f"C{i % 10}", "os^"[i // 10 % 3], i // 10 % 3) for i, name in enumerate(names)}
     unit: Callable[[Line], float]
     for place, label, unit in (
-        (axes[0, 0], "trainable parameters", lambda row: row.parameters),
-        (axes[0, 1], "training time, seconds", lambda row: row.seconds),
-        (axes[1, 0], "memory of training above the model, MiB", lambda row: row.memory / 2**20),
+        (axes[0], "trainable parameters", lambda line: line.parameters),
+        (axes[1], "training time, seconds", lambda line: line.seconds),
+        (axes[2], "memory of training above the model, MiB", lambda line: line.memory / 2**20),
     ):
-        for row in rows:
-            colour, marker = looks[row.name]
-            where = {"x": unit(row), "y": row.mean, "yerr": row.sd or 0}
-            place.errorbar(**where, fmt=marker, color=colour, capsize=2, label=row.name)
         place.set(xlabel=label, ylabel=f"test {report.score}", xscale="log")
+        _dots(place, [unit(line) for line in lines], lines, looks)
         Magnitude.label(place.xaxis)
-        for row in report.methods:
-            if row.name in ("untuned", "few-shot") and row.mean is not None:
-                style = "--" if row.name == "untuned" else ":"
-                place.axhline(row.mean, color="grey", lw=0.8, ls=style, label=row.name)
-    for row in rows:
-        steps, losses = zip(*row.curve, strict=True)
-        colour, marker = looks[row.name]
-        axes[1, 1].plot(steps, losses, color=colour, ls={"o": "-", "s": "--", "^": ":"}[marker])
-    axes[1, 1].set(xlabel="step", ylabel="training loss", yscale="log")
-    Magnitude.label(axes[1, 1].yaxis)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
-    figure.suptitle(f"{task}: {report.test_items} test items; bars are one standard deviation over seeds")
-    figure.savefig(path, dpi=110)
+        for line in report.methods:
+            if line.name in ("untuned", "few-shot") and line.mean is not None:
+                style = "--" if line.name == "untuned" else ":"
+                place.axhline(line.mean, color="grey", lw=0.8, ls=style, label=line.name)
+    _curves(axes[3], lines, looks)
+    where = {"loc": "outside lower center", "ncols": 2} if narrow else {"loc": "outside right center"}
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=9, **where)
+    over = "\n" if narrow else " "
+    figure.suptitle(f"{task}: {report.test_items} test items;{over}{_bars(lines)}", fontsize=11 if narrow else 12)
+    return _png(figure)
+
+
+def _bars(lines: Sequence[Line]) -> str:
+    if any(line.sd is not None for line in lines):
+        return "bars are one standard deviation over seeds"
+    return "one seed, so no bars"
+
+
+def _dots(place: Axes, xs: Sequence[float], lines: Sequence[Line], looks: dict[str, Look]) -> None:
+    """A dot for each line; those that would cover one another stand side by side."""
+    ys, errors = ([getattr(line, key) or 0.0 for line in lines] for key in ("mean", "sd"))
+    for end in (np.subtract(ys, errors), np.add(ys, errors)):
+        place.scatter(xs, end, alpha=0)  # for the limits, which say what covers what
+    place.set(xlim=place.get_xlim(), ylim=place.get_ylim())
+    figure = place.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()
+    points = (place.transData.transform(np.column_stack([xs, ys])) * 72 / figure.dpi).tolist() if lines else []
+    for line, x, y, error, aside in zip(lines, xs, ys, errors, asides(points), strict=True):
+        colour, marker, _ = looks[line.name]
+        moved = place.transData + ScaledTranslation(aside / 72, 0, figure.dpi_scale_trans)
+        shown: dict[str, Any] = {"yerr": error} if line.sd is not None else {}
+        place.errorbar(x, y, **shown, fmt=marker, color=colour, capsize=2, label=line.name, transform=moved)
+
+
+def asides(points: Sequence[Sequence[float]]) -> list[float]:
+    """How far each dot is moved sideways so that none is nearer than `DOT` to another: as little as does."""
+    placed: list[tuple[float, float]] = []
+    found: list[float] = []
+    for x, y in points:
+        tries = (DOT * n * side for n in range(len(points) + 1) for side in (1, -1))
+        aside = next(d for d in tries if all(np.hypot(x + d - a, y - b) >= DOT * 0.99 for a, b in placed))
+        placed.append((x + aside, y))
+        found.append(aside)
+    return found
+
+
+def _curves(place: Axes, lines: Sequence[Line], looks: dict[str, Look]) -> None:
+    """The training losses, the first ones wider, so that one shows at both sides of another that runs over it."""
+    for i, line in enumerate(lines):
+        steps, losses = zip(*line.curve, strict=True)
+        colour, _, dash = looks[line.name]
+        width = 1.2 + 3.3 * (1 - (i + 1) / len(lines))
+        place.plot(steps, losses, color=colour, lw=width, dashes=DASHES[dash], alpha=0.85)
+    place.set(xlabel="step", ylabel="training loss", yscale="log")
+    Magnitude.label(place.yaxis)
 
 
 class Magnitude(LogFormatter):
@@ -62,9 +112,9 @@ class Magnitude(LogFormatter):
         return EngFormatter(sep="")(x) if x >= 1000 else f"{x:g}"
 
 
-def draw_sizes(report: SizeReport, task: str, path: Path) -> None:
+def draw_sizes(report: SizeReport, task: str, narrow: bool = False) -> bytes:
     """Score against the number of training examples."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(4.4, 5) if narrow else (8, 5), layout="constrained")
     place = figure.subplots()
     sizes = sorted({size for points in report.methods.values() for size, _, _ in points})
     for i, (name, points) in enumerate(sorted(report.methods.items())):
@@ -76,5 +126,12 @@ def draw_sizes(report: SizeReport, task: str, path: Path) -> None:
     place.set_xticks(sizes, [str(size) for size in sizes])
     place.minorticks_off()
     place.legend(fontsize=8, ncols=2)
-    figure.suptitle(f"{task}: {report.test_items} test items; bars are one standard deviation over seeds")
-    figure.savefig(path, dpi=110)
+    over = "\n" if narrow else " "
+    figure.suptitle(f"{task}: {report.test_items} test items;{over}bars are one standard deviation over seeds")
+    return _png(figure)
+
+
+def _png(figure: Figure) -> bytes:
+    held = BytesIO()
+    figure.savefig(held, format="png", dpi=110)
+    return held.getvalue()

@@ -17,9 +17,10 @@ from trimtab.runs.trial import Outcome
 from trimtab.study.compare import WORST, CompareSpec, Group, by_worth
 from trimtab.study.statistics import ALPHA, Difference, Sample, chosen_scores, compare, judged, over_tasks, resamples
 from trimtab.tasks import Example, Task
-from trimtab.tasks.files import needed
 from trimtab.tasks.scores import Array
 
+SHOWN = 3
+"""Items on which methods disagree that are shown."""
 COMMONEST = 10
 """Answers of train that are tried as the one given to all."""
 
@@ -63,6 +64,16 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Disagreement:
+    """A test item that some methods get right and others do not."""
+
+    input: str
+    expected: str
+    answers: dict[str, str]
+    """By method, of its first seed."""
+
+
+@dataclass(frozen=True)
 class TaskReport:
     """All methods on one task, the best first."""
 
@@ -78,6 +89,8 @@ class TaskReport:
     """Trials of versions that did not keep what was predicted on validation."""
     telling: bool = True
     """Whether some method is better than that; if none is, the task tells nothing of methods."""
+    disagreements: list[Disagreement] = field(default_factory=list)
+    """Those on which methods differ most."""
 
     @property
     def finished(self) -> list[Line]:
@@ -119,6 +132,8 @@ class Report:
     tasks: dict[str, TaskReport]
     overall: list[Total]
     by_size: dict[str, SizeReport]
+    reach: int = 0
+    """How far seeds could go on past the lowest or highest rate."""
 
 
 def summarise(groups: Sequence[Group], settings: CompareSpec, command: str = "") -> Report:
@@ -146,6 +161,7 @@ def summarise(groups: Sequence[Group], settings: CompareSpec, command: str = "")
         tasks=tasks,
         overall=_overall(tasks, groups[0].way.name if _distinct(groups) else None),
         by_size=sized,
+        reach=settings.reach,
     )
 
 
@@ -171,9 +187,15 @@ class Items:
 
     @classmethod
     def of(cls, task: Task[Any], split: str) -> Items:
-        examples, name = task.examples(split), task.spec.data.group
-        groups = [str(needed(e.row, name, f"{task.name}: {split}: data: group")) for e in examples] if name else None
-        return cls(examples, resamples(len(examples), groups), len(set(groups)) if groups else len(examples))
+        examples = task.examples(split)
+        sources = task.sources(examples, split)
+        return cls(examples, resamples(len(examples), sources), len(set(sources)))
+
+    @property
+    def said(self) -> str:
+        """Their number, and where they are fewer, that of those which are independent."""
+        count = len(self.examples)
+        return f"{count} test items" if self.groups == count else f"{count} test items of {self.groups} sources"
 
     def scores(self, task: Task[Any], predictions: Sequence[Any]) -> Array:
         """(1 + B,)"""
@@ -190,7 +212,7 @@ def _task_report(groups: list[Group], settings: CompareSpec) -> TaskReport:
     others = [name for name in samples if name != reference]
     found = judged([compare(samples[name], samples[str(reference)], settings.margin) for name in others])
     for name, one in zip(others, found, strict=True):
-        said = sentence(lines[name], one, lines[str(reference)], test.groups)
+        said = sentence(lines[name], one, lines[str(reference)], test.said)
         lines[name] = replace(lines[name], against_reference=one, sentence=said)
     constant = _constant(task, test)
     return TaskReport(
@@ -203,7 +225,32 @@ def _task_report(groups: list[Group], settings: CompareSpec) -> TaskReport:
         constant=None if constant is None else float(constant.scores[0, 0]),
         earlier=sum(_earlier(run) for group in finished for tried in group.tried.values() for run in tried.values()),
         telling=constant is None or any(_surely_better(sample, constant) for sample in samples.values()),
+        disagreements=_disagreements(finished, task, test.examples),
     )
+
+
+def _disagreements(groups: Sequence[Group], task: Task[Any], examples: list[Example]) -> list[Disagreement]:
+    """The items on which the methods' first seeds are most unequally right; of those alike, ones of another pattern
+    first."""
+    given = {group.way.name: group.seeds[0].predictions for group in groups if not group.seeds[0].failed}
+    if len(given) < 2:
+        return []
+    faults = np.array([task.faults(own, examples) for own in given.values()])
+    spread, often, order = faults.var(0), Counter[bytes](), list[tuple[int, float, int]]()
+    for place in np.argsort(-spread, kind="stable"):
+        pattern = (faults[:, place] > faults[:, place].mean()).tobytes()
+        order.append((often[pattern], -float(spread[place]), int(place)))
+        often[pattern] += 1
+    chosen = [place for _, spread_out, place in sorted(order) if spread_out < 0][:SHOWN]
+    wanted = task.truth(examples).wanted
+
+    def read(answer: Any) -> str:
+        return str(task.readable(answer))
+
+    return [
+        Disagreement("\n".join(examples[i].texts), read(wanted[i]), {name: read(own[i]) for name, own in given.items()})
+        for i in chosen
+    ]
 
 
 def _earlier(run: Outcome) -> bool:
@@ -307,14 +354,14 @@ def still_falling(losses: Sequence[float]) -> bool:
     return fall > 2 * error and fall > (plain.mean(first) - plain.mean(last)) / 10
 
 
-def sentence(line: Line, found: Difference, reference: Line, items: int) -> str:
+def sentence(line: Line, found: Difference, reference: Line, items: str) -> str:
     """The verdict in words, and what difference could have been found."""
     seeds, reference_seeds = len(line.scores), len(reference.scores)
     points, low, high = (100 * value for value in (found.difference, found.low, found.high))
     text = (
         f"{line.name} {SAID[found.verdict].format(100 * found.margin)} {reference.name}: "
-        f"{points:+.1f} points, 95% interval {low:+.1f} to {high:+.1f}, {items} test items, {seeds} against "
-        f"{reference_seeds} seeds."
+        f"{points:+.1f} points, 95% interval {low:+.1f} to {high:+.1f}, {items}, {seeds} against "
+        f"{_counted(reference_seeds, 'seed')}."
     )
     if found.detectable is None:
         return f"{text} One seed says nothing of other seeds."
@@ -322,6 +369,10 @@ def sentence(line: Line, found: Difference, reference: Line, items: int) -> str:
         f"{text} p {found.p:.2g}, and {found.corrected:.2g} beside the table's others (Holm). A difference of "
         f"{100 * found.detectable:.1f} points would have been found 80 times in 100."
     )
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 SAID = {

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import compress
 from pathlib import Path
 
 from trimtab.study.compare import Plan
-from trimtab.study.report import Line, Report, SizeReport, TaskReport
+from trimtab.study.report import Disagreement, Line, Report, SizeReport, TaskReport
 from trimtab.study.statistics import Difference
 
 
 def introduction(report: Report) -> str:
     """How the figures came about."""
     rates = report.learning_rates
-    own = f"from {', '.join(f'{rate:g}' for rate in rates)}" if rates else "from rates of the method's own"
+    own = ", ".join(f"{rate:g}" for rate in rates) if rates else "rates of the method's own"
+    many, reach = report.seeds > 1, report.reach
+    means = f"mean ± standard deviation over {report.seeds} seeds" if many else "of one seed"
+    past = f", going on up to {reach} past the lowest or highest while that was the best" if reach else ""
+    if rates and len(rates) == 1:
+        searched, lucks = f"All trained at a learning rate of {own}", ["the items"]
+    else:
+        best = "took the one best on validation (of those that tie, that with the lowest validation loss)"
+        searched = f"{'Each' if many else 'The'} seed tried {own}{past}, and {best}"
+        lucks = ["the items", "choosing the rate"]
+    held = ", ".join([*lucks, "training"] if many else lucks)
+    held = f"the luck of {held}" + ("" if many else ", but not of other seeds")
+    searched = f"{searched}. Intervals hold {held}."
     return (
-        f"Scores in points, mean ± standard deviation over {report.seeds} seeds, on test. Every method had the same "
-        f"data, batches and steps. Each seed searched its own learning rate, starting {own} and going on past the "
-        "lowest or highest while that was the best, and took the one best on validation (of those that tie, that with "
-        "the lowest validation loss). So intervals hold the luck of choosing as well as those of training and of the "
-        "items. Marks are after Holm's correction: by chance alone, a table has a wrong one at most 5 times in 100."
+        f"Scores in points, {means}, on test. Every method had the same data, batches and steps. {searched} Marks are "
+        "after Holm's correction: by chance alone, a table has a wrong one at most 5 times in 100."
     )
 
 
@@ -78,8 +88,15 @@ def _against(found: Difference | None) -> list[str]:
     return [f"{difference:+.1f} ({low:+.1f} to {high:+.1f})", found.verdict]
 
 
+def table_of(task: TaskReport) -> tuple[list[str], list[list[str]]]:
+    """Head and lines of a task's table, without the columns in which no line has anything."""
+    head, lines = heads(task), [cells(line) for line in task.finished]
+    filled = [any(column) for column in zip(*lines, strict=True)] or [True] * len(head)
+    return list(compress(head, filled)), [list(compress(line, filled)) for line in lines]
+
+
 def heads(task: TaskReport) -> list[str]:
-    """The columns of a task's table."""
+    """The columns that a task's table can have."""
     against = [f"against {task.reference}", "verdict", "p", "p, Holm", "finds"]
     return ["method", "test", *against, "parameters", "share", "seconds", "MiB", "forgetting", "rate"]
 
@@ -97,7 +114,7 @@ def cells(line: Line) -> list[str]:
         "" if found is None or found.corrected is None else f"{found.corrected:.2g}",
         "" if found is None or found.detectable is None else f"{100 * found.detectable:.1f}",
         f"{line.parameters:,}",
-        f"{100 * line.share:.3g}%",
+        f"{100 * line.share:.3g}%" if line.parameters else "",
         "" if line.seconds is None else f"{line.seconds:.1f}",
         "" if line.memory is None else f"{line.memory / 2**20:.1f}",
         "" if line.forgetting is None else f"{line.forgetting:+.3f}",
@@ -136,6 +153,25 @@ def remarks(task: TaskReport) -> list[str]:
     return said
 
 
+def asked(one: Disagreement) -> str:
+    """What of a test item was asked and expected."""
+    return f"{shortened(one.input)} (expected: {shortened(one.expected)})"
+
+
+def answered(one: Disagreement) -> list[tuple[str, list[str]]]:
+    """Each answer to it with the methods that gave it, the right one first, then the commonest."""
+    by: dict[str, list[str]] = {}
+    for name, answer in one.answers.items():
+        by.setdefault(answer, []).append(name)
+    order = sorted(by.items(), key=lambda pair: (pair[0] != one.expected, -len(pair[1])))
+    return [(shortened(answer) or "nothing", names) for answer, names in order]
+
+
+def shortened(text: str, most: int = 300) -> str:
+    """A text, its middle left out where it is long."""
+    return text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 2 :]}"
+
+
 def sizes(task: TaskReport) -> str:
     """What a task was trained and tested on."""
     return (
@@ -146,7 +182,8 @@ def sizes(task: TaskReport) -> str:
 
 def planned(plan: Plan) -> str:
     """What there is to run."""
-    text = f"{plan.runs} trials, and more where a best rate is at an edge; {plan.done} are done."
+    more = ", and more where a best rate is at an edge" if plan.reaches else ""
+    text = f"{plan.runs} trials{more}; {plan.done} are done."
     if plan.seconds is None:
         return text
     minutes = (plan.runs - plan.done) * plan.seconds / 60
@@ -165,18 +202,25 @@ def as_markdown(report: Report, plots: dict[str, Path]) -> str:
     for name, whole in report.by_size.items():
         lines += [f"## {name} by number of examples", "", *_markdown_table(*by_size(whole)), ""]
         lines += [f"![{name}]({plots[name].name})", ""]
-    if not report.by_size:
+    if len(report.tasks) > 1 and not report.by_size:
         lines += ["## All tasks", "", *_markdown_table(*overview(report)), ""]
     lines += [explained(report)]
     for name, task in report.tasks.items():
         lines += ["", f"## {name}", "", sizes(task), ""]
-        rows = [_bold(cells(line)) if line.name == task.reference else cells(line) for line in task.finished]
-        lines += _markdown_table(heads(task), rows)
+        head, rows = table_of(task)
+        lines += _markdown_table(head, [_bold(row) if row[0] == task.reference else row for row in rows])
         lines += [
             f"\nLeft out: {_cell(line.name)}: {_cell(line.impossible)}." for line in task.methods if line.impossible
         ]
         lines += [f"\n{_cell(remark)}" for remark in remarks(task)]
         lines += ["", *(f"- {_cell(line.sentence)}" for line in task.finished if line.sentence)]
+        for one in task.disagreements:
+            lines += [
+                "",
+                f"{_cell(asked(one))}",
+                "",
+                *(f"- {_cell(said)}: {_cell(', '.join(who))}" for said, who in answered(one)),
+            ]
         if name in plots:
             lines += ["", f"![{name}]({plots[name].name})"]
     return "\n".join(lines) + "\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -14,7 +14,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from trimtab.errors import DataError
-from trimtab.tasks.files import Row, read_rows
+from trimtab.tasks.files import Row, needed, read_rows
 from trimtab.tasks.messages import one_turn
 from trimtab.tasks.scores import Array, Score, Truth
 from trimtab.tasks.spec import SPLITS, TaskSpec
@@ -312,10 +312,39 @@ class Task(ABC, Generic[SpecT]):
         return [(i + 1, rows[i]) for i in chosen[: getattr(self.spec.data.limit, split)]]
 
     def _validating(self, rows: list[Row]) -> list[int]:
-        if len(rows) < 2:
-            raise DataError(f"{self.source('train')}: one row cannot be split; give data: validation:, or more rows")
-        count = max(1, min(CUT_MOST, int(len(rows) * CUT)))
-        return share([self.stratum(row) for row in rows], count, self.seed)
+        """Places of the rows that validate: of a group all or none, since rows of one source tell of one another."""
+        groups = list(self._grouped(rows).values())
+        if len(groups) < 2:
+            one = "one row" if len(rows) < 2 else f"rows of one {self.spec.data.group}"
+            raise DataError(f"{self.source('train')}: {one} cannot be split; give data: validation:, or more rows")
+        count = max(1, min(int(len(groups) * CUT), CUT_MOST * len(groups) // len(rows)))
+        strata = [Counter(self.stratum(rows[i]) for i in places).most_common(1)[0][0] for places in groups]
+        return [i for at in share(strata, count, self.seed) for i in groups[at]]
+
+    def _grouped(self, rows: Sequence[Row]) -> dict[Hashable, list[int]]:
+        """The places of the training file's rows by group; each alone where there are none."""
+        name, found = self.spec.data.group, dict[Hashable, list[int]]()
+        for i, row in enumerate(rows):
+            found.setdefault(self.group_of(row, self._where("train", i + 1)) if name else i, []).append(i)
+        return found
+
+    def group_of(self, row: Row, where: str) -> str:
+        """What says which rows are of one source. Raises DataError starting with `where`."""
+        return str(needed(row, str(self.spec.data.group), f"{where}: data: group"))
+
+    def sources(self, examples: Sequence[Example], split: str) -> list[Hashable]:
+        """Of each example what it is not independent of: its group or, without groups, its row. Raises DataError."""
+        where = f"{self.name}: {split}"
+        return [self.group_of(e.row, where) if self.spec.data.group else id(e.row) for e in examples]
+
+    def shared(self, one: str, other: str) -> int:
+        """How many examples of the other split stand in this one word for word."""
+        seen = {_said(e) for e in self.examples(one)}
+        return sum(_said(e) in seen for e in self.examples(other))
+
+    def shared_groups(self, one: str, other: str) -> int:
+        """How many groups of the other split are in this one too. Raises DataError."""
+        return len({*self.sources(self.examples(one), one)} & {*self.sources(self.examples(other), other)})
 
     def stratum(self, row: Row) -> str:
         """What validation has the same share of as train; the same for all rows where there is no such thing."""
@@ -338,6 +367,10 @@ class Task(ABC, Generic[SpecT]):
     def _where(self, split: str, number: int) -> str:
         source = self.source("train" if split == "validation" and self.validation_is_cut else split)
         return f"{source}, row {number}"
+
+
+def _said(example: Example) -> Hashable:
+    return (example.texts, example.answer, example.label)
 
 
 def crossed(pairs: Iterable[tuple[str, str]]) -> dict[str, dict[str, int]]:

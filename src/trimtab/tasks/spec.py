@@ -126,7 +126,8 @@ class DataSpec(Section):
     """The field that holds a conversation (`messages`, or ShareGPT's `conversations`). To a task of another type than
     conversation it has one turn, whose texts become the fields `system`, `user` and `assistant`."""
     group: Annotated[str | None, Field(examples=["author"])] = None
-    """The field that says which rows are of one source (a document, a person), so that `compare` counts them as one."""
+    """The field that says which rows are of one source (a document, a person): `compare` counts them as one, and the
+    share of train that validates takes all of a source or none."""
     skip_bad_rows: bool = False
     """Leave out lines of a CSV or TSV file with too many or too few cells, and rows of train that cannot be used."""
     limit: Limits = Limits()
