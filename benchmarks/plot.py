@@ -1,6 +1,6 @@
-"""Draws a result of train.py: step time and peak memory of each method, as ratios to the floor.
+"""Draws a result of train.py: step time and peak memory of each method, as ratios to the floor; or one of serve.py.
 
-python benchmarks/plot.py benchmarks/results/train-60m-commonsense.json ...
+python benchmarks/plot.py benchmarks/results/train-60m-commonsense.json benchmarks/results/serve.json ...
 """
 
 from __future__ import annotations
@@ -75,12 +75,38 @@ def _title(result: dict[str, Any]) -> str:
     )
 
 
+def draw_serving(result: dict[str, Any], path: Path) -> None:
+    """A panel a load: tokens a second of each contender, over all rounds, the dot the median."""
+    rows = result["throughput"]["found"]
+    loads = list(dict.fromkeys((r["requests"], r["shortest"], r["longest"], r["running"]) for r in rows))
+    names = list(dict.fromkeys(r["name"] for r in rows))[::-1]
+    figure, axes = plt.subplots(1, len(loads), figsize=(4 * len(loads) + 1, 0.4 * len(names) + 1.8), sharey=True)
+    for panel, load in zip(axes if len(loads) > 1 else [axes], loads, strict=True):
+        for row in rows:
+            if (row["requests"], row["shortest"], row["longest"], row["running"]) == load:
+                speed, y = row["tokens_per_second"], names.index(row["name"])
+                colour = OURS if row["name"].startswith("slots") else THEIRS
+                panel.plot([speed["min"], speed["max"]], [y, y], color=colour, linewidth=5, alpha=0.35)
+                panel.plot(speed["median"], y, "o", color=colour)
+        panel.set_title(f"{load[0]} prompts of {load[1]} to {load[2]}, {load[3]} at a time", fontsize=9)
+        panel.set_xlim(left=0)
+        panel.set_xlabel("tokens a second")
+        panel.spines[["top", "right", "left"]].set_visible(False)
+        panel.grid(axis="x", alpha=0.25)
+        panel.tick_params(axis="y", length=0)
+        panel.set_yticks(range(len(names)), names)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 def main() -> None:
     """Draw each result beside its file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+")
     for path in parser.parse_args().results:
-        draw(json.loads(path.read_text()), path.with_suffix(".png"))
+        result = json.loads(path.read_text())
+        (draw_serving if "throughput" in result else draw)(result, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -111,6 +111,16 @@ def test_text_and_stop_strings(tmp_path: Path) -> None:
     engine.close()
 
 
+def test_prompts_of_like_length_run_together_behind_the_one_that_came_first(served: Served) -> None:
+    engine = served.engine(chunk=48)
+    for i, length in enumerate((12, 40, 11, 41, 10)):
+        engine.submit(served.request(str(i), Asked(tuple(range(5 + 7 * i, 5 + 7 * i + length)))), print)
+    engine._admit()
+    batch = engine._next_prompts()
+    assert {row.request.id: length for row, length in batch.items()} == {"0": 12, "2": 11, "4": 10}
+    engine.close()
+
+
 # ---- limits
 
 

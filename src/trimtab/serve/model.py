@@ -36,6 +36,9 @@ class ServedModel:
         model.eval()
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.shapes = self._cache_shapes()
+        unknown = sorted(set(self._kinds) - {"full_attention", "sliding_attention"})
+        if unknown:
+            raise NotServed(f"{self.name}: has layers of kind {', '.join(unknown)}, which slots do not run.")
 
     @property
     def name(self) -> str:
@@ -45,6 +48,11 @@ class ServedModel:
     def max_len(self) -> int | None:
         """Tokens that its positions reach, if it says so."""
         return getattr(self.config, "max_position_embeddings", None)
+
+    @property
+    def _kinds(self) -> list[str]:
+        """Of attention, where the model says so."""
+        return sorted(set(getattr(self.config, "layer_types", None) or ()))
 
     def alone(self, tokens: list[int]) -> Tensor:
         """Logits (n, V) of the model's own forward of one sequence."""
@@ -69,6 +77,10 @@ class ServedModel:
             )
         if getattr(self.config, "is_encoder_decoder", False):
             raise NotServed(f"{self.name}: is an encoder-decoder; the server runs causal language models.")
+        if getattr(self.config, "alibi", False) or self.config.model_type in ("bloom", "mpt"):
+            raise NotServed(
+                f"{self.name}: its positions (ALiBi) are read off a mask of tokens, which rows of a shared cache lack."
+            )
 
     @torch.no_grad()
     def _cache_shapes(self) -> Shapes:
@@ -106,15 +118,10 @@ class ServedModel:
 
     def _masks(self, place: Tensor, width: int) -> Any:
         """One mask, or one for each kind of layer where a model has several."""
-        kinds = sorted(set(getattr(self.config, "layer_types", None) or ()))
+        kinds, window = self._kinds, getattr(self.config, "sliding_window", None)
         if len(kinds) < 2:
-            window = getattr(self.config, "sliding_window", None) if kinds != ["full_attention"] else None
-            return self._mask(place, width, window)
-        windows = {"full_attention": None, "sliding_attention": getattr(self.config, "sliding_window", None)}
-        unknown = sorted(set(kinds) - set(windows))
-        if unknown:
-            raise NotServed(f"{self.name}: has layers of kind {', '.join(unknown)}, which slots do not run.")
-        return {kind: self._mask(place, width, windows[kind]) for kind in kinds}
+            return self._mask(place, width, window if kinds != ["full_attention"] else None)
+        return {kind: self._mask(place, width, window if kind != "full_attention" else None) for kind in kinds}
 
     def _mask(self, place: Tensor, width: int, window: int | None) -> Tensor:
         """(B, 1, Q, W): bool, or what eager attention adds."""

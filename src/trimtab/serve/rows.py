@@ -189,6 +189,10 @@ class Runner:
         self.cache = RowCache(self.model.shapes, len(rows), self.model.dtype, self.model.device)
         try:
             apart = max(self._apart(rows))
+        except Exception as error:
+            raise NotServed(
+                f"{self.model.name}: cannot be run in rows of a shared cache ({type(error).__name__}: {error})."
+            ) from error
         finally:
             for row in rows:
                 self.table.release(row.entries)

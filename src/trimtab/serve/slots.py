@@ -65,7 +65,11 @@ class SlotsEngine:
 
     def __init__(self, model: Any, table: AdapterTable, tokenizer: Any = None, limits: Limits | None = None) -> None:
         self.limits, self.table, self._tokenizer = limits or Limits(), table, tokenizer
-        self._model = ServedModel(model)
+        try:
+            self._model = ServedModel(model)
+        except BaseException:
+            table.close()
+            raise
         self._ends = end_tokens(model, tokenizer)
         self._grammars = Grammars(tokenizer, self._model.vocabulary, self._ends)
         self._runner = Runner(self._model, table, self.limits)
@@ -285,15 +289,19 @@ class SlotsEngine:
             self._advance(ready, last[[rows.index(row) for row in ready]])
 
     def _next_prompts(self) -> dict[Row, int]:
-        """Rows whose prompts run next, first come first, and how many tokens of each: together at most a chunk.
+        """Rows whose prompts run next, and how many tokens of each: together, padding included, at most a chunk.
 
-        One whose next block another of them is about to compute waits for it.
+        The first that came, and with it those whose rests are the most like its own in length, so that little is
+        padded. One whose next block another of them is about to compute waits for it.
         """
         batch: dict[Row, int] = {}
         coming: set[bytes] = set()
         chunk, block = self.limits.chunk, self.limits.block
-        for row in [row for row in self._rows if row.prefilling]:
+        rows = [row for row in self._rows if row.prefilling]
+        for row in rows:
             self._runner.take_blocks(row)
+        rest = {row: row.prompt - row.done for row in rows}
+        for row in sorted(rows, key=lambda row: abs(rest[row] - rest[rows[0]])):
             at, length = row.done // block, min(row.prompt - row.done, chunk)
             if self._runner.shares(row) and at < len(row.keys) and row.keys[at] in coming:
                 continue
