@@ -403,7 +403,7 @@ class Fit:
     @property
     def looks(self) -> list[tuple[int, float]]:
         """Steps after which some of validation was scored, with the scores."""
-        return [(log["step"], log["validation"]) for log in self.trainer.state.log_history if "validation" in log]
+        return [(int(log["step"]), log["validation"]) for log in self.trainer.state.log_history if "validation" in log]
 
     @property
     def reuse_summary(self) -> dict[str, Any]:
