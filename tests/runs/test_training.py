@@ -71,6 +71,7 @@ def test_a_run_leaves_an_adapter_that_peft_loads_and_its_scores(tmp_path: Path) 
         "metrics.json",
         "predictions.json",
         "run.json",
+        "training.png",
     ]
     assert (
         metrics["parameters"]

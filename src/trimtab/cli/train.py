@@ -92,6 +92,7 @@ def train(
     """Train an adapter for every task of a recipe."""
     from rich.live import Live
 
+    from trimtab.runs.curve import CURVE, NO_PLOT
     from trimtab.runs.summary import result_remarks
     from trimtab.runs.train import rehearse
     from trimtab.runs.train import train as train_all
@@ -128,6 +129,9 @@ def train(
         if m["reuse"]["reused"]:
             share = m["reuse"]["tokens_saved"] / max(1, m["reuse"]["tokens"])
             console.print(f"{name}: kept {m['reuse']['reused']}, {share:.0%} of all tokens' work.")
+    drawn = [Path(recipe.output) / name / CURVE for name in metrics]
+    there = [str(path) for path in drawn if path.exists()]
+    console.print(f"Loss and validation by step: {', '.join(there)}" if there else NO_PLOT)
     hint = f"Use one on a file: trimtab predict FILE -a {recipe.output}/{next(iter(metrics))}"
     console.print(f"Adapters in {recipe.output}/<task>. {hint}")
 

@@ -28,7 +28,7 @@ _SAID = {  # several keys, then what is said of each
     "device device_map no_cuda": "a GPU is used where there is one, and CUDA_VISIBLE_DEVICES chooses it; remove it",
     "load_in_4bit load_in_8bit": "recipes load a model as it is stored; give the folder of one that is quantized",
     "logging_steps logging_dir report_to": "every step is shown, and the loss kept in the run's folder; remove it",
-    "eval_steps eval_strategy evaluation_strategy": "validation is scored ten times while training; remove it",
+    "eval_steps eval_strategy evaluation_strategy": "validation is scored four times while training; remove it",
     "optim optimizer": "it is AdamW; remove it",
     "max_grad_norm": "it is 1.0; remove it",
     "resume_from_checkpoint": "train goes on where it stopped, and --no-resume starts over; remove it",

@@ -1,8 +1,8 @@
 """`train`: one trial a task, whose adapter is kept; `evaluate`: the adapters of such runs, scored again.
 
-Each task's folder is an adapter that PEFT loads, with `metrics.json` (scores, cost) and `run.json` (what was run). A
-finished task is skipped and an interrupted one resumes from its last checkpoint, to the same adapter that an
-uninterrupted run gives.
+Each task's folder is an adapter that PEFT loads, with `metrics.json` (scores, cost), `run.json` (what was run) and a
+picture of its loss. A finished task is skipped and an interrupted one resumes from its last checkpoint, to the same
+adapter that an uninterrupted run gives.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ from trimtab.adapter.folder import inspect_adapter
 from trimtab.errors import RunError
 from trimtab.runs import processes
 from trimtab.runs.card import card
+from trimtab.runs.curve import CURVE, draw_curve
 from trimtab.runs.folder import ADAPTER, RunFolder, differing, digest_of, put
 from trimtab.runs.forecast import forecast, told
+from trimtab.runs.measures import thinned
 from trimtab.runs.models import Base
 from trimtab.runs.predict import Evaluation
 from trimtab.runs.summary import checked_summary
@@ -281,6 +283,7 @@ class Run:
             unload(adapted)
         metrics = self._metrics(progress, fit, untuned, tuned, parameters)
         examples = self.task.examples("test")
+        processes.once(draw_curve, metrics, self.folder.path / CURVE)
         processes.once(self.folder.finish, metrics, answers(self.task, examples, untuned, tuned))
 
     def _metrics(
@@ -305,6 +308,7 @@ class Run:
             "train_loss": sum(losses) / len(losses),
             "loss_at_start": sum(losses[:part]) / part,
             "loss_at_end": sum(losses[-part:]) / part,
+            "curve": {"loss": thinned(losses), "validation": fit.looks},
             "train_examples": len(self.encoded),
             "left_out_as_too_long": self.too_long,
             "left_out_as_bad": self.task.skipped,

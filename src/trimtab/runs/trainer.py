@@ -366,6 +366,7 @@ class Report(TrainerCallback):
     ) -> None:
         self.progress, self.watch, self.look, self.reuse = progress, watch, look, reuse
         self._last = time.perf_counter()
+        self._seen: float | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.progress.steps = state.max_steps
@@ -381,7 +382,7 @@ class Report(TrainerCallback):
         self.progress.step = state.global_step
         at_look = state.global_step % max(1, state.max_steps // VALIDATION_LOOKS) == 0
         if self.look is not None and at_look and state.global_step < state.max_steps:
-            self.progress.score = self.look()
+            self.progress.score = self._seen = self.look()
         self._last = time.perf_counter()  # looking is not training
         self.watch(self.progress)
 
@@ -391,6 +392,8 @@ class Report(TrainerCallback):
             state.log_history[-1].update(seconds=self.progress.seconds, tokens=self.progress.tokens)
             if self.reuse is not None:
                 state.log_history[-1]["reuse"] = [self.reuse.tokens, self.reuse.tokens_saved]
+            if self._seen is not None:
+                state.log_history[-1]["validation"], self._seen = self._seen, None
             if logs["loss"] != logs["loss"]:
                 raise DivergedError(
                     f"{self.progress.task}: the loss is NaN at step {state.global_step}. Lower training: learning_rate "

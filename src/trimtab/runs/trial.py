@@ -420,6 +420,11 @@ class Fit:
         return [log["loss"] for log in self.trainer.state.log_history if "loss" in log]
 
     @property
+    def looks(self) -> list[tuple[int, float]]:
+        """Steps after which some of validation was scored, with the scores."""
+        return [(int(log["step"]), log["validation"]) for log in self.trainer.state.log_history if "validation" in log]
+
+    @property
     def reuse_summary(self) -> dict[str, Any]:
         refused = self.trainer.reuse_refused or self._no_reuse
         return {"reused": None, "because": refused} if refused or self._reuse is None else self._reuse.summary()
