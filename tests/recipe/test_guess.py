@@ -160,3 +160,17 @@ def test_init_shows_a_row_and_what_is_wrong(trimtab: Command, tmp_path: Path) ->
     assert (name, task.type) == ("Jo_s_tickets_M_rz_", "classification")
     code, text = trimtab("init", MODEL, "--task", f"a={tmp_path / 'rows.csv'}", "-o", tmp_path / "other.yaml")
     assert code == 2 and "no file" in text and not (tmp_path / "other.yaml").exists()
+
+
+def test_a_file_without_a_header_is_given_one(trimtab: Command, tmp_path: Path) -> None:
+    """As CoLA comes: the label is not the column that most rows leave empty."""
+    file, out = tmp_path / "rows.tsv", tmp_path / "recipe.yaml"
+    marks = ("", "", "", "*", "**")
+    file.write_text("".join(f"s{i}\t{i % 2}\t{marks[i % 5]}\tA sentence {'so ' * i}much its own\n" for i in range(40)))
+    code, text = trimtab("init", MODEL, "--task", file, "-o", out)
+    assert code == 2 and "--columns" in text and not out.exists(), text
+    code, text = trimtab("init", MODEL, "--task", file, "-o", out, "--columns", "source,acceptable, mark,sentence")
+    assert code == 0, text
+    (task,) = load_recipe(out).tasks.values()
+    assert (task.text, task.label) == (["sentence"], "acceptable")
+    assert task.data.columns == ["source", "acceptable", "mark", "sentence"]

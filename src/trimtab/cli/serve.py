@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -72,6 +74,7 @@ def serve(
         from trimtab.serve.server import Settings, check_exposure, open_service, run
     from trimtab.serve.rows import Limits
 
+    _few_arenas()
     make = {}
     if engine == "vllm":
         from trimtab.serve.vllm.engine import make_engine
@@ -146,3 +149,10 @@ def _named(given: list[str]) -> dict[str, str | Path]:
             raise ValueError(f"-a {text}: there are two adapters called {min(taken)!r}; give one as NAME=FOLDER.")
         found |= new
     return found
+
+
+def _few_arenas() -> None:
+    """Let glibc take memory for all threads from two places. By default each thread has one of its own, from which
+    little comes back, so that a server which loads adapters in many threads grows for as long as it runs."""
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(-8, 2)  # M_ARENA_MAX

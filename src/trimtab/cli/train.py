@@ -36,6 +36,9 @@ def init(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The recipe to write; recipe.yaml by default.")
     ] = None,
+    columns: Annotated[
+        str | None, typer.Option(help="The fields of a CSV or TSV file that has no header line: id,label,text.")
+    ] = None,
     example: Annotated[
         str | None, typer.Option(metavar="TYPE", help="Only print a recipe of this type of task, with every key.")
     ] = None,
@@ -57,7 +60,8 @@ def init(
     output = output or Path("recipe.yaml")
     must_be_new(output)
     facts = look_at(model)
-    tasks = look_at_tasks(task or [], facts.generates)
+    named = [name.strip() for name in columns.split(",")] if columns else None
+    tasks = look_at_tasks(task or [], facts.generates, named)
     text = recipe_text(facts, tasks)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(text, encoding="utf-8")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -49,22 +49,23 @@ UNKNOWN = {
 """Without a file, for a model that generates and one that does not."""
 
 
-def guess(path: str, generates: bool) -> Guess:
-    """The task of a file for a model that writes text, or one that only reads it.
+def guess(path: str, generates: bool, columns: Sequence[str] | None = None) -> Guess:
+    """The task of a file for a model that writes text, or one that only reads it; `columns` name the fields of one
+    without a header line.
 
     Raises:
         DataError: the file cannot be read, or no task can be made of it.
     """
-    rows = read_rows(locate(path))[:LOOKED_AT]
+    rows = read_rows(locate(path), columns=columns)[:LOOKED_AT]
     if talk := next((name for name in CONVERSATIONS if isinstance(rows[0].get(name), list)), None):
         found: Guess | None = _conversation(path, rows, talk)
     else:
-        columns, lists = _columns(rows), _lists(rows)
-        found = _tagged(lists) or _several(lists, columns)
+        fields, lists = _columns(rows), _lists(rows)
+        found = _tagged(lists) or _several(lists, fields)
         if found is None and generates:
-            found = _asked(columns) or _labelled(columns) or _two_texts(columns)
+            found = _asked(fields) or _labelled(fields) or _two_texts(fields)
         elif found is None:
-            found = _labelled(columns)
+            found = _labelled(fields)
     if found is None or (found.type == "generation" and not generates):
         kind = "a prompt and an answer, or a text and a label" if generates else "a text and a label"
         model = "" if generates else "the model writes no text, and "
@@ -72,7 +73,7 @@ def guess(path: str, generates: bool) -> Guess:
     for name in _fields_of(found):
         if found.type == "generation" and set(name) & set("{}!:"):
             raise DataError(f"{path}: the field {name!r} cannot stand in a template; rename it, without {{ }} ! and :")
-    return found
+    return found if columns is None else replace(found, data={**found.data, "columns": list(columns)})
 
 
 class Column:
@@ -191,7 +192,7 @@ def _labelled(columns: dict[str, Column]) -> Guess | None:
     """A text and a class or a number: by the label's name, else the last column with few different values."""
     named = [c for c in columns.values() if c.name.lower() in LABELS and c.distinct > 1 and not c.nested]
     others = [c for c in reversed(columns.values()) if c.names_classes]
-    words_first = sorted(others, key=lambda c: c.is_number)
+    words_first = sorted(others, key=lambda c: (not c.full, c.is_number))  # what every row has, before that
     label = next(iter([*named, *words_first]), None)
     texts = [c for c in columns.values() if c.is_text and c is not label]
     if label is None or not texts:

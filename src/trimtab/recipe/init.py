@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,10 +155,15 @@ def _comment(key: str, value: Any) -> str:
     return f"     # {text}" if text else ""
 
 
-def look_at_tasks(pairs: list[str], generates: bool) -> dict[str, tuple[str, Guess]]:
+def look_at_tasks(
+    pairs: list[str], generates: bool, columns: Sequence[str] | None = None
+) -> dict[str, tuple[str, Guess]]:
     """The tasks that `name=file` pairs ask for; a file alone is named after itself.
 
     Without any they are two examples, whose files are to be written.
+
+    Args:
+        columns: the fields' names in CSV and TSV files that have no header line.
 
     Raises:
         DataError: two tasks share a name, or a file cannot be read or used.
@@ -172,5 +178,5 @@ def look_at_tasks(pairs: list[str], generates: bool) -> dict[str, tuple[str, Gue
         name = re.sub(r"[^A-Za-z0-9_.-]+", "_", name).lstrip(".-") or "task"
         if name in tasks:
             raise DataError(f"--task {pair}: there is a task {name!r} already; write other_name={path}")
-        tasks[name] = (path, guess(path, generates))
+        tasks[name] = (path, guess(path, generates, columns))
     return tasks

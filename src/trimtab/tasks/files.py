@@ -212,7 +212,8 @@ def _table(path: Path, lines: list[tuple[int, list[str]]], columns: Sequence[str
     header = list(columns) if columns else lines.pop(0)[1]
     if len(set(header)) < len(header) or "" in header:
         raise DataError(
-            f"{path}, line 1: the header {header} has an empty or repeated name; without a header, give columns:"
+            f"{path}, line 1: the header {header} has an empty or repeated name; without a header, give columns: "
+            "(init: --columns)"
         )
     if skip:
         lines = [(number, cells) for number, cells in lines if len(cells) == len(header)]
@@ -220,7 +221,8 @@ def _table(path: Path, lines: list[tuple[int, list[str]]], columns: Sequence[str
         if len(cells) != len(header):
             raise DataError(
                 f"{path}, line {number}: {len(cells)} cells where there are {len(header)} columns "
-                f"({', '.join(header)[:200]}); quote cells that hold the separator; without a header, give columns:"
+                f"({', '.join(header)[:200]}); quote cells that hold the separator; without a header, give columns: "
+                "(init: --columns)"
             )
     return [dict(zip(header, cells, strict=True)) for _, cells in lines]
 
