@@ -17,6 +17,9 @@ from peft import PeftModel
 from test_batches import adapted, search
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
+from transformers.generation.continuous_batching import PagedAttentionCache
+
+from trimtab.adapter.cache import CACHE, cache_of
 
 POSITIONS = ["f2+l2", "l1", "f3", "prompt", "generated", "all", "random3"]
 
@@ -146,3 +149,42 @@ def test_histories(positions: str) -> None:
 def test_many_histories(positions: str) -> None:
     model = adapted(a={"r": 2, "positions": positions})
     assert max(play(model, seed)[0] for seed in range(100, 200)) < 1e-4
+
+
+NAMED = [name for name in ("past_key_values", "cache") if name == CACHE or CACHE == "cache"]
+"""What transformers calls it: from 5.24 on both names."""
+
+
+@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("positions", ["f2+l2", "generated"])
+@torch.no_grad()
+def test_by_every_name_that_transformers_has(name: str, positions: str) -> None:
+    """A cache by either name continues its own prompt; one of unknown prompt is refused, never edited somewhere."""
+    model, rows = adapted(a={"r": 2, "positions": positions}), torch.arange(5, 17)[None]
+    whole = model(input_ids=rows, prompt_lengths=[9]).logits[:, 9:]
+    cache = DynamicCache()
+    model(input_ids=rows[:, :9], use_cache=True, **{name: cache})
+    steps = [model(input_ids=rows[:, i : i + 1], use_cache=True, **{name: cache}).logits for i in range(9, 12)]
+    assert (torch.cat(steps, 1) - whole).abs().max() < 1e-4
+    unknown = cache_of(model.get_base_model()(input_ids=rows[:, :9], use_cache=True))
+    del unknown._reft_prompt
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match=r"continues a cache .* Pass prompt_lengths"):
+            call(input_ids=rows if call == model.generate else rows[:, 9:10], **{name: unknown})
+
+
+class Pages(PagedAttentionCache):
+    """Pages as a block's attention meets them, of which nothing is stored."""
+
+    def __init__(self) -> None:
+        pass
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
+
+
+def test_pages_of_continuous_batching_are_refused() -> None:
+    """They come under the name that a cache has from transformers 5.24 on."""
+    ids, mask = torch.arange(5, 9)[None], torch.zeros(1, 1, 4, 4)
+    with pytest.raises(ValueError, match="continuous batching"):
+        adapted()(input_ids=ids, attention_mask=mask, position_ids=ids - 5, cache=Pages())

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from trimtab import ReftConfig
+from trimtab.adapter.cache import cache_in
 from trimtab.adapter.tuner import ReftLayer
 from trimtab.edits.orthonormal import orthonormality_error
 
@@ -83,7 +84,7 @@ class Probe:
     def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self._ids = args[0] if args else kwargs["input_ids"]
         self._mask, self._places = kwargs.get("attention_mask"), kwargs.get("position_ids")
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         self._past = cache.get_seq_length() if cache is not None else 0
 
     def _keep_raw(self, module: nn.Module, args: Any, output: Any) -> None:

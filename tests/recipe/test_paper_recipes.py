@@ -280,7 +280,7 @@ def test_only_the_files_of_the_tasks_asked_for_are_needed(data: Path) -> None:
 
 
 def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert set(SHIPPED) == {"commonsense", "arithmetic", "instruct", "glue", "glue-large"}
+    assert set(SHIPPED) == {"commonsense", "arithmetic", "instruct", "glue", "glue-large", "words"}
     with pytest.raises(
         RecipeError, match=r"cannot read the recipe gleu.*go by a name are arithmetic, commonsense, glue"
     ):

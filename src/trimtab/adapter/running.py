@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial, update_wrapper
@@ -23,6 +23,7 @@ import torch
 from peft.utils import TaskType
 from torch import Tensor, nn
 
+from trimtab.adapter.cache import cache_in, cache_of, is_paged, past_length
 from trimtab.adapter.forward import PAGED, WATCHED, Pass
 from trimtab.adapter.sharding import keep_in_float32, refuse_zero_3
 from trimtab.edits.orthonormal import restore
@@ -38,7 +39,6 @@ from trimtab.where.prompts import (
 GENERATION = "reft_generation"
 """The argument by which `generate` hands its forwards what it knows."""
 Role = Literal["model", "inner", "pair", "encoder", "decoder", "recomputed"]
-CACHES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
 
 
 class Generation:
@@ -307,7 +307,7 @@ class Forwards:
         if call is None or call.running is None or role == "encoder":
             return
         past = cache_in(kwargs)
-        past = past if past is not None else cache_in(vars(output) if hasattr(output, "__dict__") else {})
+        past = past if past is not None else cache_of(output)
         if hasattr(past, "__dict__") and getattr(past, "_reft_prompt", None) is not call.running.prompt:
             past._reft_prompt = call.running.prompt  # later steps with this cache know where its prompt ended
 
@@ -362,7 +362,7 @@ class Forwards:
             training=self.model.training and torch.is_grad_enabled(),
             notes=self.notes,
         )
-        running.paged = arguments.get("cache") is not None
+        running.paged = is_paged(arguments.get("cache"))
         flat = mask if isinstance(mask, Tensor) and mask.dim() == 2 and counts_tokens else None
         if generation is not None and generation.complete and past is not None:
             running.prompt, running.after_prompt = generation.prompt, True
@@ -509,7 +509,7 @@ class Forwards:
         width = widest.shape[1] if isinstance(widest, Tensor) and widest.dim() >= 2 else None
         told = as_lengths(lengths, width) if lengths is not None else self._told()[0]
         prompt = Prompt(width, real, told, told=told is not None)
-        past = kwargs.get("past_key_values")
+        past = cache_in(kwargs)
         start = past_length(past) or 0
         earlier = getattr(past, "_reft_prompt", None) if start else None
         prompt.mid_sequence = start > 0 and earlier is None and told is None
@@ -583,20 +583,3 @@ def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
         return kwargs
     names = [p.name for p in inspect.signature(module.forward).parameters.values() if p.kind != p.VAR_KEYWORD]
     return {**dict(zip(names, args, strict=False)), **kwargs}
-
-
-def cache_in(values: Mapping[str, Any]) -> Any:
-    """Of attention, or else a recurrent model's state."""
-    return next((values[name] for name in CACHES if values.get(name) is not None), None)
-
-
-def past_length(past: Any) -> int | None:
-    """Columns that a cache holds; None for a recurrent state, which does not count what it has seen."""
-    if past is None:
-        return 0
-    if not hasattr(past, "get_seq_length"):
-        return None
-    try:
-        return int(past.get_seq_length())
-    except ValueError:  # no layer of it is an attention
-        return None if past.has_previous_state() else 0

@@ -30,7 +30,10 @@ from trimtab.tasks.spec import SPLITS, DataSpec, Limits, SetSpec
 
 __all__ = ["SHIPPED", "Recipe", "RecipeError", "load_recipe"]
 
-SHIPPED = {path.stem: path for path in sorted((Path(__file__).parent / "shipped").glob("*.yaml"))}
+HERE = Path(__file__).parent
+FOLDERS = [HERE / "shipped", *([HERE.parents[2] / "recipes"] if HERE.parents[1].name == "src" else [])]
+"""Where recipes that have a name are: what the wheel takes from `recipes` lies there in a checkout."""
+SHIPPED = {path.stem: path for folder in FOLDERS for path in sorted(folder.glob("*.yaml"))}
 """The recipes that come with trimtab, by name."""
 SHOWN = 10  # problems listed before "and N more"
 Place = tuple[str | int, ...]
@@ -50,7 +53,8 @@ def load_recipe(
 ) -> Recipe:
     """Read and check a recipe, its adapters' values and the presence of its data files included.
 
-    A relative `model` is looked for in the working directory, then beside the file; data files the other way round.
+    A relative `model` is looked for in the working directory, then beside the file and beside its
+    folder; data files beside the file, then in the working directory.
 
     Args:
         path: a file, or the name of one of `SHIPPED`.
@@ -108,13 +112,14 @@ def _section(raw: Any, key: str) -> dict[Any, Any]:
 
 
 def _find_model(raw: dict[Any, Any], folder: Path) -> list[tuple[Place, str]]:
-    """Replace a model's path in `raw` by that of the folder beside the file, if it is there."""
+    """Replace a model's path in `raw` by that of the folder beside the file or its folder, if it is there."""
     model = raw.get("model")
     if isinstance(model, str) and not Path(model).expanduser().exists():
-        if (folder / model).exists():
-            raw["model"] = str(folder / model)
+        beside = next((place / model for place in (folder, folder.parent) if (place / model).exists()), None)
+        if beside is not None:
+            raw["model"] = str(beside)
         elif model.startswith((".", "/", "~")) or model.count("/") > 1:
-            return [(("model",), f"no folder {model!r} in the working directory or beside this file")]
+            return [(("model",), f"no folder {model!r} in the working directory or beside this file or its folder")]
     return []
 
 

@@ -32,6 +32,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import sdpa_mask
 
+from trimtab.adapter.cache import CACHE, cache_of
 from trimtab.adapter.config import ReftConfig
 from trimtab.adapter.forward import BASE
 from trimtab.tasks.tokens import IGNORED
@@ -148,7 +149,7 @@ class PrefixReuse(Reuse):
 
     def compute(self, ids: Tensor) -> Tensor:
         base: Any = self.model.get_base_model()
-        cache = base(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+        cache = cache_of(base(input_ids=ids, use_cache=True, logits_to_keep=1))
         return torch.stack([torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers])
 
     def _first(self, prompts: Tensor) -> Tensor:
@@ -167,7 +168,7 @@ class PrefixReuse(Reuse):
         rows = zip(ids.split(1), lengths.tolist(), strict=True)
         parts = [self._before(row[:, -n:], max(0, width - ids.shape[1] + n)) for row, n in rows]
         cache = self._cache(parts, width)
-        return {} if cache is None else {"past_key_values": cache, "prompt_lengths": lengths}
+        return {} if cache is None else {CACHE: cache, "prompt_lengths": lengths}
 
     @contextmanager
     def applied(self, batch: dict[str, Tensor]) -> Iterator[dict[str, Any]]:
@@ -192,7 +193,7 @@ class PrefixReuse(Reuse):
                 "labels": batch["labels"].gather(1, taken).masked_fill(~real, IGNORED),
                 "attention_mask": torch.cat([before, real], 1).long(),
                 "position_ids": taken,
-                "past_key_values": _Elsewhere(parts, max(starts)) if lean else self._cache(parts, max(starts)),
+                CACHE: _Elsewhere(parts, max(starts)) if lean else self._cache(parts, max(starts)),
                 "prompt_lengths": prompts,
                 "use_cache": True,
             }

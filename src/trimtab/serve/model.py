@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trimtab.adapter.cache import CACHE, cache_of
 from trimtab.serve.cache import RowCache, Shapes
 
 
@@ -86,7 +87,7 @@ class ServedModel:
     def _cache_shapes(self) -> Shapes:
         one = torch.ones(1, 1, dtype=torch.long, device=self.device)
         output = self.model(input_ids=one, attention_mask=one, use_cache=True)
-        layers = getattr(getattr(output, "past_key_values", None), "layers", None)
+        layers = getattr(cache_of(output), "layers", None)
         tensors = [getattr(layer, name, None) for layer in layers or [] for name in ("keys", "values")]
         held = [tensor for tensor in tensors if isinstance(tensor, Tensor) and tensor.dim() == 4]
         if not held or len(held) < len(tensors):
@@ -109,8 +110,8 @@ class ServedModel:
             input_ids=ids,
             position_ids=positions,
             attention_mask=self._masks(place, width),
-            past_key_values=cache,
             use_cache=True,
+            **{CACHE: cache},
             **last,
         )
         logits: Tensor = output.logits.float()
