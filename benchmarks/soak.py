@@ -64,12 +64,15 @@ def soak(folder: Path, adapters: int, resident: int, minutes: float) -> dict[str
     names = [f"a{i}" for i in range(adapters)]
     said = make(folder, names)
     with serving(folder, resident) as (server, client):
+        for name in names:  # into the host's memory, so that growth is not theirs
+            body = {"lora_name": name, "lora_path": name}
+            client.post("/v1/load_lora_adapter", json=body).raise_for_status()
+        by_minute: list[dict[str, Any]] = [{"minute": 0, "mib": resident_mib(server.pid)}]
         load = Load(names, said, str(client.base_url))
         threads = [threading.Thread(target=load.ask, args=(seed,)) for seed in range(CLIENTS)]
         threads.append(threading.Thread(target=load.switch, args=(CLIENTS,)))
         for thread in threads:
             thread.start()
-        by_minute = []
         steps = max(1, round(minutes))
         for minute in range(1, steps + 1):
             time.sleep(60 * minutes / steps)
