@@ -24,7 +24,8 @@ def introduction(report: Report) -> str:
         best = "took the one best on validation (of those that tie, that with the lowest validation loss)"
         searched = f"{'Each' if many else 'The'} seed tried {own}{past}, and {best}"
         lucks = ["the items", "choosing the rate"]
-    held = ", ".join([*lucks, "training"] if many else lucks)
+    lucks += ["training"] if many else []
+    held = " and ".join(filter(None, [", ".join(lucks[:-1]), lucks[-1]]))
     held = f"the luck of {held}" + ("" if many else ", but not of other seeds")
     searched = f"{searched}. Intervals hold {held}."
     return (
