@@ -5,9 +5,12 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from trimtab.runs.folder import put
+from trimtab.runs.folder import write_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 CURVE = "training.png"
 NO_PLOT = "No picture of the loss was made, since matplotlib is not installed: pip install 'trimtab[bench]'"
@@ -34,8 +37,11 @@ def draw_curve(metrics: Mapping[str, Any], path: Path) -> None:
     right.set(ylabel=score.replace("_", " "), ylim=(low, 1.03))
     found = [loss, *looks, *ends]
     figure.legend(handles=found, title=metrics["task"], loc="outside upper center", ncols=3, frameon=False, fontsize=9)
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=110)
-    staging = path.with_name(f".{path.name}.saving")
-    staging.write_bytes(drawn.getvalue())
-    put(staging, path)
+    write_bytes(path, as_png(figure))
+
+
+def as_png(figure: Figure) -> bytes:
+    """A figure as the bytes of a file."""
+    held = io.BytesIO()
+    figure.savefig(held, format="png", dpi=110)
+    return held.getvalue()

@@ -185,11 +185,15 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all, and on disk before it takes its name."""
+    """Write a text file, whole or not at all."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file, whole or not at all, and on disk before it takes its name."""
     staging = path.with_name(f".{path.name}.saving")
     try:
-        with staging.open("w", encoding="utf-8") as file:
-            file.write(text)
+        staging.write_bytes(content)
         put(staging, path)
     except OSError as error:  # of a full disk, which names no file
         raise OSError(error.errno, error.strerror, str(path)) from None

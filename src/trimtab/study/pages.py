@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader
 
-from trimtab.runs.folder import write_json, write_text
+from trimtab.runs.folder import write_bytes, write_json, write_text
 from trimtab.study import tables
 from trimtab.study.compare import CompareSpec, Group
 from trimtab.study.plots import draw, draw_sizes
@@ -22,11 +22,12 @@ def write_report(groups: Sequence[Group], settings: CompareSpec, folder: Path, n
     report = summarise(groups, settings, command)
     folder.mkdir(parents=True, exist_ok=True)
     plots = {task: folder / f"{name}-{task}.png" for task in report.by_size or report.tasks}
+    wide = {task: _picture(report, task) for task in plots}
     for task, path in plots.items():
-        path.write_bytes(_picture(report, task))
+        write_bytes(path, wide[task])
     write_json(folder / f"{name}.json", asdict(report))
     write_text(folder / f"{name}.md", as_markdown(report, plots))
-    write_text(folder / f"{name}.html", as_page(report))
+    write_text(folder / f"{name}.html", as_page(report, wide))
     return report
 
 
@@ -35,11 +36,11 @@ def _picture(report: Report, task: str, narrow: bool = False) -> bytes:
     return draw_sizes(report.by_size[task], task, narrow) if report.by_size else draw(report.tasks[task], task, narrow)
 
 
-def as_page(report: Report) -> str:
-    """The report as one HTML page that holds its pictures, each for wide and for narrow windows."""
+def as_page(report: Report, wide: Mapping[str, bytes]) -> str:
+    """The report as one HTML page that holds its pictures, those for wide windows and others for narrow ones."""
     pictures = {
-        task: [base64.b64encode(_picture(report, task, narrow)).decode() for narrow in (False, True)]
-        for task in report.by_size or report.tasks
+        task: [base64.b64encode(png).decode() for png in (drawn, _picture(report, task, narrow=True))]
+        for task, drawn in wide.items()
     }
     loader = PackageLoader("trimtab.study", "")
     made = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, loader=loader)

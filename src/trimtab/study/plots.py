@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from io import BytesIO
 from typing import Any
 
 import matplotlib
@@ -14,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogFormatter
 from matplotlib.transforms import ScaledTranslation
 
+from trimtab.runs.curve import as_png
 from trimtab.study.report import Line, SizeReport, TaskReport
 
 matplotlib.use("Agg")
@@ -49,7 +49,7 @@ def draw(report: TaskReport, task: str, narrow: bool = False) -> bytes:
     figure.legend(*axes[0].get_legend_handles_labels(), fontsize=9, **where)
     over = "\n" if narrow else " "
     figure.suptitle(f"{task}: {report.test_items} test items;{over}{_bars(lines)}", fontsize=11 if narrow else 12)
-    return _png(figure)
+    return as_png(figure)
 
 
 def _bars(lines: Sequence[Line]) -> str:
@@ -128,10 +128,4 @@ def draw_sizes(report: SizeReport, task: str, narrow: bool = False) -> bytes:
     place.legend(fontsize=8, ncols=2)
     over = "\n" if narrow else " "
     figure.suptitle(f"{task}: {report.test_items} test items;{over}bars are one standard deviation over seeds")
-    return _png(figure)
-
-
-def _png(figure: Figure) -> bytes:
-    held = BytesIO()
-    figure.savefig(held, format="png", dpi=110)
-    return held.getvalue()
+    return as_png(figure)
