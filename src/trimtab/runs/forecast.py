@@ -17,7 +17,7 @@ from trimtab.runs.models import Base, device
 from trimtab.runs.predict import predict
 from trimtab.runs.trainer import LOOKED_AT, VALIDATION_LOOKS, Progress, TrainingSpec
 from trimtab.runs.trial import Experiment, Fit, Trial
-from trimtab.runs.ways import ReftWay
+from trimtab.runs.ways import ReftWay, unload
 from trimtab.tasks.tokens import Encoded
 
 WORTH = 40
@@ -101,7 +101,7 @@ def forecast(experiment: Experiment, base: Base, encoded: Sequence[Encoded] | No
         remedy = "lower training: batch_size:, or set gradient_checkpointing: true"
         raise RunError(f"{experiment.name}: a step does not fit into the GPU's memory; {remedy}") from None
     finally:
-        adapted.base_model.unload()  # type: ignore[operator, union-attr]
+        unload(adapted)
     later = (times[3] - times[1]) / 2
     first = max(later, times[1] - times[0])
     return Forecast(steps, first, later, _epoch(training, len(encoded)), scoring, memory, size)

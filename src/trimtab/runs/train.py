@@ -34,7 +34,7 @@ from trimtab.runs.predict import Evaluation
 from trimtab.runs.summary import checked_summary
 from trimtab.runs.trainer import LOOKED_AT, Progress, Watch
 from trimtab.runs.trial import Experiment, Fit, Trial, close_stores, fingerprints, trained_parameters
-from trimtab.runs.ways import ReftWay
+from trimtab.runs.ways import ReftWay, unload
 from trimtab.tasks import Example, Task
 from trimtab.tasks.failures import failures
 from trimtab.tasks.tokens import Encoded
@@ -349,12 +349,6 @@ def answers(
     given = {"expected": task.truth(examples).wanted, "untuned": untuned.predictions, "tuned": tuned.predictions}
     readable = {key: [task.readable(one) for one in values] for key, values in given.items()}
     return {"input": ["\n".join(e.texts) for e in examples], **readable}
-
-
-def unload(model: PeftModel) -> None:
-    """Take the adapter off its base model, which is then as it was."""
-    tuner: Any = model.base_model
-    tuner.unload()
 
 
 def save_adapter(model: PeftModel, folder: Path, card: str) -> None:

@@ -245,6 +245,8 @@ class ReftTrainer(Trainer):
         self.progress = progress or Progress("")
         self.lengths = [len(e.input_ids) for e in examples]
         self.reuse = reuse
+        if reuse is not None:  # as an earlier run on this model found it
+            reuse.lean = reuse.store.checked.get(reuse.kind, reuse.lean)
         self.reuse_refused: str | None = None
         takes = inspect.signature(_base(model).forward).parameters
         self._keeps_supervised = supervised and "logits_to_keep" in takes
@@ -267,7 +269,7 @@ class ReftTrainer(Trainer):
         self.progress.tokens += mine * processes.count()  # the others have about as many
         if not self.takes_prompts:
             inputs.pop("prompt_lengths", None)
-        if self.reuse is not None:
+        if self.reuse is not None and self.reuse.kind not in self.reuse.store.checked:
             self._check(model, inputs)
         with self.reuse.applied(inputs) if self.reuse is not None else nullcontext(inputs) as batch:
             if self._keeps_supervised and batch["labels"].dim() == 2:
@@ -277,10 +279,6 @@ class ReftTrainer(Trainer):
     def _check(self, model: nn.Module, inputs: Batch) -> None:
         """Compare a first batch's loss with and without reuse, the leanest first, and give up what differs."""
         assert self.reuse is not None
-        kind, checked = self.reuse.kind, self.reuse.store.checked
-        if kind in checked:
-            self.reuse.lean = checked[kind]
-            return
         state = torch.get_rng_state()
         was_training = model.training
         model.eval()
@@ -296,7 +294,7 @@ class ReftTrainer(Trainer):
             self.reuse_refused = f"the first loss came out as {reused:.5f} instead of {plain:.5f}"
             self.reuse = None
             return
-        checked[kind] = self.reuse.lean
+        self.reuse.store.checked[self.reuse.kind] = self.reuse.lean
 
     def _reused(self, model: nn.Module, inputs: Batch) -> float:
         assert self.reuse is not None

@@ -40,7 +40,7 @@ from trimtab.runs.trainer import (
     Watch,
     training_arguments,
 )
-from trimtab.runs.ways import AdapterSpec, Way
+from trimtab.runs.ways import AdapterSpec, Way, unload
 from trimtab.tasks import Example, Task, TaskSpec, build_task
 from trimtab.tasks.spec import SPLITS
 from trimtab.tasks.tokens import Encoded, is_templated
@@ -272,7 +272,8 @@ def _run(trial: Trial) -> Outcome:
         forgetting=lost,
         **trained,
     )
-    if way.takes_off(adapted) and not trial.training.gradient_checkpointing:  # which stays switched on
+    if way.leaves_base and not trial.training.gradient_checkpointing:  # which stays switched on
+        unload(adapted)
         model.eval()
         _bases[_model_of(experiment)] = base
     return outcome
@@ -328,10 +329,11 @@ def store_for(experiment: Experiment) -> Store:
 
 @atexit.register
 def close_stores() -> None:
-    """Drop what is kept, in memory and on disk."""
+    """Drop what is kept, in memory and on disk, and the model with it."""
     for store in _stores.values():
         store.close()
     _stores.clear()
+    _bases.clear()
 
 
 class Fit:
@@ -474,12 +476,7 @@ def _validation_loss(trial: Trial, model: nn.Module, tokenizer: PreTrainedTokeni
     experiment, way = trial.experiment, trial.way
     encoded, _ = experiment.encode(tokenizer, experiment.task.examples("validation"), training=True)
     size = experiment.training.eval_batch_size
-    how: dict[str, Any] = {
-        "takes_prompts": way.takes_prompts,
-        "equal_lengths": way.adds_tokens,
-        "reuse": reuse,
-    }
-    loss = mean_loss(model, tokenizer, encoded, size, **how)
+    loss = mean_loss(model, tokenizer, encoded, size, way.takes_prompts, way.adds_tokens, reuse)
     if not math.isfinite(loss):  # such a model's answers look like a constant, which may even score
         raise RunError(f"{experiment.name}: after training the loss on validation is {loss}")
     return loss

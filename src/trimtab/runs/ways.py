@@ -90,6 +90,8 @@ class Way(ABC):
     """Whether virtual tokens come before the input, so that positions in the batch are not those in the model."""
     takes_prompts = False
     """Whether the adapted model takes `prompt_lengths`."""
+    leaves_base = False
+    """Whether `unload` gives the base model back as it was before `build`, whatever was trained."""
 
     @property
     def size_field(self) -> str | None:
@@ -118,10 +120,6 @@ class Way(ABC):
             NotPossible: the model has no such parameters, or PEFT does not know where to put them.
         """
 
-    def takes_off(self, adapted: Any) -> bool:
-        """Take what `build` added off again, where that leaves the base model as it was; says whether it did."""
-        return False
-
     def check(self) -> None:
         """Raises ValueError for a field or value that its config does not take."""
         return
@@ -135,6 +133,7 @@ class ReftWay(Way):
     """A ReFT adapter; the settings are `ReftConfig`'s fields."""
 
     takes_prompts = True
+    leaves_base = True
 
     def on_layers(self, layers: list[int], blocks: int) -> Way:
         return replace(self, settings={**self.settings, "layers": layers})
@@ -160,10 +159,6 @@ class ReftWay(Way):
         except ValueError as error:
             raise NotPossible(_first_line(error)) from error
         return adapted
-
-    def takes_off(self, adapted: Any) -> bool:
-        adapted.base_model.unload()
-        return True
 
     def reuse(self, model: Any, store: Store, checkpointing: bool) -> Reuse | str:
         config = model.peft_config[model.active_adapter]
@@ -264,6 +259,11 @@ class PartWay(Way):
                 kind = str(parameter.dtype).removeprefix("torch.")
                 raise NotPossible(f"its weights are {kind}, in which small steps are lost; set dtype: float32")
         return model
+
+
+def unload(adapted: Any) -> None:
+    """Take an adapter off its base model."""
+    adapted.base_model.unload()
 
 
 def _first_line(error: Exception) -> str:
