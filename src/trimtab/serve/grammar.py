@@ -11,14 +11,15 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from llguidance import LLMatcher, LLTokenizer
-from llguidance.hf import from_tokenizer
 from torch import Tensor
 
 from trimtab.serve.engine import BadRequest
+
+if TYPE_CHECKING:  # loaded when the first request asks for a form
+    from llguidance import LLMatcher, LLTokenizer
 
 FIELD = "response_format"
 LARGEST = 65536
@@ -63,6 +64,8 @@ class Grammars:
     @cached_property
     def _tokens(self) -> LLTokenizer:
         """Made when it is first asked for, in about a second."""
+        from llguidance.hf import from_tokenizer
+
         if not self._ends:
             raise BadRequest(FIELD, f"{FIELD}: the model has no end token, so that an answer could not end.")
         try:
@@ -76,6 +79,8 @@ class Grammars:
         Raises:
             BadRequest: the schema is none, asks for what cannot be held to, or is too large.
         """
+        from llguidance import LLMatcher
+
         text = json.dumps(schema)
         if len(text) > LARGEST:
             raise BadRequest(FIELD, f"{FIELD}: a schema of {len(text)} characters; at most {LARGEST}.")

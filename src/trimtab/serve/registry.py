@@ -264,13 +264,9 @@ def places_in(model: Any, layout: Layout) -> Callable[[ReftConfig], set[str]]:
 def _vectors(layout: Layout, saved: SavedAdapter) -> dict[Part, Tensor]:
     edits: dict[Part, dict[str, tuple[Term, ...]]] = {part: {} for part in saved.config.edit_names()}
     for (module, part), tensors in saved.edits.items():
-        edits[part][module] = _terms(saved.config, module, tensors)
+        with torch.no_grad():
+            edits[part][module] = as_edit(saved.config, tensors).terms()
     return {part: layout.vector(own) for part, own in edits.items()}
-
-
-@torch.no_grad()
-def _terms(config: ReftConfig, module: str, tensors: dict[str, Tensor]) -> tuple[Term, ...]:
-    return as_edit(config, tensors).terms()
 
 
 def _digest(saved: SavedAdapter) -> bytes:

@@ -367,8 +367,8 @@ class SlotsEngine:
             text, stop = "", token
         else:
             text, stop = row.text.add(token)
-        news: dict[str, Any] = {"tokens": (token,), "logprobs": scores, "prompt_logprobs": prompt_scores, "text": text}
-        news["prompt_moves"] = moves
+        news: dict[str, Any] = {"tokens": (token,), "logprobs": scores, "text": text}
+        news |= {"prompt_logprobs": prompt_scores, "prompt_moves": moves}
         if stop is not None or row.generated == sampling.max_tokens:
             self._finish(row, "length" if stop is None else "stop", stop=stop, **news)
         else:
