@@ -116,6 +116,7 @@ def _text(path: Path) -> str:
         raise DataError(f"{path}, line {line}: not UTF-8 text; {remedy}") from None
 
 
+NO_HEADER = "without a header line, name the fields: columns: in a recipe's data, or init --columns"
 BINARY = {
     b"\x1f\x8b": "gzip",
     b"PK\x03\x04": "zip",
@@ -211,18 +212,14 @@ def _read_tsv(path: Path, columns: Sequence[str] | None, skip: bool, separator: 
 def _table(path: Path, lines: list[tuple[int, list[str]]], columns: Sequence[str] | None, skip: bool) -> list[Row]:
     header = list(columns) if columns else lines.pop(0)[1]
     if len(set(header)) < len(header) or "" in header:
-        raise DataError(
-            f"{path}, line 1: the header {header} has an empty or repeated name; without a header, give columns: "
-            "(init: --columns)"
-        )
+        raise DataError(f"{path}, line 1: the header {header} has an empty or repeated name; {NO_HEADER}")
     if skip:
         lines = [(number, cells) for number, cells in lines if len(cells) == len(header)]
     for number, cells in lines:
         if len(cells) != len(header):
             raise DataError(
                 f"{path}, line {number}: {len(cells)} cells where there are {len(header)} columns "
-                f"({', '.join(header)[:200]}); quote cells that hold the separator; without a header, give columns: "
-                "(init: --columns)"
+                f"({', '.join(header)[:200]}); quote cells that hold the separator; {NO_HEADER}"
             )
     return [dict(zip(header, cells, strict=True)) for _, cells in lines]
 
