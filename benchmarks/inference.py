@@ -118,9 +118,9 @@ def measure_decode(width: int, blocks: int, batches: list[int], rounds: int, ste
     return rows
 
 
-def resident_bytes() -> int:
-    """Of this process."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+def resident_bytes(process: int | str = "self") -> int:
+    """Of a process."""
+    pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
     return pages * 4096
 
 

@@ -26,6 +26,7 @@ from typing import Any
 import httpx
 import torch
 from common import described_machine, write_json
+from inference import resident_bytes
 from peft import PeftModel, get_peft_model
 
 from trimtab import ReftConfig
@@ -115,34 +116,20 @@ def make(folder: Path, names: list[str]) -> dict[tuple[str, int], str]:
         adapted.save_pretrained(str(folder))
         said.update(answers(adapted.eval(), tokenizer, some))
         model = adapted.unload()
-    said.update({(BASE, i): text for i, text in enumerate(plain(model, tokenizer))})
-    return said
+    return said | answers(model, tokenizer, [BASE])
 
 
-def answers(model: PeftModel, tokenizer: Any, names: list[str]) -> dict[tuple[str, int], str]:
-    """By adapter and prompt."""
-    found = {}
+def answers(model: Any, tokenizer: Any, names: list[str]) -> dict[tuple[str, int], str]:
+    """By name and prompt, of adapters or of a model without any."""
+    found, mixed = {}, {"adapter_names": names} if isinstance(model, PeftModel) else {}
     for i, prompt in enumerate(PROMPTS):
         ids = tokenizer([prompt], return_tensors="pt")["input_ids"].repeat(len(names), 1)
         mask = torch.ones_like(ids)
         with torch.no_grad():
-            out = model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, adapter_names=names
-            )
+            out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, **mixed)
         texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
         found.update({(name, i): text for name, text in zip(names, texts, strict=True)})
     return found
-
-
-def plain(model: Any, tokenizer: Any) -> Iterator[str]:
-    """Of the base model, by prompt."""
-    for prompt in PROMPTS:
-        ids = tokenizer([prompt], return_tensors="pt")["input_ids"]
-        with torch.no_grad():
-            out = model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False
-            )
-        yield tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
 
 
 @contextmanager
@@ -256,7 +243,7 @@ class Load:
 
 def resident_mib(process: int) -> float:
     """Of a process, MiB."""
-    return round(int(Path(f"/proc/{process}/statm").read_text().split()[1]) * 4096 / 2**20, 1)
+    return round(resident_bytes(process) / 2**20, 1)
 
 
 def idle(client: httpx.Client) -> dict[str, int]:
