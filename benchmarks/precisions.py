@@ -28,7 +28,7 @@ from trimtab.tasks.tokens import Collator, encode
 
 ROOT = Path(__file__).parents[1]
 MODEL, DATA = ROOT / "models/tiny-llama", ROOT / "recipes/data/plural"
-STEPS, BATCH, ANSWER = 200, 16, 8
+STEPS, BATCH, ANSWER = 100, 16, 8
 
 
 def torchao(name: str, **options: Any) -> TorchAoConfig:
