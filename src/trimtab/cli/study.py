@@ -108,6 +108,8 @@ def compare(
     name = "-".join(["ablation"] * bool(ablate) + ["few-shot"] * bool(few_shot)) or "report"
     command = " ".join(["trimtab", *sys.argv[1:]])
     report = write_report(study.groups, chosen, folder, name, command)
+    if (folder / "earlier" / f"{name}.md").exists():
+        console.print(f"A report by an earlier procedure, whose verdicts hold less, is kept in {folder / 'earlier'}.")
     head, lines = overview(report)
     table = Table(*head[:5], title=recipe.model)  # what fits a terminal
     for line in lines:

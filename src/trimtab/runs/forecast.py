@@ -15,7 +15,7 @@ from torch import nn
 from trimtab.errors import DivergedError, ModelError, NotPossible, RunError
 from trimtab.runs.models import Base, device
 from trimtab.runs.predict import predict
-from trimtab.runs.trainer import LOOKED_AT, VALIDATION_LOOKS, Progress, TrainingSpec
+from trimtab.runs.trainer import LOOKED_AT, LOOKS, Progress, TrainingSpec
 from trimtab.runs.trial import Experiment, Fit, Trial
 from trimtab.runs.ways import ReftWay, unload
 from trimtab.tasks.tokens import Encoded
@@ -142,7 +142,7 @@ def _scoring(experiment: Experiment, adapted: nn.Module, base: Base) -> float:
     each = (time.perf_counter() - start) / len(some) * (new / min(new, NEW) if new else 1)
     rows = 2 * len(examples)
     if experiment.spec.data.validation is not False:
-        rows += (VALIDATION_LOOKS - 1) * min(LOOKED_AT, len(task.examples("validation")))
+        rows += len(LOOKS) * min(LOOKED_AT, len(task.examples("validation")))
     return each * rows
 
 

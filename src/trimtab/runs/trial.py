@@ -32,6 +32,8 @@ from trimtab.runs.models import Base, ModelSource, pool_for
 from trimtab.runs.predict import Evaluation, context_of, evaluate, mean_loss
 from trimtab.runs.reuse import Reuse, Store
 from trimtab.runs.trainer import (
+    LOOKED_AT,
+    LOOKS,
     NumberedCollator,
     Progress,
     ReftTrainer,
@@ -45,6 +47,8 @@ from trimtab.tasks import Example, Task, TaskSpec, build_task
 from trimtab.tasks.spec import SPLITS
 from trimtab.tasks.tokens import Encoded, is_templated
 
+LATE = 0.75
+"""The share of the steps after which validation is scored, to tell whether it still moves at the end."""
 ROOM = 2**20
 """Bytes free on a disk that is not full."""
 SMALL_STEPS = 100
@@ -164,6 +168,8 @@ class Outcome:
     validation_predictions: list[Any] = field(default_factory=list)
     validation_loss: float | None = None
     """By which scores that tie on validation are told apart; None of what is not trained."""
+    late_move: float | None = None
+    """By how much the score on some of validation moved in the last quarter of the steps; None where not taken."""
     parameters: int = 0
     """Trained ones."""
     model_parameters: int = 0
@@ -261,6 +267,7 @@ def _run(trial: Trial) -> Outcome:
     if way.trains and "validation" in trial.splits:
         trained["validation_loss"] = _validation_loss(trial, adapted, base.tokenizer, reuse)
     found = {split: _scored(trial, adapted, base.tokenizer, split, shots, reuse) for split in trial.splits}
+    late = trained.pop("late_score", None)
     lost = window_loss(adapted, texts, takes_prompts=way.takes_prompts) - _base_losses[key] if texts else None
     outcome = Outcome(
         validation=found["validation"].main if "validation" in found else None,
@@ -270,6 +277,7 @@ def _run(trial: Trial) -> Outcome:
         parameters=trained_parameters(adapted),
         model_parameters=size,
         forgetting=lost,
+        late_move=None if late is None else _some_score(task, found["validation"].predictions) - late,
         **trained,
     )
     if way.leaves_base and not trial.training.gradient_checkpointing:  # which stays switched on
@@ -300,11 +308,20 @@ def _trained(
     """Train in a folder that is thrown away; what is kept of the frozen model's work, and what the training cost."""
     encoded, _ = trial.experiment.encode(tokenizer, examples, training=True)
     progress = Progress(trial.experiment.name)
+    measured = "test" in trial.splits  # a search does not report what training takes, nor whether it was enough
+
+    some = trial.experiment.task.examples("validation")[:LOOKED_AT] if measured and "validation" in trial.splits else []
+
+    def look() -> float:
+        how = {"examples": some, "equal_lengths": trial.way.adds_tokens, "reuse": fit.reuse}
+        return trial.experiment.evaluate(model, tokenizer, "validation", **how).main
+
+    how: Any = {"measured": measured, "look": look if some else None}
     with tempfile.TemporaryDirectory() as folder:
-        measured = "test" in trial.splits  # a search does not report what training takes
-        fit = Fit(trial, model, tokenizer, encoded, Path(folder), progress, measured=measured)
+        fit = Fit(trial, model, tokenizer, encoded, Path(folder), progress, looks=(LATE,), **how)
         fit.run()
     return fit.reuse, {
+        "late_score": next((score for _, score in fit.looks), None),
         "seconds": round(progress.seconds, 3),
         "steps": fit.steps,
         "tokens": progress.tokens,
@@ -341,7 +358,7 @@ class Fit:
 
     Args:
         folder: for checkpoints.
-        look: takes the validation score now and then, to be shown.
+        look: takes the validation score, after the shares `looks` of the steps.
         checkpoints: where the training resumes from, and leaves some for others; None for none.
         measured: count the memory too.
     """
@@ -357,6 +374,7 @@ class Fit:
         *,
         watch: Watch = lambda progress: None,
         look: Any = None,
+        looks: Sequence[float] = LOOKS,
         checkpoints: Path | None = None,
         measured: bool = False,
     ) -> None:
@@ -380,7 +398,7 @@ class Fit:
             takes_prompts=way.takes_prompts,
             progress=progress,
             data_collator=collate,
-            callbacks=[Report(progress, watch, look, self._reuse)],
+            callbacks=[Report(progress, watch, look, self._reuse, looks)],
         )
         self.trainer.remove_callback(PrinterCallback)
         self.memory = self._memory(trial, model, encoded) if measured else 0
@@ -469,6 +487,12 @@ def _scored(
     until = "\n\n" if shots and not _chats(experiment, tokenizer) else None
     how = {"examples": asked, "equal_lengths": trial.way.adds_tokens, "until": until, "reuse": reuse}
     return experiment.evaluate(model, tokenizer, split, **how)
+
+
+def _some_score(task: Task[Any], predictions: list[Any]) -> float:
+    """Of what is predicted on validation, on those of it that were looked at in training."""
+    some = task.examples("validation")[:LOOKED_AT]
+    return next(iter(task.scores(predictions[:LOOKED_AT], some).values()))
 
 
 def _validation_loss(trial: Trial, model: nn.Module, tokenizer: PreTrainedTokenizerBase, reuse: Reuse | None) -> float:
