@@ -143,5 +143,7 @@ def test_the_command(tmp_path: Path, trimtab: Any) -> None:
     assert "How far each token is moved" in (tmp_path / "it.html").read_text()
     code, said = trimtab("explain", tmp_path / "it", "cat", "-o", tmp_path / "it.html")
     assert code == 2 and "is there already" in said
+    code, said = trimtab("explain", tmp_path / "it", "cat", "--max-new-tokens", 5000)
+    assert code != 0 and "PROMPT: 5 tokens and up to 5000 new ones" in said and "lower --max-new-tokens" in said
     code, said = trimtab("explain", tmp_path, "cat")
     assert code == 0, "a folder that holds one adapter"

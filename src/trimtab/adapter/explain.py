@@ -121,8 +121,8 @@ def explain(model: PeftModel, ids: Tensor, max_new_tokens: int = 32) -> Explanat
 
     def answered() -> Tensor:
         asked = ids[None].to(model.device)
-        how = {"attention_mask": torch.ones_like(asked), "max_new_tokens": max_new_tokens, "do_sample": False}
-        return model.generate(input_ids=asked, **how)[0, len(ids) :].cpu()  # type: ignore[no-any-return]
+        how = {"attention_mask": torch.ones_like(asked), "max_new_tokens": max_new_tokens}
+        return model.generate(input_ids=asked, do_sample=False, pad_token_id=0, **how)[0, len(ids) :].cpu()  # type: ignore[no-any-return]
 
     answer = answered()
     with model.disable_adapter():

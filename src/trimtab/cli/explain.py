@@ -32,6 +32,7 @@ def explain(
     from trimtab.adapter.explain import page
     from trimtab.runs.folder import write_text
     from trimtab.runs.generate import Answerer, find_adapters
+    from trimtab.runs.predict import check_context
 
     if output is not None:
         must_be_new(output)
@@ -39,11 +40,15 @@ def explain(
     if len(found) > 1:
         raise ValueError(f"{adapter}: holds {len(found)} adapters, {', '.join(found)}; name one of them.")
     answerer, name = Answerer(found, model), next(iter(found))
-    ids = answerer.encode(prompt, name).input_ids
+    encoded = answerer.encode(prompt, name)
+    check_context(answerer.model, [encoded], max_new_tokens, lambda _: "PROMPT", "lower --max-new-tokens")
+    ids = encoded.input_ids
     seen = run(answerer.model, torch.tensor(ids), max_new_tokens)
     decode = answerer.tokenizer.decode
     tokens = [str(decode([int(i)])) for i in [*ids, *seen.answer[:-1]]]
-    answers = [str(decode(own, skip_special_tokens=True)).strip() for own in (seen.answer, seen.base_answer)]
+    answers = [
+        str(decode(own, skip_special_tokens=True)).strip() or "(nothing)" for own in (seen.answer, seen.base_answer)
+    ]
     names = {i: str(decode([i])) for i in seen.top(top)}
     edited = [any(place.moved[i] is not None for place in seen.places) for i in range(len(tokens))]
     why = answerer.model.peft_config[name].parsed_positions.words
