@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from trimtab.cli.common import ModelName, command, console, must_be_new
 
@@ -21,15 +21,18 @@ def explain(
     prompt: Annotated[str, typer.Argument(help="The input; the adapter's own prompt template goes around it.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="An HTML file to write the picture to.")] = None,
     model: ModelName = None,
-    top: Annotated[int, typer.Option(min=1, max=20, help="Likeliest next tokens to show.")] = 4,
+    top: Annotated[int, typer.Option(min=1, max=20, help="Likeliest next tokens to show.")] = 2,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of the answers.")] = 32,
 ) -> None:
-    """Show which tokens an adapter moves, how far at each block, and what each block's edit changes."""
+    """Show what an adapter does to one prompt: its answer and the base model's, what each layer's edit is worth to it,
+    and which tokens are moved how far."""
     import torch
 
     from trimtab.adapter.explain import explain as run
     from trimtab.adapter.explain import page
     from trimtab.runs.folder import write_text
     from trimtab.runs.generate import Answerer, find_adapters
+    from trimtab.runs.predict import check_context
 
     if output is not None:
         must_be_new(output)
@@ -37,42 +40,55 @@ def explain(
     if len(found) > 1:
         raise ValueError(f"{adapter}: holds {len(found)} adapters, {', '.join(found)}; name one of them.")
     answerer, name = Answerer(found, model), next(iter(found))
-    ids = answerer.encode(prompt, name).input_ids
-    seen = run(answerer.model, torch.tensor(ids))
-    text = answerer.tokenizer.decode
-    tokens = [str(text([i])) for i in ids]
-    edited = [any(place.moved[i] is not None for place in seen.places) for i in range(len(ids))]
+    encoded = answerer.encode(prompt, name)
+    check_context(answerer.model, [encoded], max_new_tokens, lambda _: "PROMPT", "lower --max-new-tokens")
+    ids = encoded.input_ids
+    seen = run(answerer.model, torch.tensor(ids), max_new_tokens)
+    decode = answerer.tokenizer.decode
+    tokens = [str(decode([int(i)])) for i in [*ids, *seen.answer[:-1]]]
+    answers = [
+        str(decode(own, skip_special_tokens=True)).strip() or "(nothing)" for own in (seen.answer, seen.base_answer)
+    ]
+    names = {i: str(decode([i])) for i in seen.top(top)}
+    edited = [any(place.moved[i] is not None for place in seen.places) for i in range(len(tokens))]
+    why = answerer.model.peft_config[name].parsed_positions.words
+    console.print(f"With the adapter: {answers[0]}\nBase model:       {answers[1]}\n", soft_wrap=True)
+    console.print(_outcomes(seen, names))
     console.print(
-        "Edited tokens, in brackets: " + " ".join(f"[{t}]" if e else t for t, e in zip(tokens, edited, strict=True))
+        f"answer: the probability of {answers[0]!r}, whole. Less likely without a layer's edit: this edit helped.\n"
     )
+    marked = (f"[{t}]" if e else t for t, e in zip(tokens[: len(ids)], edited, strict=False))
+    console.print(f"The adapter edits {why}, here in brackets: {' '.join(marked)}", soft_wrap=True)
     if not any(edited):
-        console.print("None: the adapter edits only what follows a prompt, or is as it was before training.")
-    console.print(_by_module(seen, tokens, text))
-    names = {i: str(text([i])) for i in seen.top(top)}
-    nexts = Table("next token", "base model", "adapter")
-    for i, shown in names.items():
-        nexts.add_row(repr(shown), f"{float(seen.base[i].exp()):.1%}", f"{float(seen.edited[i].exp()):.1%}")
-    console.print(nexts)
-    console.print("moved: the length of the change over that of the hidden state, the mean over edited tokens.")
-    console.print(
-        "matters: how far the probabilities of the next token change when this module's edit alone is switched off "
-        "(KL divergence in nats; 0 is not at all)."
-    )
+        console.print("No token is moved: the adapter is as it was before training.")
+    console.print(_moves(seen, tokens))
+    console.print("moved: the length of the change over that of the hidden state; the mean over edited tokens.")
     if output is not None:
-        write_text(output, page(seen, f"{name}: {prompt}", tokens, names))
+        title = f"Adapter {name} on the prompt “{prompt}”"
+        write_text(output, page(seen, title, tokens, names, answers, why))
         console.print(f"Wrote {output!s}.", soft_wrap=True)
 
 
-def _by_module(seen: Explanation, tokens: Sequence[str], text: Callable[[list[int]], Any]) -> Table:
-    table = Table("edited module", "moved", "most, at", "matters", "next token without it")
+def _outcomes(seen: Explanation, names: dict[int, str]) -> Table:
+    from trimtab.adapter.explain import percent
+
+    table = Table(
+        Column("", no_wrap=True), "answer", Column("", no_wrap=True), *(f"{name!r} next" for name in names.values())
+    )
+    for i, (line, own) in enumerate(seen.rows):
+        each = (f"{float(own.next[token].exp()):.1%}" for token in names)
+        table.add_row(line, percent(own.answer), seen.times(own) if i else "", *each)
+    return table
+
+
+def _moves(seen: Explanation, tokens: Sequence[str]) -> Table:
+    table = Table("edit at", "moved", "most, at")
     for place in seen.places:
         moved = {i: value for i, value in enumerate(place.moved) if value is not None}
         most = max(moved, key=lambda i: moved[i], default=None)
         table.add_row(
-            place.module,
+            place.label,
             f"{sum(moved.values()) / len(moved):.2f}" if moved else "-",
             f"{moved[most]:.2f} {tokens[most]!r}" if most is not None else "-",
-            f"{place.matters:.3f}",
-            f"{text([int(place.without.argmax())])!r} {float(place.without.max().exp()):.0%}",
         )
     return table
