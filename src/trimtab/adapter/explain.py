@@ -43,8 +43,8 @@ class Place:
 
     module: str
     moved: tuple[float | None, ...]
-    """Of each token, of the prompt and then of the explained answer but its last, which no module reads: the norm of the
-    change over that of the hidden state; None where nothing is edited."""
+    """Of each token, of the prompt and then of the explained answer but its last, which no module reads: the norm of
+    the change over that of the hidden state; None where nothing is edited."""
     without: Outcome
     """When this module's edit is switched off, and no other."""
 
@@ -218,8 +218,8 @@ def page(found: Explanation, words: Words) -> str:
         f"""<h2>What each layer's edit does to the answer</h2>
 <p>Each row asks the model once more: with the adapter, without it, and without the edit of one layer. It says what is
 answered (greedily) and how likely the answer “{escape(words.answer)}” is. {READING[0].upper()}{READING[1:]}</p>
-<div><table class=a><tr><th></th><th>answers</th><th>chance of “{escape(words.answer)}”</th><th>than with the adapter</th>
-<th>likeliest first tokens</th></tr>{rows}</table></div>
+<div><table class=a><tr><th></th><th>answers</th><th>chance of “{escape(words.answer)}”</th>
+<th>than with the adapter</th><th>likeliest first tokens</th></tr>{rows}</table></div>
 <h2>How far each token is moved</h2>
 <p>The adapter edits {escape(words.edits)}; empty cells are not edited.{beyond} A token is a word or a piece of one, or
 a mark that the chat template puts in. A number is {MOVING} 1.00 has the darkest blue. The first layer is at the
@@ -230,7 +230,8 @@ top.</p>
 
 
 _STYLE = """
-.a th { text-align: left } .a th.m { text-align: right } .a td { border-radius: 0; background: none; text-align: left; padding: 0 .5em }
+.a th { text-align: left } .a th.m { text-align: right }
+.a td { border-radius: 0; background: none; text-align: left; padding: 0 .5em }
 .a tr.e > * { border-top: 1px solid #1b1f24 } .a td:nth-child(3) { text-align: right }
 .h td { min-width: 2.8em } .h td:empty { background: none }
 th.m { position: sticky; left: 0; background: #fff } th.e, td.e { border-left: 2px solid #1b1f24 }
