@@ -16,7 +16,7 @@ from test_config import anatomy
 from torch import Tensor
 
 from trimtab import ReftConfig, adapter_from
-from trimtab.adapter.explain import Explanation, Outcome, explain, page
+from trimtab.adapter.explain import Explanation, Outcome, Words, explain, page
 
 IDS = torch.arange(3, 10)
 
@@ -36,46 +36,50 @@ def same(found: Outcome, wanted: tuple[Tensor, float]) -> None:
     assert found.answer == pytest.approx(wanted[1], rel=1e-4)
 
 
+@pytest.mark.parametrize("wanted", [None, torch.tensor([5, 4, 9, 30])])
 @pytest.mark.parametrize(("site", "within"), [("block", ""), ("heads", ".self_attn.o_proj")])
-def test_tokens_distances_and_layers(site: str, within: str) -> None:
+def test_answers_distances_and_layers(site: str, within: str, wanted: Tensor | None) -> None:
     model = adapted(a={"r": 2, "positions": "f2+l1", "layers": [0, 2], "site": site})
-    asked = {"input_ids": IDS[None], "max_new_tokens": 4, "do_sample": False}
+
+    def says() -> list[int]:
+        return list(model.generate(IDS[None], max_new_tokens=4, do_sample=False)[0, len(IDS) :].tolist())
+
     with model.disable_adapter():
-        model.generate(**asked)  # PEFT leaves a mark of each
+        base_says = says()  # PEFT leaves a mark of each
     before = anatomy(model)
-    found = explain(model, IDS, max_new_tokens=4)
+    found = explain(model, IDS, wanted, max_new_tokens=4)
     assert anatomy(model) == before
     assert [place.module for place in found.places] == [f"model.layers.{i}{within}" for i in (0, 2)]
     assert [place.label for place in found.places] == [f"layer {i}{within.replace('.', ' ', 1)}" for i in (0, 2)]
     for place in found.places:
         assert [value is not None for value in place.moved] == [i in (0, 1, 6) for i in range(len(IDS) + 3)]
-    assert found.answer.tolist() == model.generate(**asked)[0, len(IDS) :].tolist()
+    assert found.answer.tolist() == (says() if wanted is None else wanted.tolist())
+    assert found.edited.says.tolist() == says() and found.base.says.tolist() == base_says
     same(found.edited, after(model, found.answer))
     with model.disable_adapter():
-        assert found.base_answer.tolist() == model.generate(**asked)[0, len(IDS) :].tolist()
         same(found.base, after(model, found.answer))
     layers = model.base_model.model.model.layers
     for place, i in zip(found.places, (0, 2), strict=True):
         reft = layers[i].get_submodule(f"{within[1:]}.reft".lstrip("."))
         reft.scaling["a"] = 0.0
         same(place.without, after(model, found.answer))
+        assert place.without.says.tolist() == says()
         reft.scaling["a"] = 1.0
         assert place.without.answer != found.edited.answer
-    assert set(found.top(3)) >= {int(found.edited.next.argmax()), int(found.base.next.argmax())}
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (0.001, "as likely"),
-        (math.log(1.5), "1.50× more likely"),
-        (-math.log(27), "27× less likely"),
-        (-1e4, "over a million× less likely"),
+        (0.001, "the same"),
+        (math.log(1.5), "1.50× more"),
+        (-math.log(27), "27× less"),
+        (-1e4, "over a million× less"),
     ],
 )
 def test_times(change: float, words: str) -> None:
     none = torch.zeros(1)
-    found = Explanation(none, none, Outcome(none, -1.0), Outcome(none, -1.0 + change), ())
+    found = Explanation(none, Outcome(none, none, -1.0), Outcome(none, none, -1.0 + change), ())
     assert found.times(found.base) == words
 
 
@@ -93,11 +97,15 @@ def test_a_fresh_adapter_and_none() -> None:
     model = get_peft_model(tiny("llama"), ReftConfig(task_type="CAUSAL_LM", positions="all")).eval()
     found = explain(model, IDS)
     assert all(set(place.moved) == {None} for place in found.places)
-    assert {found.times(own) for _, own in found.rows} == {"as likely"} and torch.equal(found.answer, found.base_answer)
-    tokens = ["x"] * (len(IDS) + len(found.answer) - 1)
-    assert "NaN" not in page(found, "fresh", tokens, {1: "y"}, ("a", "b"), "every token")
+    assert {found.times(own) for _, own in found.rows} == {"the same"}
+    assert torch.equal(found.answer, found.base.says)
+    assert "nan" not in page(found, words(["x"] * (len(IDS) + len(found.answer) - 1))).lower()
     with pytest.raises(ValueError, match="explain: the model has no ReFT adapter"):
         explain(tiny("llama"), IDS)  # type: ignore[arg-type]
+
+
+def words(tokens: list[str]) -> Words:
+    return Words("<b>&", "<i>", tokens, "&", "x < y", lambda ids: "<u>", lambda i: "</td>")
 
 
 class Tags(HTMLParser):
@@ -120,11 +128,17 @@ class Tags(HTMLParser):
 def test_the_page_is_whole_and_obeys_no_markup(positions: str, answer: bool) -> None:
     found = explain(adapted(a={"r": 2, "positions": positions}), IDS, max_new_tokens=3)
     tokens = ["<script>", " a", "\n", "", "é", "x", "y", "1st", "2nd"]
-    html = page(found, "<b>&", tokens, {1: "</td>", 2: "b"}, ("<i>", "&"), "x < y")
+    html = page(found, words(tokens))
     reader = Tags()
     reader.feed(html)
-    assert not reader.open and "script" not in reader.seen and "&lt;b&gt;&amp;" in html and "x &lt; y" in html
-    assert reader.seen.count("tr") == 2 + (1 + 2 + 3) + (1 + 3)
+    assert (
+        not reader.open
+        and "script" not in reader.seen
+        and "&lt;b&gt;&amp;" in html
+        and "x &lt; y" in html
+        and "&lt;/td&gt;" in html
+    )
+    assert reader.seen.count("tr") == (1 + 2 + 3) + (1 + 3)
     assert ("1st" in html, "not shown" in html) == ((True, False) if answer else (False, True))
 
 
@@ -141,6 +155,8 @@ def test_the_command(tmp_path: Path, trimtab: Any) -> None:
         code == 0 and "[<|assistant|>]" in said and "without layer 7" in said and "the last token of the prompt" in said
     )
     assert "How far each token is moved" in (tmp_path / "it.html").read_text()
+    code, said = trimtab("explain", tmp_path / "it", "cat", "--answer", "cats")
+    assert code == 0 and "'cats'" in said
     code, said = trimtab("explain", tmp_path / "it", "cat", "-o", tmp_path / "it.html")
     assert code == 2 and "is there already" in said
     code, said = trimtab("explain", tmp_path / "it", "cat", "--max-new-tokens", 5000)

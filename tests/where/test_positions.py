@@ -194,8 +194,8 @@ def test_more_tokens_than_there_can_be_are_refused(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("f7+l7", "the first 7 and the last 7 tokens of the prompt"),
-        ("f1+l2", "the first and the last 2 tokens of the prompt"),
+        ("f7+l7", "the first 7 tokens and the last 7 tokens of the prompt"),
+        ("f1+l2", "the first token and the last 2 tokens of the prompt"),
         ("l1", "the last token of the prompt"),
         ("f3", "the first 3 tokens of the prompt"),
         ("random4", "4 tokens of the prompt, drawn at random"),

@@ -30,9 +30,11 @@ class Outcome:
     """What a model says after the prompt."""
 
     next: Tensor
-    """Log-probabilities (V,) of the next token."""
+    """Log-probabilities (V,) of the first token."""
+    says: Tensor
+    """Ids of its own answer, greedy."""
     answer: float
-    """Log-probability of the adapter's answer, whole."""
+    """Log-probability of the answer that is explained, whole."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,8 @@ class Place:
 
     module: str
     moved: tuple[float | None, ...]
-    """Of each token, of the prompt and then of the answer but its last, which no module reads: the norm of the change
-    over that of the hidden state; None where nothing is edited."""
+    """Of each token, of the prompt and then of the explained answer but its last, which no module reads: the norm of
+    the change over that of the hidden state; None where nothing is edited."""
     without: Outcome
     """When this module's edit is switched off, and no other."""
 
@@ -58,9 +60,7 @@ class Explanation:
     """What an adapter does to one prompt."""
 
     answer: Tensor
-    """(N,) ids of the greedy answer with the adapter."""
-    base_answer: Tensor
-    """(M,) and without it."""
+    """(N,) ids of the answer that is explained."""
     edited: Outcome
     base: Outcome
     places: tuple[Place, ...]
@@ -72,19 +72,14 @@ class Explanation:
         ways = [("with the adapter", self.edited), ("base model", self.base)]
         return ways + [(f"without {place.label}", place.without) for place in self.places]
 
-    def top(self, count: int) -> list[int]:
-        """The likeliest next tokens, with the adapter and without it."""
-        likely = [int(i) for own in (self.edited, self.base) for i in own.next.topk(count).indices]
-        return list(dict.fromkeys(likely))
-
     def times(self, outcome: Outcome) -> str:
-        """How much less, or more, likely than with the adapter its answer is: `27× less likely`."""
+        """How much less, or more, likely than with the adapter the answer is: `27× less`."""
         change = outcome.answer - self.edited.answer
-        if abs(change) < 0.005:
-            return "as likely"
+        if abs(change) < 0.01:
+            return "the same"
         times = math.exp(min(abs(change), 20))
         count = f"{times:.2f}" if times < 10 else f"{times:,.0f}" if times < 1e6 else "over a million"
-        return f"{count}× {'more' if change > 0 else 'less'} likely"
+        return f"{count}× {'more' if change > 0 else 'less'}"
 
 
 def percent(log_probability: float) -> str:
@@ -94,12 +89,14 @@ def percent(log_probability: float) -> str:
 
 
 @torch.no_grad()
-def explain(model: PeftModel, ids: Tensor, max_new_tokens: int = 32) -> Explanation:
-    """Answer a prompt under the active adapters and without, then see how likely that answer is without each edit.
+def explain(model: PeftModel, ids: Tensor, answer: Tensor | None = None, max_new_tokens: int = 32) -> Explanation:
+    """Answer a prompt under the active adapters, without them, and once without each edited module's edit, and see how
+    likely one answer is each time.
 
     Args:
         model: a causal language model with ReFT adapters, in eval mode, which is left as it is.
         ids: (T,) the prompt.
+        answer: (N,) ids of the answer to explain; by default the adapters' own.
         max_new_tokens: of the answers, which are greedy.
     Raises:
         ValueError: the model has no ReFT adapter.
@@ -119,24 +116,27 @@ def explain(model: PeftModel, ids: Tensor, max_new_tokens: int = 32) -> Explanat
     def put_back(name: str, h: Tensor, before: Tensor) -> Tensor:
         return before
 
-    def answered() -> Tensor:
-        asked = ids[None].to(model.device)
-        how = {"attention_mask": torch.ones_like(asked), "max_new_tokens": max_new_tokens}
-        return model.generate(input_ids=asked, do_sample=False, pad_token_id=0, **how)[0, len(ids) :].cpu()  # type: ignore[no-any-return]
-
-    answer = answered()
-    with model.disable_adapter():
-        base_answer = answered()
-    outcome = partial(_outcome, model, ids, answer)
+    if answer is None:
+        answer = _answered(model, ids, max_new_tokens)
+    outcome = partial(_outcome, model, ids, answer, max_new_tokens)
     edited = outcome(layers, look)
     places = [Place(layer.site.name, moved[layer.site.name], outcome([layer], put_back)) for layer in layers]
-    return Explanation(answer, base_answer, edited, outcome(layers, put_back), tuple(places))
+    return Explanation(answer, edited, outcome(layers, put_back), tuple(places))
+
+
+def _answered(model: PeftModel, ids: Tensor, max_new_tokens: int) -> Tensor:
+    """(N,)"""
+    asked = ids[None].to(model.device)
+    how = {"attention_mask": torch.ones_like(asked), "max_new_tokens": max_new_tokens}
+    out: Tensor = model.generate(input_ids=asked, do_sample=False, pad_token_id=0, **how)
+    return out[0, len(ids) :].cpu()
 
 
 def _outcome(
     model: PeftModel,
     ids: Tensor,
     answer: Tensor,
+    max_new_tokens: int,
     layers: Sequence[ReftLayer],
     change: Callable[[str, Tensor, Tensor], Tensor],
 ) -> Outcome:
@@ -156,71 +156,86 @@ def _outcome(
         for site in (layer.site for layer in layers):
             within.enter_context(edit_at(model, [site], partial(changed, site.name)))
             within.callback(hook(site, partial(keep, site.name), first=True).remove)
+        says = _answered(model, ids, max_new_tokens)
         whole = torch.cat([ids.cpu(), answer[:-1]])[None].to(model.device)
         logits = model(input_ids=whole, prompt_lengths=[len(ids)]).logits
     said = logits[0, len(ids) - 1 :].float().log_softmax(-1).cpu()
-    return Outcome(said[0], float(said.gather(1, answer[:, None]).sum()))
+    return Outcome(said[0], says, float(said.gather(1, answer[:, None]).sum()))
 
 
 # ---- the picture -----------------------------------------------------------------------------------------------------
 
 
-def page(
-    found: Explanation, title: str, tokens: Sequence[str], names: dict[int, str], answers: Sequence[str], why: str
-) -> str:
-    """One HTML file that needs nothing else.
+@dataclass(frozen=True)
+class Words:
+    """What a page has to be told, as texts."""
 
-    Args:
-        tokens: of the prompt and of the answer but its last, as they are shown.
-        names: of the next tokens to show, by id.
-        answers: with the adapter and without it, as texts.
-        why: which tokens are edited, in words.
-    """
-    prompt = len(tokens) - len(found.answer) + 1
+    adapter: str
+    prompt: str
+    tokens: Sequence[str]
+    """Of the prompt, and of the explained answer but its last."""
+    answer: str
+    """The one explained."""
+    edits: str
+    """Which tokens are edited."""
+    text: Callable[[Tensor], str]
+    """Of ids: an answer's."""
+    token: Callable[[int], str]
+
+    def first(self, outcome: Outcome, count: int = 2) -> str:
+        """The likeliest first tokens, with their probabilities."""
+        found = outcome.next.topk(count)
+        return ", ".join(f"{self.token(int(i))!r} {float(p.exp()):.0%}" for p, i in zip(*found, strict=True))
+
+
+READING = """less likely without the edit of a layer: it works towards this answer, which may be right or wrong; more
+likely: against it. Layers are switched off one at a time, and their shares do not add up. One prompt proves little."""
+MOVING = """the length of the change over that of the hidden state, which is what the model holds for the token after
+that layer. A token that is moved far need not matter much."""
+
+
+def page(found: Explanation, words: Words) -> str:
+    """One HTML file that needs nothing else."""
+    prompt = len(words.tokens) - len(found.answer) + 1
     answer_edited = any(value is not None for place in found.places for value in place.moved[prompt:])
-    seen = len(tokens) if answer_edited else prompt
-    heads = "".join(f"<th{_edge(i, prompt)}>{shown(token)}</th>" for i, token in enumerate(tokens[:seen]))
+    seen = len(words.tokens) if answer_edited else prompt
+    heads = "".join(f"<th{_edge(i, prompt)}>{shown(token)}</th>" for i, token in enumerate(words.tokens[:seen]))
     body = "".join(
         f"<tr><th class=m>{escape(place.label)}</th>"
         + "".join(_cell(value, _edge(i, prompt)) for i, value in enumerate(place.moved[:seen]))
         + "</tr>"
         for place in found.places
     )
-    full = max([math.log(2)] + [abs(own.answer - found.edited.answer) for _, own in found.rows])
     rows = "".join(
-        f"<tr><th class=m>{escape(line)}</th><td>{percent(own.answer)}</td><td class=k>"
-        + (f"{_bar((own.answer - found.edited.answer) / full)}{found.times(own)}" if i else "")
-        + "</td>"
-        + "".join(f"<td>{float(own.next[token].exp()):.1%}</td>" for token in names)
-        + "</tr>"
+        f"<tr{' class=e' if i == 2 else ''}><th class=m>{escape(line)}</th><td>{escape(words.text(own.says))}</td>"
+        f"<td>{percent(own.answer)}</td><td>{found.times(own) if i else ''}</td><td>{escape(words.first(own))}</td>"
+        "</tr>"
         for i, (line, own) in enumerate(found.rows)
     )
-    words = "".join(f"<th>next {shown(name)}</th>" for name in names.values())
     beyond = "" if answer_edited else " Tokens of the answer are not edited, and not shown."
     return document(
-        title,
-        f"""<table class=a><tr><th class=m>with the adapter</th><td>{shown(answers[0])}</td></tr>
-<tr><th class=m>base model</th><td>{shown(answers[1])}</td></tr></table>
-<h2>What each layer's edit is worth</h2>
-<p>The probability of the adapter's whole answer, {shown(answers[0])}: with the adapter, without it (base model), and
-with the edit of one layer switched off while the others stay. Less likely without a layer's edit means that this edit
-helped; more likely, that it got in the way. On the right, tokens that could come first, with their probabilities.</p>
-<div><table><tr><th></th><th>the answer</th><th></th>{words}</tr>{rows}</table></div>
+        f"What the adapter “{words.adapter}” does to the prompt “{words.prompt}”",
+        f"""<h2>What each layer's edit does to the answer</h2>
+<p>Each row asks the model once more: with the adapter, without it, and without the edit of one layer. It says what is
+answered (greedily) and how likely the answer “{escape(words.answer)}” is. {READING[0].upper()}{READING[1:]}</p>
+<div><table class=a><tr><th></th><th>answers</th><th>chance of “{escape(words.answer)}”</th>
+<th>than with the adapter</th><th>likeliest first tokens</th></tr>{rows}</table></div>
 <h2>How far each token is moved</h2>
-<p>The adapter edits {escape(why)}.{beyond} Each cell is the length of the change over the length of the hidden
-state: 1.00, the darkest, is as far as the state itself is long. Grey cells are not edited. Layers run from the first,
-at the top, to the last. A token that is moved far need not matter much: what matters, the table above says.</p>
-<div><table><tr><th></th>{heads}</tr>{body}</table></div>""",
+<p>The adapter edits {escape(words.edits)}; empty cells are not edited.{beyond} A token is a word or a piece of one, or
+a mark that the chat template puts in. A number is {MOVING} 1.00 has the darkest blue. The first layer is at the
+top.</p>
+<div><table class=h><tr><th></th>{heads}</tr>{body}</table></div>""",
         _STYLE,
     )
 
 
 _STYLE = """
-table.a td { text-align: left; padding: .2em .8em; height: auto }
-td { min-width: 3.6em } td.k { text-align: left; background: none; padding: 0 .8em; white-space: nowrap }
-i { display: inline-block; height: .8em; background: #8a5a00; margin-right: .4em } i.up { background: #2b6cb0 }
-th.m { position: sticky; left: 0; background: #fff }
-th.e, td.e { border-left: 2px solid #1b1f24 }
+.a th { text-align: left } .a th.m { text-align: right }
+.a td { border-radius: 0; background: none; text-align: left; padding: 0 .5em }
+.a tr.e > * { border-top: 1px solid #1b1f24 } .a td:nth-child(3) { text-align: right }
+.h td { min-width: 2.8em } .h td:empty { background: none }
+th.m { position: sticky; left: 0; background: #fff } th.e, td.e { border-left: 2px solid #1b1f24 }
+@media (max-width: 500px) { table { font-size: .75em } th, .a td { padding: .2em } }
 """
 
 
@@ -231,7 +246,3 @@ def _edge(i: int, prompt: int) -> str:
 
 def _cell(value: float | None, edge: str) -> str:
     return heat(value, MOVES_FULL).replace("<td", f"<td{edge}", 1)
-
-
-def _bar(share: float) -> str:
-    return f'<i{" class=up" if share > 0 else ""} style="width:{4 * abs(share):.1f}em"></i>'

@@ -66,11 +66,11 @@ class Positions:
         if self.random:
             return f"{self.random} tokens of the prompt, drawn at random"
         ends = [
-            f"the {end} {count}" if count > 1 else f"the {end}"
+            f"the {end} {count} tokens" if count > 1 else f"the {end} token"
             for end, count in (("first", self.first), ("last", self.last))
             if count
         ]
-        return f"{' and '.join(ends)} {'tokens' if self.first + self.last > 1 else 'token'} of the prompt"
+        return f"{' and '.join(ends)} of the prompt"
 
     def slots(self, prompt_length: Tensor) -> tuple[Tensor, Tensor]:
         """The edited tokens of whole prompts, prefix slots before suffix slots.
