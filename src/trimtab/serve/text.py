@@ -48,6 +48,8 @@ class AnswerText:
         return text
 
     def _cut(self, new: str) -> tuple[str, str | None]:
+        if not self._stop:
+            return new, None
         text = self._held + new
         found = min(((text.find(stop), stop) for stop in self._stop if stop in text), default=None)
         if found is not None:
