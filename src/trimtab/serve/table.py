@@ -116,7 +116,7 @@ class Layout:
         return vector
 
     def used(self, vector: Tensor) -> _Used:
-        """What an entry (size,) on the CPU holds. One pass in numpy: in torch it took a millisecond of an engine's step."""
+        """What an entry (size,) on the CPU holds, in one pass: view by view took a millisecond of a step."""
         values = vector.numpy()
         some = np.logical_or.reduceat(values, self._starts).reshape(len(self.places), -1)  # A, B, b, f, c
         sites = frozenset(name for name, part in zip(self.places, some, strict=True) if part[1] or part[4])
