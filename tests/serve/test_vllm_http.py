@@ -82,6 +82,27 @@ def test_the_scale_of_a_request(served: Served, scale: float) -> None:
     assert answer.choices[0].text == served.expected_text(served.ids(PROMPT), "ends", scale=scale)
 
 
+def test_several_adapters_edit_one_request(served: Served) -> None:
+    asked: Any = ["ends", {"name": "all", "scale": 0.5}]
+    texts = []
+    for names, scales in ((("ends", "all"), (1.0, 0.5)), (("all", "ends"), (0.5, 1.0))):
+        answer = served.openai.completions.create(
+            model=BASE, prompt=PROMPT, max_tokens=8, temperature=0, extra_body={"reft_adapters": asked}
+        )
+        texts.append(answer.choices[0].text)
+        assert texts[-1] == served.expected_text(served.ids(PROMPT), names, 8, scales)
+        asked.reverse()
+    assert texts[0] != texts[1]
+
+
+def test_what_this_engine_does_not_do_is_said(served: Served) -> None:
+    with pytest.raises(openai.BadRequestError, match="--engine transformers") as caught:
+        served.openai.completions.create(
+            model=BASE, prompt=PROMPT, extra_body={"response_format": {"type": "json_object"}}
+        )
+    assert caught.value.param == "response_format"
+
+
 def test_many_at_once_by_the_async_client(served: Served) -> None:
     words, draw = served.ids(LONG), random.Random(0)
     jobs = [(draw.choice(MODELS), words[: draw.randint(3, len(words))], draw.random() < 0.5) for _ in range(33)]
