@@ -5,14 +5,12 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import openai
 import pytest
-from served import ADAPTERS, BASE, MODEL, Served, make_adapters, user
+from served import ADAPTERS, BASE, MODEL, Served, is_ready, make_adapters, until, user
 
 from trimtab.runs.models import load_tokenizer
 from trimtab.serve.answers import Tokens
@@ -44,13 +42,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     process = subprocess.Popen([*command, *(part for one in options for part in ("--vllm", one))])
     url = f"http://127.0.0.1:{PORT}"
     try:
-        for _ in range(600):
-            assert process.poll() is None
-            try:
-                if httpx.get(f"{url}/ready").status_code == 200:
-                    break
-            except httpx.TransportError:
-                time.sleep(0.2)
+        until(lambda: process.poll() is not None or is_ready(url), 600)
+        assert process.poll() is None
         yield _Reference(None, url, folder)  # type: ignore[arg-type]
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
