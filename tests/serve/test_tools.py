@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator
+from importlib.resources import files
 from typing import Any
 
 import pytest
@@ -95,6 +96,27 @@ def test_a_stream_holds_back_what_may_become_a_call(tokenizer: Any) -> None:
         called = [one for part in parts for one in part.delta.tool_calls or []]
         assert [(one.index, one.function.name) for one in called] == ([(0, "weather")] if call else [])
         assert parts[-1].finish_reason == ("tool_calls" if call else "stop")
+
+
+FAMILIES = {
+    "qwen2_5": ("<|im_end|>", "<tool_call>\n{}\n</tool_call>"),
+    "qwen3": ("<|im_end|>", "<tool_call>\n{}\n</tool_call>"),
+    "llama3_1": ("<|eot_id|>", "{}"),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_models_own_templates(name: str) -> None:
+    """As TRL ships them."""
+    end, around = FAMILIES[name]
+    tokenizer: Any = AutoTokenizer.from_pretrained(MODEL)
+    tokenizer.chat_template = files("trl").joinpath(f"chat_templates/{name}.jinja").read_text()
+    tokenizer.add_special_tokens({"eos_token": end})
+    calls = Calls(tokenizer, TOOLS, "auto")
+    field = "parameters" if name == "llama3_1" else "arguments"
+    written = around.replace("{}", f'{{"name": "weather", "{field}": {{"in": "Oslo"}}}}')
+    assert calls.read("Well: " + written) == ("Well: ", ("weather", '{"in": "Oslo"}'))
+    assert takes(tokenizer, calls, "Well: " + written) and not takes(tokenizer, calls, written[:-1])
 
 
 def test_a_template_whose_calls_cannot_be_read_is_refused(tokenizer: Any) -> None:

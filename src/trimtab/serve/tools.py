@@ -18,12 +18,13 @@ from trimtab.errors import DataError
 from trimtab.serve.engine import BadRequest
 from trimtab.serve.grammar import json_rule
 from trimtab.serve.text import overlap
+from trimtab.tasks.messages import Message
 from trimtab.tasks.tokens import turn_end
 from trimtab.tasks.turns import write_messages
 
 FIELD = "tools"
 _NAME, _ARGUMENTS = "some_function", {"some_argument": "some value"}
-_EXAMPLE = [
+_EXAMPLE: list[Message] = [
     {"role": "user", "content": "?"},
     {
         "role": "assistant",
@@ -32,6 +33,8 @@ _EXAMPLE = [
             {"id": "call00000", "type": "function", "function": {"name": _NAME, "arguments": _ARGUMENTS}},
         ],
     },
+    {"role": "tool", "tool_call_id": "call00000", "content": "?"},
+    {"role": "user", "content": "?"},
 ]
 _WRITTEN = re.compile(rf'(.+?){_NAME}(.*?){{\s*"some_argument"\s*:\s*"some value"\s*}}(.*)', re.DOTALL)
 
@@ -88,7 +91,7 @@ class Calls:
 
 def _function(tool: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """Name and schema. Raises BadRequest."""
-    function = tool.get("function")
+    function: Any = tool.get("function")
     name = function.get("name") if tool.get("type") == "function" and isinstance(function, dict) else None
     if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,64}", name, re.ASCII):
         raise BadRequest(
@@ -104,7 +107,10 @@ def _written(tokenizer: PreTrainedTokenizerBase, tools: Sequence[dict[str, Any]]
     """What the chat template writes before a function's name, between it and the arguments, and behind them."""
     try:
         start = write_messages(tokenizer, _EXAMPLE[:1], list(tools), add_generation_prompt=True)
-        whole = write_messages(tokenizer, _EXAMPLE, list(tools))
+        try:  # some write what the model thought before a call only where no question follows
+            whole = write_messages(tokenizer, _EXAMPLE, list(tools))
+        except DataError:  # others take no question here
+            whole = write_messages(tokenizer, _EXAMPLE[:2], list(tools))
     except DataError as error:
         raise BadRequest(FIELD, f"{FIELD}: {error}.") from None
     found = _WRITTEN.fullmatch(whole.removeprefix(start)) if whole.startswith(start) else None
