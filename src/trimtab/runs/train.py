@@ -276,7 +276,7 @@ class Run:
             progress.state = "tuned score"
             watch(progress)
             tuned = experiment.evaluate(adapted, tokenizer, "test", reuse=fit.reuse)
-            text = card(self.experiment, self.folder.path, tokenizer, model, untuned.main, tuned.main)
+            text = card(self.experiment, self.folder.path, tokenizer, model, new, untuned.main, tuned.main)
             processes.once(save_adapter, adapted, self.folder.path, text)
             parameters = trained_parameters(adapted)
         finally:
