@@ -136,7 +136,21 @@ def outputs(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )
 def lm_eval(context: typer.Context) -> None:
-    """Score an adapter with lm-evaluation-harness, whose options these are (docs/lm-eval.md)."""
+    """Score an adapter with lm-evaluation-harness: its command, its options, and edits where they belong.
+
+    The model type is trimtab unless --model says otherwise: what a question asks is the prompt that positions are
+    counted in, and never what is scored. Without peft= the base model is scored. BASE and ADAPTER are folders or names
+    on the Hub. Needs the extra lm-eval.
+
+    trimtab lm-eval --model_args pretrained=BASE,peft=ADAPTER --tasks boolq --batch_size 16
+
+    trimtab lm-eval ls tasks: which tasks there are.
+
+    trimtab lm-eval run --help: every option of the harness.
+    """
+    if context.args in ([], ["-h"], ["--help"]):
+        typer.echo(context.get_help())
+        return
     with extra("lm-eval"):
         from trimtab.interop.lm_eval import main
     main(context.args)
