@@ -53,6 +53,11 @@ FILES: dict[str, tuple[Rows, str, dict[str, Any]]] = {
         "generation",
         {"prompt": "{prompt}", "answer": "{completion}", "score": "exact_match", "max_new_tokens": 16},
     ),
+    "worked sums": (
+        of(question=sentence, answer=lambda i: f"{'One more is one more, and so on. ' * 2}\n#### {1000 + i:,}"),
+        "generation",
+        {"prompt": "{question}", "answer": "{answer}", "score": "number"},
+    ),
     "question, answer": (of(answer=sentence, question=sentence), "generation", {"prompt": "{question}"}),
     "text, label": (of(label=lambda i: i % 3, text=sentence), "classification", {"text": "text", "label": "label"}),
     "a pair": (

@@ -62,9 +62,17 @@ def chat(adapter: Folders = None, model: ModelName = None) -> None:
         elif command.startswith("/"):
             console.print("Commands: /use NAME, /new, /quit.")
         elif text:
-            messages.append({"role": "user", "content": text})
-            messages.append({"role": "assistant", "content": answerer.reply(messages, current)})
-            console.print(messages[-1]["content"])
+            asked = [*messages, {"role": "user", "content": text}]
+            try:
+                answer = answerer.reply(asked, current)
+            except KeyboardInterrupt:
+                console.print("\nStopped; that was not asked.")
+                continue
+            except ValueError as error:
+                console.print(f"Not asked: {str(error).removesuffix('.')}. /new starts over.")
+                continue
+            messages = [*asked, {"role": "assistant", "content": answer}]
+            console.print(answer or "(nothing)")
 
 
 @command()

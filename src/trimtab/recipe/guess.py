@@ -12,7 +12,7 @@ from trimtab.errors import DataError
 from trimtab.tasks.classification import label_name
 from trimtab.tasks.files import Row, is_missing, locate, read_rows
 from trimtab.tasks.messages import Message, answers, messages_of, one_turn
-from trimtab.tasks.scores import BIO
+from trimtab.tasks.scores import BIO, NUMBER
 
 LOOKED_AT, CLASSES = 2000, 50
 """Rows that are read, and the most values of a column that names classes."""
@@ -182,7 +182,8 @@ def _asked(columns: dict[str, Column]) -> Guess | None:
 
 
 def _generation(prompt: Any, answer: Column, said: str = "") -> Guess:
-    score = "exact_match" if answer.longest <= SHORT else "overlap"
+    reasoned = all(re.search(rf"{NUMBER.pattern}\W*$", text) for text in answer.texts)  # up to a number
+    score = "exact_match" if answer.longest <= SHORT else "number" if reasoned else "overlap"
     most = min(256, max(16, answer.longest // 2))
     keys = {"prompt": prompt, "answer": f"{{{answer.name}}}", "score": score, "max_new_tokens": most}
     return Guess("generation", keys, {}, said)
