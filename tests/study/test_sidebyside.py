@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from trimtab.adapter import compared
 from trimtab.errors import AdapterError
 from trimtab.interop.convert import convert
 from trimtab.study.sidebyside import compare_adapters
-from trimtab.study.sidebyside_page import page
+from trimtab.study.sidebyside_page import in_short, page
 
 MODEL = str(Path(__file__).parents[2] / "models/tiny-llama")
 PROMPTS = ("a cat is", "the word dog in the plural")
@@ -92,6 +93,9 @@ def test_the_command(tmp_path: Path, trimtab: Command) -> None:
     assert trimtab("show", ours, lora, "-o", html)[0] == 2  # nothing is written over
     assert "go with two adapters" in trimtab("show", ours, "--prompt", "x")[1]
     assert all(words in said for words in ("CKA with", "Above A, loreft; below B, lora.", "kB"))
+    for line in in_short(compare_adapters(ours, lora, ["a cat is"], model=MODEL)):
+        assert line in " ".join(said.split()) and escape(line) in html.read_text()
+    assert "A (loreft) has 6,160 parameters (24.6 kB), B (lora)" in " ".join(said.split())
 
 
 def test_the_figures_as_json(tmp_path: Path, trimtab: Command) -> None:

@@ -75,7 +75,7 @@ def _show_two(
 ) -> None:
     from trimtab.runs.folder import write_text
     from trimtab.study.sidebyside import compare_adapters
-    from trimtab.study.sidebyside_page import EXPLAINED, number, page
+    from trimtab.study.sidebyside_page import EXPLAINED, in_short, number, page
 
     if output is not None:
         must_be_new(output)
@@ -101,6 +101,7 @@ def _show_two(
     console.print(f"Above A, {found.names[0]}; below B, {found.names[1]}. Read: {found.source}.")
     for term, said in EXPLAINED:
         console.print(f"{term}: {said}")
+    console.print("\n".join(["", "In short:", *in_short(found)]))
     if output is not None:
         console.print(f"Wrote {output}.")
 

@@ -27,6 +27,38 @@ EXPLAINED = (
 """What the figures are: for the page and the terminal."""
 
 
+def in_short(found: SideBySide) -> list[str]:
+    """What a reader takes away, in sentences: sizes, where each moves states and how far, what the two have in common."""
+    (a, b), sizes = found.names, found.total
+    count = [f"{n:,} parameters ({size / 1000:,.1f} kB)" for n, size in zip(sizes.parameters, sizes.bytes, strict=True)]
+    large, small = max(sizes.parameters), max(1, min(sizes.parameters))
+    which = "AB"[sizes.parameters.index(large)]
+    times = f", {which} {large / small:.1f} times the other" if large != min(sizes.parameters) else ""
+    said = [f"A ({a}) has {count[0]}, B ({b}) {count[1]}{times}."]
+    for where, words in (("prompt", "the prompt's tokens"), ("generated", "the answer's, which follow it")):
+        far = [[getattr(block, where)[i] or 0.0 for block in found.blocks] for i in (0, 1)]
+        if any(map(any, far)):
+            most = [
+                f"{name} up to {max(own):.2f} (block {own.index(max(own))})"
+                for name, own in zip("AB", far, strict=True)
+            ]
+            said.append(f"Of {words}, hidden states move by so much of their own length: {', '.join(most)}.")
+    both = [block for block in found.blocks if block.overlap is not None and block.chance is not None]
+    if both:
+        overlap, chance = (sum(getattr(block, name) for block in both) / len(both) for name in ("overlap", "chance"))
+        last = both[-1]
+        alike = (
+            ""
+            if last.cka is None
+            else f" Behind the last block the resulting states are alike by {last.cka:.2f} (CKA)."
+        )
+        said.append(
+            f"The directions they move in overlap by {overlap:.2f} on average, where random ones would by {chance:.2f}."
+            + alike
+        )
+    return said
+
+
 def page(found: SideBySide) -> str:
     """The page."""
     a, b = map(escape, found.names)
@@ -36,6 +68,10 @@ def page(found: SideBySide) -> str:
     tokens = sum(len(text.tokens) for text in found.texts)
     body = f"""<p>{colours}both of {escape(found.base)}. Read: {escape(found.source)}, each with what the base model
 answers; {tokens} tokens, states {found.width} wide.</p>
+<ul>{"".join(f"<li>{escape(line)}</li>" for line in in_short(found))}</ul>
+<h2>What each is</h2>
+<p>Line by line, what one has in place of what the other has; grey where they say the same.</p>
+<div><table class=s><tr><th></th><th>A: {a}</th><th>B: {b}</th></tr>{"".join(_settings(found))}</table></div>
 <h2>How far each moves the same hidden states</h2>
 <div class=charts>{_charts(found)}</div>
 <h2>By block</h2>
@@ -44,9 +80,7 @@ answers; {tokens} tokens, states {found.width} wide.</p>
 <h2>By token</h2>
 <p>How far each token moves at each block, the last block at the top. The answer, behind the bar, is the base model's.
 Both tables of a text share one scale.</p>
-{"".join(_tokens(found, text) for text in found.texts[:PICTURED])}
-<h2>What each is</h2>
-<div><table class=s><tr><th></th><th>A: {a}</th><th>B: {b}</th></tr>{"".join(_settings(found))}</table></div>"""
+{"".join(_tokens(found, text) for text in found.texts[:PICTURED])}"""
     return document(f"{found.names[0]} and {found.names[1]}", body, CHARTS + _STYLE)
 
 
