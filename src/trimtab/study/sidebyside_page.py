@@ -28,34 +28,23 @@ EXPLAINED = (
 
 
 def in_short(found: SideBySide) -> list[str]:
-    """What a reader takes away, in sentences: sizes, where each moves states and how far, what the two have in common."""
+    """What a reader takes away, in sentences: sizes, how far each moves states, what the two have in common."""
     (a, b), sizes = found.names, found.total
-    count = [f"{n:,} parameters ({size / 1000:,.1f} kB)" for n, size in zip(sizes.parameters, sizes.bytes, strict=True)]
-    large, small = max(sizes.parameters), max(1, min(sizes.parameters))
-    which = "AB"[sizes.parameters.index(large)]
-    times = f", {which} {large / small:.1f} times the other" if large != min(sizes.parameters) else ""
-    said = [f"A ({a}) has {count[0]}, B ({b}) {count[1]}{times}."]
-    for where, words in (("prompt", "the prompt's tokens"), ("generated", "the answer's, which follow it")):
-        far = [[getattr(block, where)[i] or 0.0 for block in found.blocks] for i in (0, 1)]
+    own = [f"{n:,} parameters ({size / 1000:,.1f} kB)" for n, size in zip(sizes.parameters, sizes.bytes, strict=True)]
+    said = [f"A ({a}) has {own[0]}, B ({b}) {own[1]}."]
+    for name, words in (("prompt", "the prompt's tokens"), ("generated", "the answer's, which follow it")):
+        far = [[getattr(block, name)[i] or 0.0 for block in found.blocks] for i in (0, 1)]
         if any(map(any, far)):
-            most = [
-                f"{name} up to {max(own):.2f} (block {own.index(max(own))})"
-                for name, own in zip("AB", far, strict=True)
-            ]
+            most = (f"{k} up to {max(v):.2f} (block {v.index(max(v))})" for k, v in zip("AB", far, strict=True))
             said.append(f"Of {words}, hidden states move by so much of their own length: {', '.join(most)}.")
-    both = [block for block in found.blocks if block.overlap is not None and block.chance is not None]
+    both = [(block.overlap, block.chance) for block in found.blocks if block.overlap is not None]
     if both:
-        overlap, chance = (sum(getattr(block, name) for block in both) / len(both) for name in ("overlap", "chance"))
-        last = both[-1]
-        alike = (
-            ""
-            if last.cka is None
-            else f" Behind the last block the resulting states are alike by {last.cka:.2f} (CKA)."
-        )
+        overlap, chance = (sum(value or 0.0 for value in values) / len(both) for values in zip(*both, strict=True))
         said.append(
-            f"The directions they move in overlap by {overlap:.2f} on average, where random ones would by {chance:.2f}."
-            + alike
+            f"The directions that they move in overlap by {overlap:.2f} on average; random ones by {chance:.2f}."
         )
+    if (last := found.blocks[-1].cka) is not None:
+        said.append(f"What the last block gives is alike by {last:.2f} (CKA) under A and under B.")
     return said
 
 
