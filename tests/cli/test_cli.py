@@ -270,5 +270,11 @@ def test_ctrl_c_says_in_a_line_how_to_go_on(
     assert code == 130 and said in " ".join(text.split()) and "Aborted" not in text, text
 
 
+@pytest.mark.parametrize("asked", [["--help"], ["-h"], []])
+def test_the_help_of_lm_eval_is_in_our_words(asked: list[str], trimtab: Command) -> None:
+    code, text = trimtab("lm-eval", *asked)
+    assert code == 0 and "Usage: trimtab lm-eval" in text and "trimtab lm-eval run --help" in " ".join(text.split())
+
+
 def test_version(trimtab: Command) -> None:
     assert trimtab("--version") == (0, f"trimtab {version('trimtab')}\n")
