@@ -89,10 +89,10 @@ def _show_two(
     for line in found.settings:
         settings.add_row(line.name, *line.values)
     console.print(settings)
-    heads = ("parameters", "bytes", "moved,\nprompt", "moved,\nanswer", "direc-\ntions", "overlap\n(chance)", "CKA")
-    table = Table("", *heads, "CKA with\nthe base", title="A and B, by block")
+    heads = ("para-\nmeters", "bytes", "moved,\nprompt", "moved,\nanswer", "direc-\ntions", "overlap\n(chance)")
+    table = Table("", *heads, "CKA", "CKA,\nbase", title="A and B, by block")
     for block in (*found.blocks, found.total):
-        overlap = "" if block.overlap is None else f"{block.overlap:.2f} ({number(block.chance)})"
+        overlap = "" if block.overlap is None else f"{block.overlap:.2f}\n({number(block.chance)})"
         sizes = ("\n".join(f"{n:,}" for n in block.parameters), "\n".join(map(size_of, block.bytes)))
         directions = _pair(block.directions) if any(block.directions) else ""
         alike = (directions, overlap, number(block.cka), _pair(block.cka_base))
