@@ -134,6 +134,8 @@ def test_columns_that_a_prompt_leaves_out_are_named(tmp_path: Path) -> None:
     found = guess(write(tmp_path, choices), True)
     assert found.keys["prompt"] == "{question}"
     assert found.said == "choice0, choice1 might belong in the prompt too, each in braces"
+    seeds = of(task=sentence, instances=lambda i: [{"input": "", "output": "x"}], label=lambda i: i % 2)
+    assert guess(write(tmp_path, seeds), True).said == "instances: lists or objects, which are not used"
 
 
 @pytest.mark.parametrize(

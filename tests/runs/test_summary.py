@@ -77,7 +77,7 @@ def test_rows_are_counted_and_told_from_where(make: Make) -> None:
             PLURAL,
             [*rows(*"ab" * 8), *rows(*"cd" * 8, text="word " * 60)],
             {"training": {"max_length": 40}},
-            " rows are longer than 40 tokens and left out; training: max_length:",
+            " rows are longer than 40 tokens and left out; more fit with a larger training: max_length:",
         ),
     ],
 )

@@ -66,6 +66,8 @@ def guess(path: str, generates: bool, columns: Sequence[str] | None = None) -> G
             found = _asked(fields) or _labelled(fields) or _two_texts(fields)
         elif found is None:
             found = _labelled(fields)
+        if found is not None:
+            found = _with_unused(found, fields)
     if found is None or (found.type == "generation" and not generates):
         kind = "a prompt and an answer, or a text and a label" if generates else "a text and a label"
         model = "" if generates else "the model writes no text, and "
@@ -74,6 +76,13 @@ def guess(path: str, generates: bool, columns: Sequence[str] | None = None) -> G
         if found.type == "generation" and set(name) & set("{}!:"):
             raise DataError(f"{path}: the field {name!r} cannot stand in a template; rename it, without {{ }} ! and :")
     return found if columns is None else replace(found, data={**found.data, "columns": list(columns)})
+
+
+def _with_unused(found: Guess, columns: dict[str, Column]) -> Guess:
+    """Said of it, which fields hold what no task of this kind reads."""
+    unused = [name for name, column in columns.items() if column.nested and name not in found.keys.values()]
+    told = f"{', '.join(unused)}: lists or objects, which are not used" if unused else ""
+    return replace(found, said="; ".join(filter(None, [found.said, told])))
 
 
 class Column:

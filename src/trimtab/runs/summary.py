@@ -154,7 +154,8 @@ def _left_out(experiment: Experiment, trained: Trained) -> list[str]:
     if too_long:
         done = "cut" if training.too_long == "cut" or not task.generates else "left out"
         of = f"{too_long} of {len(task.examples('train'))} {task.unit}"
-        said.append(f"{of} are longer than {training.max_length} tokens and {done}; training: max_length:")
+        more = f"more fit with a larger training: max_length: (now {training.max_length}), as far as the model reads"
+        said.append(f"{of} are longer than {training.max_length} tokens and {done}; {more}")
     if task.skipped:
         said.append(f"{task.skipped} rows cannot be used and are left out, first {task.first_flaw}")
     return said
