@@ -109,7 +109,8 @@ def _blocks(found: SideBySide) -> str:
 def _block(block: Block, most: float) -> str:
     sizes = "".join(f"<td>{value:,}</td>" for value in (*block.parameters, *block.bytes))
     far = "".join(heat(v, most, COLOURS[i]) for pair in (block.prompt, block.generated) for i, v in enumerate(pair))
-    alike = (*block.directions, block.overlap, block.chance, block.cka, *block.cka_base)
+    directions = block.directions if any(block.directions) else (None, None)
+    alike = (*directions, block.overlap, block.chance, block.cka, *block.cka_base)
     shown_alike = "".join(f"<td>{number(value)}</td>" for value in alike)
     return f"<tr><th class=m>{escape(block.name)}</th>{sizes}{far}{shown_alike}</tr>"
 
