@@ -32,11 +32,12 @@ def in_short(found: SideBySide) -> list[str]:
     (a, b), sizes = found.names, found.total
     own = [f"{n:,} parameters ({size / 1000:,.1f} kB)" for n, size in zip(sizes.parameters, sizes.bytes, strict=True)]
     said = [f"A ({a}) has {own[0]}, B ({b}) {own[1]}."]
-    for name, words in (("prompt", "the prompt's tokens"), ("generated", "the answer's, which follow it")):
+    for name, words in (("prompt", "the prompt"), ("generated", "the answer")):
         far = [[getattr(block, name)[i] or 0.0 for block in found.blocks] for i in (0, 1)]
         if any(map(any, far)):
-            most = (f"{k} up to {max(v):.2f} (block {v.index(max(v))})" for k, v in zip("AB", far, strict=True))
-            said.append(f"Of {words}, hidden states move by so much of their own length: {', '.join(most)}.")
+            a, b = (f"{max(own):.2f} of their own length" for own in far)
+            at, bt = (own.index(max(own)) for own in far)
+            said.append(f"Hidden states of {words} move by up to {a} under A (block {at}), {b} under B (block {bt}).")
     both = [(block.overlap, block.chance) for block in found.blocks if block.overlap is not None]
     if both:
         overlap, chance = (sum(value or 0.0 for value in values) / len(both) for values in zip(*both, strict=True))
@@ -69,7 +70,7 @@ answers; {tokens} tokens, states {found.width} wide.</p>
 <h2>By token</h2>
 <p>How far each token moves at each block, the last block at the top. The answer, behind the bar, is the base model's.
 Both tables of a text share one scale.</p>
-{"".join(_tokens(found, text) for text in found.texts[:PICTURED])}"""
+{"".join(f"<h3>Text {n}</h3>{_tokens(found, text)}" for n, text in enumerate(found.texts[:PICTURED], 1))}"""
     return document(f"{found.names[0]} and {found.names[1]}", body, CHARTS + _STYLE)
 
 
