@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_from_a_file_to_answers(
-    trimtab: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    trimtab: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "models").symlink_to(ROOT / "models")
     (tmp_path / "examples").mkdir()
@@ -29,7 +29,7 @@ def test_from_a_file_to_answers(
             code, text = trimtab(*shlex.split(command.format(**known)))
             assert code == 0, text
         exec("\n".join(line for line in lines if not line.startswith("!")), known)
-    assert capsys.readouterr().out.splitlines()[-1] == "delivery"
+    assert capfd.readouterr().out.splitlines()[-1] == "delivery"
     assert Path("runs/tickets/training.png").exists()
     with Path("answers.csv").open(newline="") as opened:
         rows = list(csv.DictReader(opened))
