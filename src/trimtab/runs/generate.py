@@ -110,7 +110,7 @@ class Answerer:
         """
         how = self.prompts.get(name, _PLAIN)
         if not is_templated(self.tokenizer, how["chat"]):
-            encoded = self._encode(messages[-1]["content"], name, how)
+            encoded = _put(self.tokenizer, messages[-1]["content"], name, how)
         else:
             put = [
                 {**m, "content": _filled(how["prompt"], m["content"], name)} if m["role"] == "user" else m
@@ -132,12 +132,9 @@ class Answerer:
         """How the adapter's training wrote prompts; for the base model how the first adapter's did."""
         return self.prompts.get(name) or next(iter(self.prompts.values()), _PLAIN)
 
-    def encode(self, prompt: str, name: str) -> Encoded:
-        """The prompt as the adapter, or for the base model the first one, takes it."""
-        return self._encode(prompt, name, self._prompting(name))
-
-    def _encode(self, prompt: str, name: str, how: dict[str, Any]) -> Encoded:
-        return _put(self.tokenizer, prompt, name, how)
+    def encode(self, prompt: str, name: str, answer: str | None = None) -> Encoded:
+        """The prompt as the adapter, or for the base model the first one, takes it; an answer as in its training."""
+        return _put(self.tokenizer, prompt, name, self._prompting(name), answer)
 
 
 def encode_as(folder: Path, tokenizer: PreTrainedTokenizerBase, prompt: str) -> Encoded:
@@ -145,8 +142,10 @@ def encode_as(folder: Path, tokenizer: PreTrainedTokenizerBase, prompt: str) -> 
     return _put(tokenizer, prompt, folder.name, _prompting(folder))
 
 
-def _put(tokenizer: PreTrainedTokenizerBase, prompt: str, name: str, how: dict[str, Any]) -> Encoded:
-    return encode(tokenizer, _filled(how["prompt"], prompt, name), chat=how["chat"], system=how["system"])
+def _put(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, name: str, how: dict[str, Any], answer: str | None = None
+) -> Encoded:
+    return encode(tokenizer, _filled(how["prompt"], prompt, name), answer, chat=how["chat"], system=how["system"])
 
 
 def _filled(template: str, text: str, name: str) -> str:
