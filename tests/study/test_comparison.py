@@ -798,6 +798,8 @@ def test_contenders_that_would_train_wrongly_are_left_out(models: Path) -> None:
     classifier = LlamaForSequenceClassification.from_pretrained(models / "llama")
     with pytest.raises(NotPossible, match="virtual tokens move the last token"):
         as_way("prompt", AdapterSpec()).build(classifier, "SEQ_CLS", ["score"])
+    built = as_way("head", AdapterSpec()).build(classifier.bfloat16(), "SEQ_CLS", ["score"])
+    assert [name for name, p in built.named_parameters() if p.requires_grad] == ["score.weight"]
     for wrong, message in (
         ({"x": {"trains": "bias"}}, "'bias' is none of"),
         ({"x": {"trains": "norms", "r": 2}}, "'r' does not go with trains"),

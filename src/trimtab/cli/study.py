@@ -164,9 +164,12 @@ def tune(
 
 def _fitted(experiment: Experiment, ways: list[Way], budget: int) -> list[Way]:
     """The ways at their budget, each of which is told."""
+    from trimtab.runs.models import Base
     from trimtab.study.budget import fitted
 
-    found = [fitted(experiment, way, budget) if way.trains else None for way in ways]
+    head = experiment.task.head
+    new = Base(experiment.source).load(head, experiment.seed).new if head.is_new else []
+    found = [fitted(experiment, way, budget, new) if way.trains else None for way in ways]
     for one in filter(None, found):
         console.print(f"{experiment.name}, {one.way.name}: {one.said}")
     return [one.way if one else way for one, way in zip(found, ways, strict=True)]

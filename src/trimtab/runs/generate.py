@@ -15,7 +15,7 @@ from trimtab.adapter.hub import local
 from trimtab.errors import AdapterError, RunError
 from trimtab.runs.folder import RunFolder
 from trimtab.runs.models import ModelSource, load_model, load_tokenizer
-from trimtab.runs.predict import check_context, predict
+from trimtab.runs.predict import check_context, context_of, predict
 from trimtab.tasks.templates import parse_template
 from trimtab.tasks.tokens import Encoded, Turns, encode, is_templated
 from trimtab.tasks.turns import encode_messages
@@ -103,7 +103,7 @@ class Answerer:
         """The next turn of a conversation, each of whose user turns is put as the adapter's training put prompts.
 
         Where that was without a chat template, only the last turn is asked. What of it is edited, the adapter's
-        `edit_turns` says.
+        `edit_turns` says. The answer is shorter than `max_new_tokens` where the model reads no more.
 
         Raises:
             DataError: the conversation is longer than the model reads.
@@ -118,7 +118,9 @@ class Answerer:
             ]
             turns = self.turns.get(name, "each")
             encoded = encode_messages(self.tokenizer, put, system=how["system"], turns=turns)
-        return self._run([encoded], [name], max_new_tokens)[0]
+        room = context_of(self.model)
+        left = max_new_tokens if room is None else min(max_new_tokens, max(1, room - len(encoded.input_ids)))
+        return self._run([encoded], [name], left)[0]
 
     def _run(self, encoded: Sequence[Encoded], names: Sequence[str], max_new_tokens: int) -> list[str]:
         check_context(self.model, encoded, max_new_tokens, names.__getitem__)

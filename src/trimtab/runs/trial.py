@@ -24,11 +24,11 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
 
-from trimtab.errors import DataError, NotPossible, RunError
+from trimtab.errors import DataError, MemoryFull, NotPossible, RunError
 from trimtab.runs.earlier import completed_trial
 from trimtab.runs.folder import versions, write_json
 from trimtab.runs.measures import thinned, training_memory, window_loss, windows
-from trimtab.runs.models import Base, ModelSource, pool_for
+from trimtab.runs.models import Base, ModelSource, fitting, pool_for
 from trimtab.runs.predict import Evaluation, context_of, evaluate, mean_loss
 from trimtab.runs.reuse import Reuse, Store
 from trimtab.runs.trainer import (
@@ -216,13 +216,14 @@ def run_trial(trial: Trial, folder: Path, content: dict[str, str] | None = None)
     if found := _done(file, described):
         return found
     try:
-        outcome, lasting = _run(trial), True
+        with fitting("the trial", TOO_LARGE):
+            outcome, lasting = _run(trial), True
     except NotPossible as error:
         outcome, lasting = Outcome(impossible=str(error)), False  # another version of PEFT may know how
+    except MemoryFull as error:
+        outcome, lasting = Outcome(failed=str(error)), False
     except (RunError, FloatingPointError, DataError) as error:
         outcome, lasting = Outcome(failed=str(error)), True
-    except torch.OutOfMemoryError:
-        outcome, lasting = Outcome(failed="out of memory"), False
     outcome = replace(outcome, run=described, versions=versions())
     if lasting:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -353,6 +354,13 @@ def close_stores() -> None:
     _bases.clear()
 
 
+TOO_LARGE = (
+    "lower training: batch_size: and raise gradient_accumulation: as much, set gradient_checkpointing: true, or lower "
+    "max_length:"
+)
+"""What helps a training that memory does not hold."""
+
+
 class Fit:
     """The training of one adapted model.
 
@@ -408,7 +416,8 @@ class Fit:
         experiment, way = trial.experiment, trial.way
         key = (experiment.source, experiment.name, way.name, str(way.settings), len(encoded))
         if key not in _memories:
-            _memories[key] = training_memory(self.trainer, model, encoded, trial.training.batch_size)
+            with fitting(self._step, TOO_LARGE):
+                _memories[key] = training_memory(self.trainer, model, encoded, trial.training.batch_size)
         return _memories[key]
 
     def run(self, resume_from: str | None = None) -> None:
@@ -416,12 +425,14 @@ class Fit:
 
         Raises:
             DivergedError: the loss became NaN.
+            MemoryFull: a step does not fit.
             RunError: a checkpoint could not be read or written.
         """
         try:
-            self.trainer.train(resume_from_checkpoint=resume_from)
+            with fitting(self._step, TOO_LARGE):
+                self.trainer.train(resume_from_checkpoint=resume_from)
         except (OSError, EOFError, RuntimeError, KeyError, SafetensorError, pickle.UnpicklingError) as error:
-            if resume_from and not self.trainer.progress.step and not isinstance(error, torch.OutOfMemoryError):
+            if resume_from and not self.trainer.progress.step:
                 remedy = f"remove it, or start over: --no-resume --task {self.trainer.progress.task}"
                 raise RunError(f"{resume_from}: this checkpoint cannot be read; {remedy}") from error
             folder = Path(str(self.trainer.args.output_dir))
@@ -429,6 +440,10 @@ class Fit:
                 raise
             remedy = "make room, and the same command goes on from the last whole one"
             raise RunError(f"{folder}: a checkpoint cannot be written, is the disk full? {remedy}") from error
+
+    @property
+    def _step(self) -> str:
+        return f"{self.trainer.progress.task}: a step of {self.trainer.args.train_batch_size} rows"
 
     @property
     def steps(self) -> int:

@@ -264,7 +264,8 @@ class PartWay(Way):
             raise NotPossible(f"the model has no {part}")
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in chosen or (name in head and self.trains))
-            if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            # A new head is trained as it is with any adapter; steps of the model's own weights are smaller.
+            if name in chosen and parameter.dtype in (torch.bfloat16, torch.float16):
                 kind = str(parameter.dtype).removeprefix("torch.")
                 raise NotPossible(f"its weights are {kind}, in which small steps are lost; set dtype: float32")
         return model

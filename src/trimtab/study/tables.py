@@ -39,7 +39,8 @@ def explained(report: Report) -> str:
     return (
         '"Better" (▲) and "worse" (▼) are than the reference, the row of its task in bold; "equal" (=) is surely '
         f'within {100 * report.margin:g} points of it; "not told apart" is neither, and says only that this much data '
-        'does not tell. "Finds" is the difference that would have been found 80 times in 100. Over all tasks the '
+        'does not tell. Parameters are all that is trained, a new head among them. "Finds" is the difference that '
+        "would have been found 80 times in 100. Over all tasks the "
         "difference is the mean of the tasks', and its interval is about these tasks, not others; tasks on which no "
         "method is surely better than one constant answer tell nothing and are left out of it. Seconds and MiB are of "
         "training: the median over seeds; what autograd keeps on the longest batch, with gradients and the "
