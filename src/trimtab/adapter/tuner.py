@@ -40,6 +40,11 @@ _NO_MERGE = (
     "Keep the adapter beside the base model; it costs nothing while decoding when only the prompt is edited. A saved "
     "one that edits every token (positions='all') at mlp or attention can be: `trimtab merge ADAPTER OUTPUT`."
 )
+_NO_VLLM_SAMPLES = (
+    " Trainers that sample through vLLM merge the adapter at each step to send vLLM its weights: set use_vllm=False, "
+    "so that transformers samples with the edits. Once trained, an adapter runs on vLLM by `trimtab serve MODEL "
+    "--engine vllm`."
+)
 OUTSIDE = (
     "{} ran outside a forward of its model, so the tokens to edit are not known. Call the whole model; to recompute "
     "blocks in the backward pass use the model's own gradient checkpointing."
@@ -333,7 +338,7 @@ class ReftModel(BaseTuner):
         raise NotImplementedError(_NO_AVERAGE)
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise NotImplementedError(_NO_MERGE)
+        raise NotImplementedError(_NO_MERGE + _NO_VLLM_SAMPLES)
 
     # ---- saving, loading: files hold R, parameters half of it --------------------------------------------------
 
