@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from trimtab.adapter.edit import edit
     from trimtab.adapter.folder import adapter_from
     from trimtab.adapter.identity import OtherBase
+    from trimtab.adapter.lora_at import LoraAtConfig
     from trimtab.adapter.parts import share_rotation
     from trimtab.adapter.readout import set_pool
     from trimtab.adapter.running import prompts
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "METHODS",
+    "LoraAtConfig",
     "OtherBase",
     "Positions",
     "ReftConfig",
@@ -46,6 +48,7 @@ __all__ = [
 
 _HOMES = {
     "METHODS": "edits",
+    "LoraAtConfig": "adapter.lora_at",
     "OtherBase": "adapter.identity",
     "Positions": "where.positions",
     "ReftConfig": "adapter.config",

@@ -30,10 +30,11 @@ def experiment(monkeypatch: pytest.MonkeyPatch) -> Any:
         ("loreft", 2_000, {"r": 1, "layers": [1, 3, 4, 6, 7]}),
         ("lora-qv", 41_000, {"r": 8, "lora_alpha": 16}),
         ("lora", 12_320, {"r": 1, "lora_alpha": 2}),
+        ({"at": {"peft_type": "LORA_AT", "r": 8, "lora_alpha": 16}}, 41_000, {"r": 8, "positions": "f1+l2"}),
         ("prompt", 12_320, {"num_virtual_tokens": 64}),
     ],
 )
-def test_a_method_gets_the_most_that_fits(name: str, budget: int, settings: dict[str, Any], experiment: Any) -> None:
+def test_a_method_gets_the_most_that_fits(name: Any, budget: int, settings: dict[str, Any], experiment: Any) -> None:
     found = fitted(experiment, as_way(name, experiment.adapter), budget)
     assert {key: found.way.settings[key] for key in settings} == settings, found
     base = Base(experiment.source)

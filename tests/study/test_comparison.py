@@ -134,6 +134,29 @@ def expected_tokens(recipe: Any) -> int:
     return int(loreft.tokens)
 
 
+@pytest.mark.parametrize("kind", ["generation", "classification"])
+def test_a_lora_at_positions_is_a_lora_but_for_those(kind: str, models: Path, tmp_path: Path) -> None:
+    """As many parameters, another result; at all tokens the same one, to rounding; positions are the adapter's own."""
+    recipe = load_recipe(write_recipe(models, tmp_path, kind))
+    targets = ["q_proj", "down_proj"] if kind == "generation" else ["query", "value"]
+    lora = {"r": 2, "lora_alpha": 4, "target_modules": targets}
+    settings = {
+        "plain": {"peft_type": "LORA"},
+        "here": {"peft_type": "LORA_AT"},
+        "all": {"peft_type": "LORA_AT", "positions": "all"},
+    }
+    found = {
+        name: run_trial(trial(recipe, {name: {**lora, **own}}), tmp_path / "trials") for name, own in settings.items()
+    }
+    plain, here, everywhere = found.values()
+    assert here.run["settings"]["positions"] == recipe.adapter.positions
+    assert plain.parameters == here.parameters == everywhere.parameters
+    assert plain.validation_loss == pytest.approx(everywhere.validation_loss, rel=1e-5)
+    assert plain.validation_loss != pytest.approx(here.validation_loss, rel=1e-5)
+    assert plain.curve[0][1] == pytest.approx(here.curve[0][1], rel=1e-5)
+    assert (plain.steps, plain.tokens) == (here.steps, here.tokens)
+
+
 @pytest.mark.parametrize(
     ("name", "kind"),
     [

@@ -19,6 +19,7 @@ from pydantic import Field
 from torch import nn
 
 from trimtab.adapter.config import ReftConfig
+from trimtab.adapter.lora_at import LORA_AT
 from trimtab.adapter.readout import pool_of
 from trimtab.edits import METHODS
 from trimtab.errors import NotPossible
@@ -51,7 +52,7 @@ WAYS: dict[str, dict[str, Any]] = {
 """Where nothing is said of target modules, they are PEFT's own choice for the architecture (q and v for LoRA)."""
 USUAL_RATES = (1e-3, 4e-3, 1.6e-2)
 RATES: dict[str, tuple[float, ...]] = {
-    "LORA": (5e-4, 1e-3, 2e-3, 4e-3),
+    **dict.fromkeys(("LORA", LORA_AT), (5e-4, 1e-3, 2e-3, 4e-3)),
     "everything": (2e-5, 8e-5, 3.2e-4),
     **dict.fromkeys(("IA3", "VERA", "PREFIX_TUNING", "PROMPT_TUNING", "head"), (4e-3, 1.6e-2, 6.4e-2)),
 }
@@ -175,6 +176,10 @@ class PeftWay(Way):
         return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[self.settings["peft_type"]]]
 
     @property
+    def takes_prompts(self) -> bool:  # type: ignore[override]
+        return "positions" in self.settings
+
+    @property
     def adds_tokens(self) -> bool:  # type: ignore[override]
         return issubclass(self.kind, PromptLearningConfig)
 
@@ -200,8 +205,10 @@ class PeftWay(Way):
         strength = {} if alpha is None else {"lora_alpha": max(1, round(size * alpha / r))}  # alpha / r stays
         return replace(self, settings={**self.settings, str(self.size_field): size, **strength})
 
-    def config(self, task_type: str, new: Sequence[str] = (), seed: int = 0) -> Any:
+    def config(self, task_type: str, new: Sequence[str] = (), seed: int = 0, edit_turns: Turns = "each") -> Any:
         chosen = {k: v for k, v in self.settings.items() if k != "peft_type"}
+        if self.takes_prompts:
+            chosen["edit_turns"] = edit_turns
         try:
             config = self.kind(task_type=task_type, **chosen)
         except TypeError as error:
@@ -225,7 +232,7 @@ class PeftWay(Way):
         if self.moves_last_token and task_type == "TOKEN_CLS":
             raise NotPossible("virtual tokens move the words whose tags are read")
         try:
-            adapted: nn.Module = get_peft_model(model, self.config(task_type, new, seed))
+            adapted: nn.Module = get_peft_model(model, self.config(task_type, new, seed, edit_turns))
         except (ValueError, TypeError, AttributeError, NotImplementedError) as error:  # PEFT's, of a model it lacks
             raise NotPossible(_first_line(error)) from error
         return adapted
@@ -315,6 +322,8 @@ def _made(name: str, settings: dict[str, Any], adapter: AdapterSpec) -> Way:
         known = [t.name for t in PeftType if t in PEFT_TYPE_TO_CONFIG_MAPPING and t.name != "REFT"]
         if kind not in known:
             raise ValueError(f"{name}: peft_type {kind!r} is none of {', '.join(known)}")
+        if kind == LORA_AT:
+            settings = {"positions": adapter.positions, **settings}
         return PeftWay(name, {**settings, "peft_type": kind}, rates)
     if "trains" in settings:
         if settings["trains"] not in PARTS:

@@ -35,7 +35,8 @@ class CompareSpec(Section):
         Annotated[list[str | dict[str, dict[str, Any]]], Field(min_length=2)] | None,
         Field(examples=[["lora", "loreft", {"big": {"peft_type": "LORA", "r": 32}}]]),
     ] = None
-    """Names, {name: {peft_type: LORA, r: 32, …}} or {name: {method: loreft, r: 8, …}}; the first is the reference."""
+    """Names, {name: {peft_type: LORA, r: 32, …}} or {name: {method: loreft, r: 8, …}}; the first is the reference.
+    `peft_type: LORA_AT` is a LoRA at some tokens alone, with `positions` (those of `adapter`, where it gives none)."""
     learning_rates: Annotated[
         Annotated[list[PositiveFloat], Field(min_length=1)] | None, Field(examples=[[1e-3, 4e-3]])
     ] = None
