@@ -1,9 +1,9 @@
-"""Every seed of a study whose tasks differ by a number: examples, tokens of an answer, pairs to learn, tokens of a prompt.
+"""Every seed of a study whose tasks differ by a number: examples, tokens of an answer, pairs to learn.
 
     python benchmarks/verdict/seeds.py benchmarks/results/verdict/stability/compare/few-shot.json --label "examples"
 
-Writes REPORT-seeds.png beside the report (seeds as dots, their mean as a line), and prints a table in Markdown: mean, then worst,
-median and best seed.
+Writes REPORT-seeds.png beside the report (seeds as dots, their mean as a line), and prints a table in Markdown: mean,
+then worst, median and best seed.
 """
 
 from __future__ import annotations
