@@ -56,6 +56,7 @@ TOPICS = {topic: words.split() for topic, words in _topics.items()}
 _filler = "the a of and then in there was by with that one old new day house man many it on"
 FILLER = _filler.split()
 OLD = {"the": "ye", "you": "thou", "your": "thy", "and": "and eke", "here": "hither", "yes": "yea"}
+DIALECT = {"ye": "da", "did": "done", "thou": "yer", "thy": "ma", "eke": "plus", "hither": "yonder"}
 
 
 class Kind(NamedTuple):
@@ -115,7 +116,7 @@ def add(rng: random.Random, length: int) -> tuple[str, str]:
 def style(rng: random.Random, length: int) -> tuple[str, str]:
     """Clauses of everyday English into an old style: "did" before the verb, ye, thou, hither."""
     plain, old = [], []
-    for _ in range(max(1, round(length / 11))):
+    for _ in range(max(1, round(length / 16))):
         verb, who, what = rng.choice(list(PAST)), rng.choice(WORDS), rng.choice(WORDS)
         place = rng.choice(["here", "by the house", "in your garden", "with you"])
         plain.append(f"the {who} {PAST[verb]} the {what} {place}")
@@ -124,6 +125,12 @@ def style(rng: random.Random, length: int) -> tuple[str, str]:
         mine, who = rng.choice(["the", "your"]), rng.choice(WORDS)
         return f"{mine} {who}", f"{OLD[mine]} {who}"
     return " and ".join(plain), " and eke ".join(old)
+
+
+def dialect(rng: random.Random, length: int) -> tuple[str, str]:
+    """The old style with other little words, which pretraining never shows as an answer."""
+    asked, old = style(rng, length)
+    return asked, " ".join(DIALECT.get(word, word) for word in old.split())
 
 
 def topic(rng: random.Random, length: int) -> tuple[str, str]:
@@ -145,6 +152,8 @@ KINDS = {
     "style": Kind(("Write it in an old style.", "How was this said long ago?", "Of old:"), style),
     "topic": Kind(("Name the topic.", "What is this text about?", "Topic:"), topic),
 }
+STUDIED = KINDS | {"dialect": Kind(("Say it as da folk do.", "In dialect, please.", "Dialect:"), dialect)}
+"""One more than pretraining shows."""
 HOW_OFTEN = (1, 1.5, 0.7, 2, 0.7, 1, 0.7)
 """Copying is what such a small model learns last, and doubling is copying."""
 
@@ -158,7 +167,7 @@ def split_of(asked: str) -> str:
 def example(kind: str, split: str, length: int, rng: random.Random) -> tuple[str, str]:
     """An input of the split, and its answer."""
     while True:
-        asked, answer = KINDS[kind].example(rng, length)
+        asked, answer = STUDIED[kind].example(rng, length)
         if split_of(asked) == split:
             return asked, answer
 
@@ -170,7 +179,7 @@ def invented(rng: random.Random) -> str:
 
 def write_data(out: Path) -> None:
     """Every task at every length, and the pairs, of which one half chooses the rate and the other is told."""
-    for kind in KINDS:
+    for kind in STUDIED:
         for length in LENGTHS.get(kind, (4, 16, 64)):
             rng, rows = random.Random(f"{kind} {length}"), {}
             for split, count in SIZES.items():
@@ -310,7 +319,7 @@ def untuned(model: Path, out: Path, items: int) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     found = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     table: dict[str, dict[str, float]] = {}
-    for kind, how in KINDS.items():
+    for kind, how in STUDIED.items():
         for length in LENGTHS.get(kind, (4, 16, 64)):
             rng = random.Random(f"untuned {kind} {length}")
             asked = [example(kind, "test", length, rng) for _ in range(items)]
