@@ -27,7 +27,7 @@ def sizes(report: dict[str, Any]) -> dict[str, dict[int, dict[str, Any]]]:
     for name, task in report["tasks"].items():
         number = re.search(r"\d+", name)
         assert number, f"{name} has no number"
-        found[re.sub(r"[-,]? ?\d+", "", name)][int(number[0])] = {line["name"]: line for line in task["methods"]}
+        found[re.sub(r"[-,] ?\d+.*", "", name)][int(number[0])] = {line["name"]: line for line in task["methods"]}
     return found
 
 
