@@ -66,10 +66,10 @@ def draw(found: dict[str, dict[int, dict[str, Any]]], label: str, path: Path) ->
             panel.plot([p for p, _ in told], [mean(some) for _, some in told], color=f"C{i}", label=name)
             for place, some in told:
                 panel.plot([place] * len(some), some, "o", color=f"C{i}", ms=4, alpha=0.6)
-        panel.set(title=task, xlabel=label, ylabel="test score, points", ylim=(-3, 103))
+        panel.set(title=task, xlabel=label, ylabel="test score, points", ylim=(-3, 103), xlim=(-0.5, len(xs) - 0.5))
         panel.set_xticks(range(len(xs)), list(map(str, xs)))
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
-    figure.suptitle("a dot is a seed, with its own draw and rate; the line is their mean", fontsize=10)
+    figure.suptitle("a dot is a seed, the line their mean", fontsize=10)
     figure.savefig(path, dpi=110)
 
 
