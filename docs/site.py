@@ -47,6 +47,14 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     return LINK.sub(moved, markdown).replace("<!-- the fields of ReftConfig -->", _fields())
 
 
+def on_post_build(config: Any) -> None:
+    """Put each page's Markdown beside it, to which llms.txt leads who reads no HTML."""
+    site, pages = Path(config.site_dir), [ROOT / "README.md", *Path(config.docs_dir).rglob("*.md")]
+    for page in pages:
+        name = "index.md" if page.name == "README.md" else page.relative_to(config.docs_dir)
+        (site / name).write_text(page.read_text(encoding="utf-8"), encoding="utf-8")
+
+
 def _fields() -> str:
     """A table of the fields of `ReftConfig` that PEFT's configs do not have; their help is known when it runs."""
     lines = ["| field | default | meaning |", "|---|---|---|"]

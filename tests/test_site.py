@@ -23,6 +23,18 @@ def test_the_site_builds(tmp_path: Path) -> None:
     assert "editing its hidden states" in (tmp_path / "index.html").read_text()
     assert (tmp_path / "repository/recipes/words.yaml").read_text() == (ROOT / "recipes/words.yaml").read_text()
     assert "Rank of the edit" in (tmp_path / "api/index.html").read_text()
+    assert all((tmp_path / page).is_file() for page in pages_for_agents())
+
+
+def pages_for_agents() -> list[str]:
+    """What llms.txt links to; each link is followed by a sentence."""
+    return re.findall(r"^- \[[^]]+\]\(([^)]+)\): \S.*\.$", (ROOT / "docs/llms.txt").read_text(), re.M)
+
+
+def test_llms_txt_has_every_page() -> None:
+    there = [path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")]
+    assert sorted(pages_for_agents()) == sorted(["index.md", *there])
+    assert (ROOT / "docs/llms.txt").read_text().count("](") == len(there) + 1
 
 
 def test_the_api_page_has_every_public_name() -> None:

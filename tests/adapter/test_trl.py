@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -220,6 +221,20 @@ def test_rewards_rise(
 def test_a_loss_without_labels_is_refused(name: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(ValueError, match=r"with trimtab\.prompts\(model, lengths\)"):
         build(TABLE[name], tmp_path, tokenizer, silent=True).train()
+
+
+@pytest.mark.parametrize("name", ["grpo", "rloo"])
+def test_sampling_through_vllm_is_refused(
+    name: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is sampled from weights without the edits. A stand-in takes the place of vLLM's server."""
+    monkeypatch.setattr("trl.generation.vllm_generation.is_vllm_available", lambda: True)
+    monkeypatch.setattr("trl.generation.vllm_generation.VLLMClient", MagicMock())
+    served = {"use_vllm": True, "vllm_mode": "server", "vllm_importance_sampling_correction": False}
+    known = classes(TABLE[name].trainer)[1].__dataclass_fields__
+    args = {**TABLE[name].args, **{key: value for key, value in served.items() if key in known}}
+    with pytest.raises(NotImplementedError, match=r"set use_vllm=False.*`trimtab serve MODEL --engine vllm`"):
+        build(replace(TABLE[name], args=args), tmp_path, tokenizer).train()
 
 
 def test_sft_is_the_same_packed(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -40,6 +40,11 @@ _NO_MERGE = (
     "Keep the adapter beside the base model; it costs nothing while decoding when only the prompt is edited. A saved "
     "one that edits every token (positions='all') at mlp or attention can be: `trimtab merge ADAPTER OUTPUT`."
 )
+_NO_VLLM_SAMPLES = (
+    " Trainers that sample through vLLM merge the adapter at each step to send vLLM its weights: set use_vllm=False, "
+    "so that transformers samples with the edits. Once trained, an adapter runs on vLLM by `trimtab serve MODEL "
+    "--engine vllm`."
+)
 OUTSIDE = (
     "{} ran outside a forward of its model, so the tokens to edit are not known. Call the whole model; to recompute "
     "blocks in the backward pass use the model's own gradient checkpointing."
@@ -175,6 +180,19 @@ def check_states(site: Site, hidden: Tensor) -> None:
         )
 
 
+class Adapters(dict[str, Any]):
+    """Configs by adapter. `PeftModel.set_adapter` looks its argument up here: of a list, it is said who takes it."""
+
+    def __contains__(self, name: object) -> bool:
+        if isinstance(name, list | tuple | set):
+            names = list(map(str, name))
+            raise ValueError(
+                f"{names}: PeftModel's own set_adapter takes one adapter. Several, one after another: "
+                f"model.base_model.set_adapter({names}); another one for each row: adapter_names=."
+            )
+        return super().__contains__(name)
+
+
 class ReftModel(BaseTuner):
     """Puts ReFT adapters on a model; what `PeftModel.base_model` is for PEFT's own methods."""
 
@@ -193,6 +211,7 @@ class ReftModel(BaseTuner):
         except BaseException:
             self._passes.release()
             raise
+        self.peft_config = self.model.peft_config = Adapters(self.peft_config)
         take_over_loading(model)
 
     @property
@@ -319,7 +338,7 @@ class ReftModel(BaseTuner):
         raise NotImplementedError(_NO_AVERAGE)
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise NotImplementedError(_NO_MERGE)
+        raise NotImplementedError(_NO_MERGE + _NO_VLLM_SAMPLES)
 
     # ---- saving, loading: files hold R, parameters half of it --------------------------------------------------
 

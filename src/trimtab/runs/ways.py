@@ -82,6 +82,8 @@ class Way(ABC):
     settings: Mapping[str, Any]
     learning_rates: tuple[float, ...] = USUAL_RATES
     """Those that a search starts from; no part of the method."""
+    first_seed: int | None = None
+    """Of its trials, where it is not the experiment's; no part of the method either."""
 
     trains = True
     """Whether there is anything to train."""
@@ -262,7 +264,8 @@ class PartWay(Way):
             raise NotPossible(f"the model has no {part}")
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in chosen or (name in head and self.trains))
-            if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            # A new head is trained as it is with any adapter; steps of the model's own weights are smaller.
+            if name in chosen and parameter.dtype in (torch.bfloat16, torch.float16):
                 kind = str(parameter.dtype).removeprefix("torch.")
                 raise NotPossible(f"its weights are {kind}, in which small steps are lost; set dtype: float32")
         return model
@@ -313,9 +316,11 @@ def as_way(entry: str | Mapping[str, Mapping[str, Any]], adapter: AdapterSpec) -
 
 
 def _made(name: str, settings: dict[str, Any], adapter: AdapterSpec) -> Way:
-    own = settings.pop("learning_rates", None)
+    own, seed = settings.pop("learning_rates", None), settings.pop("seed", None)
     if own is not None and not (isinstance(own, list) and own and all(isinstance(r, float) and r > 0 for r in own)):
         raise ValueError(f"{name}: learning_rates: {own!r} is no list of positive numbers")
+    if seed is not None and (type(seed) is not int or seed < 0):
+        raise ValueError(f"{name}: seed: {seed!r} is no whole number of at least 0")
     kind = str(settings.get("peft_type", "")).upper() or settings.get("trains", "")
     rates = tuple(sorted(set(own or RATES.get(kind, USUAL_RATES))))
     if "peft_type" in settings:
@@ -324,16 +329,16 @@ def _made(name: str, settings: dict[str, Any], adapter: AdapterSpec) -> Way:
             raise ValueError(f"{name}: peft_type {kind!r} is none of {', '.join(known)}")
         if kind == LORA_AT:
             settings = {"positions": adapter.positions, **settings}
-        return PeftWay(name, {**settings, "peft_type": kind}, rates)
+        return PeftWay(name, {**settings, "peft_type": kind}, rates, seed)
     if "trains" in settings:
         if settings["trains"] not in PARTS:
             raise ValueError(f"{name}: trains: {settings['trains']!r} is none of {', '.join(PARTS)}")
         if more := settings.keys() - {"trains", "shots"}:
             raise ValueError(f"{name}: {sorted(more)[0]!r} does not go with trains:")
-        return PartWay(name, settings, rates)
+        return PartWay(name, settings, rates, seed)
     merged = AdapterSpec.model_validate({**adapter.model_dump(), **settings})
     # A field that came later is left out where it says nothing, so that outcomes from before are found again.
-    return ReftWay(name, merged.model_dump(exclude=None if merged.lora else {"lora"}), rates)
+    return ReftWay(name, merged.model_dump(exclude=None if merged.lora else {"lora"}), rates, seed)
 
 
 def applicable(task_type: str) -> list[str]:
