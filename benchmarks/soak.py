@@ -139,17 +139,24 @@ def serving(folder: Path, resident: int) -> Iterator[tuple[subprocess.Popen[byte
     server = subprocess.Popen([*command, "--dtype", "float32", "--resident", str(resident), "--prefix-mb", "64"])
     try:
         with httpx.Client(base_url="http://127.0.0.1:8917", timeout=120) as client:
-            for _ in range(600):
-                try:
-                    if client.get("/ready").status_code == 200:
-                        break
-                except httpx.TransportError:
-                    time.sleep(0.2)
+            until_ready(server, client)
             yield server, client
     finally:
         server.terminate()
         if server.wait(60) != 0:
             raise SystemExit(f"the server ended with {server.returncode}")
+
+
+def until_ready(server: subprocess.Popen[bytes], client: httpx.Client) -> None:
+    """Raises SystemExit where the server ends instead, or takes ten minutes."""
+    end = time.monotonic() + 600
+    while server.poll() is None and time.monotonic() < end:
+        try:
+            if client.get("/ready").status_code == 200:
+                return
+        except httpx.TransportError:
+            time.sleep(0.2)
+    raise SystemExit("the server did not come up")
 
 
 class Load:

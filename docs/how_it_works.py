@@ -133,13 +133,13 @@ def page(images: Path) -> str:
     found = explain(model, ids)
     top = found.top(4)
     names = [tokenizer.decode([i]) or "?" for i in top]
-    before, then = (own[top].exp().tolist() for own in (found.base, found.edited))
+    before, then = (own.next[top].exp().tolist() for own in (found.base, found.edited))
     drawn_plane(edited, words, images / "plane.png")
     drawn_next(names, before, then, images / "next.png")
     tokens = [tokenizer.decode([int(i)]).replace("<|", "‹").replace("|>", "›") for i in ids]
     moved = "\n".join(
         f"| {place.module.removeprefix('model.layers.')} | "
-        + " | ".join("" if share is None else f"{share:.2f}" for share in place.moved)
+        + " | ".join("" if share is None else f"{share:.2f}" for share in place.moved[: len(ids)])
         + " |"
         for place in found.places
     )

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from trimtab.adapter.edit import edit
     from trimtab.adapter.folder import adapter_from
     from trimtab.adapter.identity import OtherBase
+    from trimtab.adapter.loading import expect_missing
+    from trimtab.adapter.lora_at import LoraAtConfig
     from trimtab.adapter.parts import share_rotation
     from trimtab.adapter.readout import set_pool
     from trimtab.adapter.running import prompts
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "METHODS",
+    "LoraAtConfig",
     "OtherBase",
     "Positions",
     "ReftConfig",
@@ -34,6 +37,7 @@ __all__ = [
     "__version__",
     "adapter_from",
     "edit",
+    "expect_missing",
     "parse_positions",
     "prompts",
     "set_pool",
@@ -46,12 +50,14 @@ __all__ = [
 
 _HOMES = {
     "METHODS": "edits",
+    "LoraAtConfig": "adapter.lora_at",
     "OtherBase": "adapter.identity",
     "Positions": "where.positions",
     "ReftConfig": "adapter.config",
     "ReftModel": "adapter.tuner",
     "adapter_from": "adapter.folder",
     "edit": "adapter.edit",
+    "expect_missing": "adapter.loading",
     "parse_positions": "where.positions",
     "prompts": "adapter.running",
     "set_pool": "adapter.readout",

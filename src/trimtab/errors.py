@@ -31,6 +31,10 @@ class NotPossible(TrimtabError):
     """A way to adapt a model that this model or task has no place for. The message says why."""
 
 
+class MemoryFull(RunError):
+    """What does not fit into memory. The message says what to lower."""
+
+
 class DivergedError(RunError):
     """A training run whose loss became NaN."""
 

@@ -1,4 +1,4 @@
-"""Registering the method with PEFT: now if PEFT is loaded, else when it is.
+"""Registering the methods with PEFT: now if PEFT is loaded, else when it is.
 
 `import trimtab` alone must not cost the seconds that PEFT and transformers take to load: `trimtab --help` does it too.
 """
@@ -14,12 +14,12 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-_TUNER = "trimtab.adapter.tuner"
-"""Whose import registers."""
+_METHODS = ("trimtab.adapter.tuner", "trimtab.adapter.lora_at")
+"""Whose import registers: edits, and LoRAs at chosen tokens."""
 
 
 class _WhenPeftIsLoaded(MetaPathFinder):
-    """Stands aside, but has the method registered right after `peft` ran, which need not be when it is first found."""
+    """Stands aside, but has the methods registered right after `peft` ran, which need not be when it is first found."""
 
     def __init__(self) -> None:
         self._looking = False
@@ -39,15 +39,20 @@ class _WhenPeftIsLoaded(MetaPathFinder):
             def run_and_register(module: ModuleType) -> None:
                 sys.meta_path.remove(self)
                 run(module)
-                import_module(_TUNER)
+                _register()
 
             loader.exec_module = run_and_register
         return spec
 
 
 def register() -> None:
-    """Have PEFT know the method from the moment it is loaded."""
+    """Have PEFT know the methods from the moment it is loaded."""
     if "peft" in sys.modules:
-        import_module(_TUNER)
+        _register()
     else:
         sys.meta_path.insert(0, _WhenPeftIsLoaded())
+
+
+def _register() -> None:
+    for name in _METHODS:
+        import_module(name)

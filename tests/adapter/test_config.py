@@ -180,6 +180,8 @@ def test_numpy_integers_are_refused_rather_than_saved_wrongly() -> None:
         ("low_rank_dimension", "Here it is r."),
         ("target_modules", "Here it is site (block, attention, mlp, heads or a pattern of module names) and layers."),
         ("component", "Here it is site."),
+        ("intervention", "Here it is method and r, as in method='loreft', r=4."),
+        ("representations", "Here it is layers, site, method and r, as in layers"),
         ("lora_alpha", "trimtab.set_scale"),
         ("positionss", "Here it is positions."),
         ("zzz", "There are "),

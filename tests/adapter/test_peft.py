@@ -209,6 +209,16 @@ def test_active_adapters_compose_in_order() -> None:
     assert not torch.equal(seen[-1], seen[-2]), "these two do not commute"
 
 
+def test_several_adapters_for_one_setter_are_told_the_other() -> None:
+    model = get_peft_model(tiny("llama"), ReftConfig(task_type="CAUSAL_LM"), adapter_name="a")
+    model.add_adapter("b", ReftConfig(task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match=r"takes one adapter.*model\.base_model\.set_adapter\(\['a', 'b'\]\)"):
+        model.set_adapter(["a", "b"])
+    assert model.active_adapters == ["a"] and list(copy.deepcopy(model).peft_config) == ["a", "b"]
+    model.base_model.set_adapter(["a", "b"])
+    assert model.base_model.active_adapters == ["a", "b"]
+
+
 def test_set_adapter_moves_what_is_trainable() -> None:
     model = peft_model("llama", adapter_name="a")
     model.add_adapter("b", config_for("llama"))

@@ -62,7 +62,8 @@ def test_a_model_is_told(tokenizer: Any) -> None:
     """Labels on every real token, as in PEFT's loop: the same loss as with the lengths given."""
     base = AutoModelForCausalLM.from_pretrained(ROOT / "models/tiny-llama", dtype="float32")
     torch.manual_seed(0)
-    model = get_peft_model(base, ReftConfig(task_type="CAUSAL_LM", r=2, positions="f2+l2", init_weights="paper")).train()
+    config = ReftConfig(task_type="CAUSAL_LM", r=2, positions="f2+l2", init_weights="paper")
+    model = get_peft_model(base, config).train()
     texts = [TEMPLATE.format(query=query) + answer for query, answer in (("a cat?", "Two. Or three."), ("why?", "No"))]
     batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)

@@ -126,6 +126,24 @@ def test_chat_switches_adapters(trimtab: Command, runs: Path) -> None:
     assert "dogs" in text and "animal" in text and "No adapter 'nobody'" in text
 
 
+def test_chat_goes_on_after_what_cannot_be_answered(
+    trimtab: Command, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trimtab.runs.generate import Answerer
+
+    stdin = "word " * 600 + "\ndog\ncat\n/quit\n"
+    code, text = trimtab("chat", "-a", runs / "out/plural", stdin=stdin)
+    flat = " ".join(text.split())
+    assert code == 0 and "Not asked: plural: " in flat and "/new starts over" in flat and "dogs" in flat
+
+    def stop(*_: object, **__: object) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Answerer, "reply", stop)
+    code, text = trimtab("chat", "-a", runs / "out/plural", stdin="dog\n/quit\n")
+    assert code == 0 and "Stopped; that was not asked." in text
+
+
 def test_show(trimtab: Command, runs: Path) -> None:
     code, text = trimtab("show", runs / "out/kind")
     assert code == 0
@@ -250,6 +268,13 @@ def test_ctrl_c_says_in_a_line_how_to_go_on(
     monkeypatch.setattr(what, stop)
     code, text = trimtab(*(part.replace("{runs}", str(runs)) for part in command))
     assert code == 130 and said in " ".join(text.split()) and "Aborted" not in text, text
+
+
+@pytest.mark.parametrize("asked", [["--help"], ["-h"], []])
+def test_the_help_of_lm_eval_is_in_our_words(asked: list[str], trimtab: Command) -> None:
+    code, text = trimtab("lm-eval", *asked)
+    flat = " ".join(text.split())
+    assert code == 0 and "trimtab lm-eval run --help" in flat and "Needs the extra lm-eval" in flat, text
 
 
 def test_version(trimtab: Command) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -112,12 +111,5 @@ def test_the_score_of_a_sorted_file_is_that_of_new_rows(
     assert trimtab("predict", "new.csv", "-a", "runs/tickets", "-o", "out.csv")[0] == 0
     answers = rows_of(Path("out.csv"))
     new = sum(row["prediction"] == row["team"] for row in answers) / len(answers)
-    low, high = wilson(metrics["tuned"]["accuracy"], metrics["examples"])
+    low, high = metrics["interval"]
     assert low <= new <= high
-
-
-def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's 95% interval of a share."""
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
-    return middle - half, middle + half

@@ -53,6 +53,11 @@ FILES: dict[str, tuple[Rows, str, dict[str, Any]]] = {
         "generation",
         {"prompt": "{prompt}", "answer": "{completion}", "score": "exact_match", "max_new_tokens": 16},
     ),
+    "worked sums": (
+        of(question=sentence, answer=lambda i: f"{'One more is one more, and so on. ' * 2}\n#### {1000 + i:,}"),
+        "generation",
+        {"prompt": "{question}", "answer": "{answer}", "score": "number"},
+    ),
     "question, answer": (of(answer=sentence, question=sentence), "generation", {"prompt": "{question}"}),
     "text, label": (of(label=lambda i: i % 3, text=sentence), "classification", {"text": "text", "label": "label"}),
     "a pair": (
@@ -129,6 +134,8 @@ def test_columns_that_a_prompt_leaves_out_are_named(tmp_path: Path) -> None:
     found = guess(write(tmp_path, choices), True)
     assert found.keys["prompt"] == "{question}"
     assert found.said == "choice0, choice1 might belong in the prompt too, each in braces"
+    seeds = of(task=sentence, instances=lambda i: [{"input": "", "output": "x"}], label=lambda i: i % 2)
+    assert guess(write(tmp_path, seeds), True).said == "instances: lists or objects, which are not used"
 
 
 @pytest.mark.parametrize(

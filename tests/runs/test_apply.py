@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 from conftest import Command
 
+from trimtab import expect_missing
 from trimtab.errors import DataError
 from trimtab.recipe.load import load_recipe
 from trimtab.runs.apply import Applied
@@ -109,6 +115,29 @@ def test_a_classifier_says_names_and_probabilities(runs: Path, asked: Path, trim
     assert code == 0 and text == output.read_text()
 
 
+def test_predictions_are_for_people(runs: Path, asked: Path, trimtab: Command, tmp_path: Path) -> None:
+    """No more digits than float32 has; an empty one is explained."""
+    Applied(runs / "size").write(asked, tmp_path / "size.csv")
+    assert all(len(line["prediction"].strip("-0.").replace(".", "")) <= 6 for line in read(tmp_path / "size.csv"))
+    for kind in ("csv", "jsonl"):
+        code, text = trimtab("predict", asked, "-a", runs / "traits", "-o", tmp_path / f"traits.{kind}")
+        assert code == 0, text
+    empty = sum(line["prediction"] == "" for line in read(tmp_path / "traits.csv"))
+    assert empty and f"{empty} predictions are empty: no class has a probability above a half." in text
+
+
+def test_memory_that_is_full_is_said_in_a_line(
+    runs: Path, asked: Path, trimtab: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("transformers.LlamaModel.forward", full)
+    code, text = trimtab("predict", asked, "-a", runs / "mood", "-o", tmp_path / "out.csv", "--batch-size", 7)
+    said = "error: answering 7 rows at a time does not fit into the GPU's memory; lower training: eval_batch_size:"
+    assert code == 2 and text.startswith(said) and text.count("\n") == 1
+
+
 def test_the_files_own_columns_stand_beside_the_prediction(runs: Path, tmp_path: Path) -> None:
     rows = [{"id": "A-1", "text": "cat", "row": 7, "tags": ["a", "b"]}, {"text": "dog", "note": "x,y"}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -146,7 +175,9 @@ def test_the_card_runs_as_printed(
 ) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", (runs / kind / "README.md").read_text(), re.S)
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "card", "exec"), {})
+    with reports() as reported:
+        exec(compile(code, "card", "exec"), {})
+    assert not reported  # of a head that is missing in the base
     printed = capsys.readouterr().out.strip()
     (tmp_path / "row.jsonl").write_text(json.dumps({name: f"<{name}>" for name in ROWS[0]}))
     applied = Applied(runs / kind)
@@ -170,6 +201,37 @@ def test_the_card_runs_as_printed(
         assert line["prediction"] == ", ".join(name for name, share in shares.items() if share > 0.5)
     else:
         assert eval(printed) == pytest.approx({name: line[f"p({name})"] for name in ("tame", "wild")}, abs=1e-4)
+
+
+@contextmanager
+def reports() -> Iterator[list[str]]:
+    """What transformers reports, within, of weights that it loads."""
+    said: list[str] = []
+    handler, logger = logging.Handler(), logging.getLogger("transformers.modeling_utils")
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_warning()
+    logger.addHandler(handler)
+    try:
+        yield said
+    finally:
+        logger.removeHandler(handler)
+        transformers.logging.set_verbosity(verbosity)
+
+
+def test_only_the_head_is_expected_to_be_missing(tmp_path: Path) -> None:
+    auto = transformers.AutoModelForSequenceClassification
+    with reports() as reported, expect_missing("other"):
+        auto.from_pretrained(MODEL, num_labels=2)
+    assert len(reported) == 1 and "score.weight" in reported[0]
+    base = transformers.AutoModelForCausalLM.from_pretrained(MODEL)
+    state = {name: value.clone() for name, value in base.state_dict().items()}
+    state["model.extra.weight"] = state.pop("model.norm.weight")
+    base.save_pretrained(tmp_path, state_dict=state)
+    with reports() as reported, expect_missing("score"):
+        auto.from_pretrained(tmp_path, num_labels=2)
+    (said,) = reported
+    assert "model.norm.weight" in said and "model.extra.weight" in said and "score.weight" not in said
 
 
 def test_class_names_go_with_the_run(runs: Path) -> None:

@@ -20,6 +20,7 @@ from trimtab.runs.summary import checked_summary, marked, result_remarks
 from trimtab.runs.train import train
 from trimtab.runs.trainer import TrainingSpec
 from trimtab.runs.trial import Experiment
+from trimtab.tasks.scores import interval
 from trimtab.tasks.tokens import encode
 
 MODEL = Path(__file__).parents[2] / "models/tiny-llama"
@@ -76,7 +77,7 @@ def test_rows_are_counted_and_told_from_where(make: Make) -> None:
             PLURAL,
             [*rows(*"ab" * 8), *rows(*"cd" * 8, text="word " * 60)],
             {"training": {"max_length": 40}},
-            " rows are longer than 40 tokens and left out; training: max_length:",
+            " rows are longer than 40 tokens and left out; more fit with a larger training: max_length:",
         ),
     ],
 )
@@ -205,5 +206,10 @@ def test_a_bad_result_is_remarked() -> None:
     (guess,) = result_remarks({**good, "majority": {"answer": "late", "score": 0.6}})
     assert "0.600 is no better" in guess and "always answering 'late' would score 0.600" in guess
     assert result_remarks({**good, "majority": {"answer": "late", "score": 0.5}}) == []
+    few = {"examples": 7, "split": "validation"}
+    (wide,) = result_remarks({**good, **few, "interval": interval(0.6, 7)})
+    assert "of 7 validation rows: on new ones it may be anything from 0.27 to 0.86" in wide
+    assert result_remarks({**good, **few, "interval": interval(0.6, 700)}) == []
+    assert interval(1.0, 7) == pytest.approx((0.6457, 1.0), abs=1e-4)
     (risen,) = result_remarks({**good, "loss_at_end": 3.0})
     assert "rose from 2.000 to 3.000" in risen

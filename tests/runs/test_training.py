@@ -205,6 +205,7 @@ def test_after_kill_9_a_resumed_run_ends_in_the_same_adapter(positions: str, tmp
     state = json.loads(Path(RunFolder(checkpoints.parent).last_checkpoint() or "", "trainer_state.json").read_text())
     metrics = train_recipe(load_recipe(path))["plural"]
     assert metrics["train_loss"] == pytest.approx(uninterrupted["train_loss"])
+    assert metrics["curve"] == uninterrupted["curve"] and metrics["curve"]["loss"][-1][0] == 40  # from the first step
     assert metrics["seconds"] > state["log_history"][-1]["seconds"] > 0  # what was trained before the kill counts
     assert bool(metrics["reuse"]["reused"]) == (positions == "l2")  # what is reused does not show in the bits
     file = "runs/plural/adapter_model.safetensors"

@@ -39,8 +39,6 @@ def chat(**fields: Any) -> tuple[str, Any]:
 
 
 UNSUPPORTED = {
-    "tools": [{"type": "function", "function": {"name": "f"}}],
-    "tool_choice": "required",
     "functions": [{"name": "f"}],
     "function_call": "auto",
     "audio": {"voice": "alloy", "format": "wav"},
@@ -69,6 +67,8 @@ def test_what_is_not_done_is_refused_by_name(served: Served, field: str, make: A
 
 HARMLESS: dict[str, Any] = {
     **dict.fromkeys(UNSUPPORTED),
+    "tools": [],
+    "tool_choice": "none",
     "user": "me",
     "metadata": {"a": "b"},
     "store": True,
@@ -76,8 +76,6 @@ HARMLESS: dict[str, Any] = {
     "safety_identifier": "me",
     "prompt_cache_key": "k",
     "response_format": {"type": "text"},
-    "tools": [],
-    "tool_choice": "none",
     "best_of": 1,
     "temperature": None,
     "stop": None,
@@ -92,6 +90,7 @@ def test_what_changes_nothing_is_taken(served: Served) -> None:
         assert answer.status_code == 200, answer.text
 
 
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
 WRONG: dict[str, tuple[tuple[str, Any], str | None, str]] = {
     "unknown": (text(temprature=1), "temprature", "unknown_parameter"),
     "missing": ((TEXT, {"prompt": "a"}), "model", "missing_required_parameter"),
@@ -133,11 +132,10 @@ WRONG: dict[str, tuple[tuple[str, Any], str | None, str]] = {
         "invalid_value",
     ),
     "says nothing": (chat(messages=[{"role": "user"}]), "messages.0", "missing_required_parameter"),
-    "tools without a place": (
-        chat(tools=[{"type": "function", "function": {"name": "f"}}], tool_choice="none"),
-        "messages",
-        "invalid_value",
-    ),
+    "tools of a text": (text(tools=TOOLS), "tools", "unsupported_parameter"),
+    "a choice of a text": (text(tool_choice="required"), "tool_choice", "unsupported_parameter"),
+    "a choice of nothing": (chat(tool_choice="required"), "tool_choice", "invalid_value"),
+    "tools without a place": (chat(tools=TOOLS), "messages", "invalid_value"),
     "no object": ((TEXT, [1]), None, "invalid_json"),
 }
 

@@ -21,7 +21,7 @@ import pytest
 import torch
 import uvicorn
 from safetensors.torch import load_file, save_file
-from served import BASE, MODEL, Served, make_adapters, serving, user
+from served import BASE, MODEL, Served, is_ready, make_adapters, serving, until, user
 from torch import Tensor
 
 from trimtab.serve.app import create_app
@@ -39,13 +39,6 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     limits = Limits(slots=4, chunk=8, max_queue=5, queue_seconds=20)
     with serving(tmp_path_factory.mktemp("adapters"), limits) as server:
         yield server
-
-
-def until(condition: Callable[[], object], seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.002)
 
 
 def is_idle(served: Served) -> bool:
@@ -381,17 +374,10 @@ def process(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     ) as running:
         try:
             url = f"http://127.0.0.1:{port}"
-            until(lambda: running.poll() is not None or answers(url), 120)
+            until(lambda: running.poll() is not None or is_ready(url), 300)
             yield running, url
         finally:
             running.kill()
-
-
-def answers(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/ready").status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 @pytest.mark.slow
@@ -414,7 +400,7 @@ def test_sigterm_under_load(process: tuple[subprocess.Popen[str], str], signals:
     threads = [threading.Thread(target=ask, args=(i,)) for i in range(16)]
     for thread in threads:
         thread.start()
-    time.sleep(2)
+    until(lambda: said["200"] >= 16, 120)
     started = time.monotonic()
     for _ in range(signals):
         running.send_signal(signal.SIGTERM)

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from served import ADAPTERS, BASE, Served, serving, user
 
 from trimtab.serve.engine import BadRequest, Sampling
-from trimtab.serve.grammar import LARGEST, Form, Grammars
+from trimtab.serve.grammar import LARGEST, Form, Grammars, json_rule
 from trimtab.serve.sampling import Sampler, choose
 
 
@@ -25,6 +25,7 @@ class Animal(BaseModel):
 
 
 SCHEMA = {**Animal.model_json_schema(), "additionalProperties": False}
+GRAMMAR = f"start: {json_rule(SCHEMA)}"
 FORMAT: Any = {"type": "json_schema", "json_schema": {"name": "animal", "schema": SCHEMA}}
 MODELS = [BASE, *ADAPTERS]
 
@@ -138,7 +139,7 @@ def test_whatever_is_drawn_is_valid(grammars: Grammars, served: Served) -> None:
     """From logits that want anything else, a model's with more rows than the tokenizer has tokens."""
     tokenizer = served.service.tokens.tokenizer
     draw = torch.Generator().manual_seed(0)
-    form = grammars.of_schema(SCHEMA)
+    form = grammars.form(GRAMMAR, "response_format")
     for seed in range(12):
         own: Form = form.copy()
         sampler, ids = Sampler(Sampling(seed=seed, top_k=50), [], own), list[int]()
@@ -151,10 +152,10 @@ def test_whatever_is_drawn_is_valid(grammars: Grammars, served: Served) -> None:
 
 def test_a_model_whose_answers_cannot_end_has_no_forms(served: Served) -> None:
     with pytest.raises(BadRequest, match="end token"):
-        Grammars(served.service.tokens.tokenizer, 4096, ()).of_schema(SCHEMA)
+        Grammars(served.service.tokens.tokenizer, 4096, ()).form(GRAMMAR, "response_format")
 
 
 def test_a_token_against_the_form_is_a_failure(grammars: Grammars, served: Served) -> None:
-    form = grammars.of_schema(SCHEMA)
+    form = grammars.form(GRAMMAR, "response_format")
     form.saw(served.service.tokens.tokenizer("cat", add_special_tokens=False)["input_ids"][0])
     assert form.failed

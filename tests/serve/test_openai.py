@@ -253,5 +253,5 @@ def moved(served: Served, model: str, scale: float, ids: list[int]) -> torch.Ten
     if model == BASE:
         return torch.zeros(len(ids))
     with torch.no_grad(), served._reference(model, scale) as reference:
-        places = explain(reference, torch.tensor(ids)).places
+        places = explain(reference, torch.tensor(ids), max_new_tokens=1).places
     return torch.tensor([[move or 0.0 for move in place.moved] for place in places]).sum(0)

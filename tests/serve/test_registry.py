@@ -107,6 +107,17 @@ def test_memory_is_bounded_and_what_left_it_is_read_again(folder: Path) -> None:
         registry.get("a")
 
 
+def test_what_is_replaced_or_unloaded_leaves_its_room_to_others(folder: Path) -> None:
+    registry = Registry(LAYOUT, folder, memory=LAYOUT.size * 8)  # two
+    first = registry.get("a")
+    for _ in range(3):
+        second = registry.load("b", "b", replace=True)
+    assert registry.get("a") is first
+    registry.unload("b")
+    third = registry.load("c", "b")
+    assert registry.get("a") is first and registry.get("c") is third is not second
+
+
 def test_nothing_is_loaded_from_outside(folder: Path, tmp_path: Path) -> None:
     save(tmp_path / "out", seed=4)
     (folder / "link").symlink_to(tmp_path / "out")

@@ -5,14 +5,12 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import openai
 import pytest
-from served import ADAPTERS, BASE, MODEL, Served, make_adapters, user
+from served import ADAPTERS, BASE, MODEL, Served, is_ready, make_adapters, until, user
 
 from trimtab.runs.models import load_tokenizer
 from trimtab.serve.answers import Tokens
@@ -44,13 +42,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     process = subprocess.Popen([*command, *(part for one in options for part in ("--vllm", one))])
     url = f"http://127.0.0.1:{PORT}"
     try:
-        for _ in range(600):
-            assert process.poll() is None
-            try:
-                if httpx.get(f"{url}/ready").status_code == 200:
-                    break
-            except httpx.TransportError:
-                time.sleep(0.2)
+        until(lambda: process.poll() is not None or is_ready(url), 600)
+        assert process.poll() is None
         yield _Reference(None, url, folder)  # type: ignore[arg-type]
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
@@ -80,6 +73,27 @@ def test_the_scale_of_a_request(served: Served, scale: float) -> None:
         model="ends", prompt=PROMPT, max_tokens=8, temperature=0, extra_body={"reft_scale": scale}
     )
     assert answer.choices[0].text == served.expected_text(served.ids(PROMPT), "ends", scale=scale)
+
+
+def test_several_adapters_edit_one_request(served: Served) -> None:
+    asked: Any = ["ends", {"name": "all", "scale": 0.5}]
+    texts = []
+    for names, scales in ((("ends", "all"), (1.0, 0.5)), (("all", "ends"), (0.5, 1.0))):
+        answer = served.openai.completions.create(
+            model=BASE, prompt=PROMPT, max_tokens=8, temperature=0, extra_body={"reft_adapters": asked}
+        )
+        texts.append(answer.choices[0].text)
+        assert texts[-1] == served.expected_text(served.ids(PROMPT), names, 8, scales)
+        asked.reverse()
+    assert texts[0] != texts[1]
+
+
+def test_what_this_engine_does_not_do_is_said(served: Served) -> None:
+    with pytest.raises(openai.BadRequestError, match="--engine transformers") as caught:
+        served.openai.completions.create(
+            model=BASE, prompt=PROMPT, extra_body={"response_format": {"type": "json_object"}}
+        )
+    assert caught.value.param == "response_format"
 
 
 def test_many_at_once_by_the_async_client(served: Served) -> None:

@@ -6,7 +6,7 @@ import gc
 import json
 import re
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ from trimtab.study import compare as comparison
 from trimtab.study.ablations import adapter_variants
 from trimtab.study.compare import Group, Study, by_worth, choose_ways
 from trimtab.study.pages import write_report
-from trimtab.study.report import still_falling, summarise
+from trimtab.study.report import late_move, still_falling, summarise
 from trimtab.study.tables import as_markdown
 from trimtab.tasks.tokens import encode
 
@@ -132,6 +132,29 @@ def expected_tokens(recipe: Any) -> int:
     """Of two batches in the order that the seed gives: the same for every method."""
     loreft = run_trial(trial(recipe, "loreft"), Path(recipe.output) / "again")
     return int(loreft.tokens)
+
+
+@pytest.mark.parametrize("kind", ["generation", "classification"])
+def test_a_lora_at_positions_is_a_lora_but_for_those(kind: str, models: Path, tmp_path: Path) -> None:
+    """As many parameters, another result; at all tokens the same one, to rounding; positions are the adapter's own."""
+    recipe = load_recipe(write_recipe(models, tmp_path, kind))
+    targets = ["q_proj", "down_proj"] if kind == "generation" else ["query", "value"]
+    lora = {"r": 2, "lora_alpha": 4, "target_modules": targets}
+    settings = {
+        "plain": {"peft_type": "LORA"},
+        "here": {"peft_type": "LORA_AT"},
+        "all": {"peft_type": "LORA_AT", "positions": "all"},
+    }
+    found = {
+        name: run_trial(trial(recipe, {name: {**lora, **own}}), tmp_path / "trials") for name, own in settings.items()
+    }
+    plain, here, everywhere = found.values()
+    assert here.run["settings"]["positions"] == recipe.adapter.positions
+    assert plain.parameters == here.parameters == everywhere.parameters
+    assert plain.validation_loss == pytest.approx(everywhere.validation_loss, rel=1e-5)
+    assert plain.validation_loss != pytest.approx(here.validation_loss, rel=1e-5)
+    assert plain.curve[0][1] == pytest.approx(here.curve[0][1], rel=1e-5)
+    assert (plain.steps, plain.tokens) == (here.steps, here.tokens)
 
 
 @pytest.mark.parametrize(
@@ -372,7 +395,7 @@ def test_a_report_is_whole(models: Path, tmp_path: Path, inline: None, monkeypat
     }
     assert json.loads((tmp_path / "out/report.json").read_text()) == json.loads(json.dumps(asdict(report)))
     task = report.tasks["words"]
-    assert (task.reference, task.test_items, task.earlier) == ("loreft", 8, 0)
+    assert (task.reference, task.test_items, task.earlier) == ("loreft", 8, {})
     lines = {line.name: line for line in task.methods}
     found = lines["lora"].against_reference
     assert found is not None and found.verdict in ("better", "worse", "not told apart")
@@ -412,7 +435,8 @@ def test_a_task_on_which_nothing_beats_one_answer_tells_nothing(
         assert [line.constant_seeds for line in task.methods] == seeds
         assert [total.tasks for total in report.overall] == [int(telling)] * 2
         said = as_markdown(report, {})
-        assert task.earlier == 8 and "8 trials are of an earlier version" in said  # these know no predictions
+        assert task.earlier == {"loreft": 4, "lora": 4}  # these know no predictions
+        assert "kept neither loss nor predictions on validation: 4 of loreft, 4 of lora." in said
         assert ("tells nothing of methods" in said) != telling and "25.0 ± 0.0 (2/2 constant)" in said
 
 
@@ -445,6 +469,60 @@ def test_training_that_was_not_done_is_remarked() -> None:
     falling, done = np.exp(-steps / 40), np.exp(-steps / 3)
     for curve, moving in ((falling, True), (done, False), (0 * steps + 1.0, False), (falling[:8], False)):
         assert still_falling((curve + 0.01 * rng.normal(size=len(curve))).tolist()) == moving
+
+
+@pytest.mark.parametrize(
+    ("seeds", "moved"),
+    [
+        ([0.06, 0.03, 0.05], 0.14 / 3),
+        ([-0.06, -0.04, None, -0.06], -0.16 / 3),
+        ([0.01, 0.01, 0.01], None),  # within the margin
+        ([0.20, -0.20, 0.15], None),  # as far as chance
+        ([0.80], None),  # one seed
+        ([None, None], None),  # trials of before
+    ],
+)
+def test_a_score_that_still_moves_is_told(seeds: list[Any], moved: float | None) -> None:
+    assert late_move(seeds, 0.02) == (None if moved is None else pytest.approx(moved))
+
+
+def test_a_trial_knows_how_its_score_moved_in_the_last_quarter(models: Path, tmp_path: Path) -> None:
+    """Which looking at it changes nothing of."""
+    path = write_recipe(models, tmp_path)
+    recipe = load_recipe(path, settings=["training.max_steps=8"])
+    first = run_trial(trial(recipe, "lora"), tmp_path / "trials")
+    early = load_recipe(path, settings=["training.max_steps=6", "training.schedule=constant"])
+    late = load_recipe(path, settings=["training.max_steps=8", "training.schedule=constant"])
+    alone, followed = (run_trial(trial(one, "lora", 0.1), tmp_path / "trials") for one in (early, late))
+    assert first.late_move is not None and followed.late_move == followed.validation - alone.validation  # type: ignore[operator]
+    unseen = run_trial(replace(trial(recipe, "lora"), splits=("validation",)), tmp_path / "search")
+    assert unseen.late_move is None and unseen.validation_loss == first.validation_loss
+
+
+def test_a_method_may_have_seeds_of_its_own(models: Path, tmp_path: Path, inline: None) -> None:
+    methods = ["loreft", {"again": {"method": "loreft", "seed": 7}}]
+    recipe = load_recipe(write_recipe(models, tmp_path, methods=methods, learning_rates=[1e-2]))
+    groups = study(recipe, tmp_path / "trials")
+    assert [sorted(group.tried) for group in groups] == [[0, 1], [7, 8]]
+    assert groups[0].way.settings == groups[1].way.settings
+    with pytest.raises(ValueError, match="again: seed: -1 is no whole number"):
+        as_way({"again": {"method": "loreft", "seed": -1}}, AdapterSpec())
+
+
+def test_a_report_by_an_earlier_procedure_is_kept_and_marked(models: Path, tmp_path: Path, inline: None) -> None:
+    recipe = load_recipe(write_recipe(models, tmp_path, methods=["loreft", "lora"], learning_rates=[1e-2]))
+    groups, out = study(recipe, tmp_path / "trials"), tmp_path / "out"
+    write_report(groups, recipe.compare, out, "report", "trimtab compare")
+    found = json.loads((out / "report.json").read_text())
+    write_report(groups, recipe.compare, out, "report", "trimtab compare")
+    assert not (out / "earlier").exists()
+    (out / "report.json").write_text(json.dumps({k: v for k, v in found.items() if k not in ("margin", "procedure")}))
+    write_report(groups, recipe.compare, out, "report", "trimtab compare")
+    for kind in ("md", "html"):
+        assert "Made by an earlier procedure" in (out / f"earlier/report.{kind}").read_text()
+        assert "earlier procedure" not in (out / f"report.{kind}").read_text()
+    assert json.loads((out / "report.json").read_text()) == found
+    assert (out / "earlier/report-words.png").exists() and (out / "report-words.png").exists()
 
 
 @pytest.mark.parametrize(
@@ -720,6 +798,8 @@ def test_contenders_that_would_train_wrongly_are_left_out(models: Path) -> None:
     classifier = LlamaForSequenceClassification.from_pretrained(models / "llama")
     with pytest.raises(NotPossible, match="virtual tokens move the last token"):
         as_way("prompt", AdapterSpec()).build(classifier, "SEQ_CLS", ["score"])
+    built = as_way("head", AdapterSpec()).build(classifier.bfloat16(), "SEQ_CLS", ["score"])
+    assert [name for name, p in built.named_parameters() if p.requires_grad] == ["score.weight"]
     for wrong, message in (
         ({"x": {"trains": "bias"}}, "'bias' is none of"),
         ({"x": {"trains": "norms", "r": 2}}, "'r' does not go with trains"),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import asdict
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from trimtab.adapter import compared
 from trimtab.errors import AdapterError
 from trimtab.interop.convert import convert
 from trimtab.study.sidebyside import compare_adapters
-from trimtab.study.sidebyside_page import page
+from trimtab.study.sidebyside_page import in_short, page
 
 MODEL = str(Path(__file__).parents[2] / "models/tiny-llama")
 PROMPTS = ("a cat is", "the word dog in the plural")
@@ -89,6 +92,24 @@ def test_the_command(tmp_path: Path, trimtab: Command) -> None:
     assert page.__name__ == "page" and html.read_text().count("<svg") == 2 and "http" not in html.read_text()
     assert trimtab("show", ours, lora, "-o", html)[0] == 2  # nothing is written over
     assert "go with two adapters" in trimtab("show", ours, "--prompt", "x")[1]
+    flat = " ".join(said.split())
+    assert all(words in flat for words in ("CKA, ", "Above A, loreft; below B, lora.", "kB"))
+    for line in in_short(compare_adapters(ours, lora, ["a cat is"], model=MODEL)):
+        assert line in flat and escape(line) in html.read_text()
+    assert "A (loreft) has 6,160 parameters (24.6 kB), B (lora)" in flat
+
+
+def test_the_figures_as_json(tmp_path: Path, trimtab: Command) -> None:
+    one = saved(tmp_path / "one", reft(positions="f1+l2"))
+    (tmp_path / "prompts.txt").write_text("a cat is\n\nthe word dog in the plural\n")
+    code, said = trimtab("show", one, one, "--prompts", tmp_path / "prompts.txt", "--json", "--model", MODEL)
+    found = json.loads(said)
+    assert code == 0 and len(found["texts"]) == 2 and len(found["blocks"]) == 8
+    plain = asdict(compare_adapters(one, one, PROMPTS, model=MODEL))
+    assert found == json.loads(json.dumps(plain))
+    (tmp_path / "prompts.txt").write_text("\n")
+    code, said = trimtab("show", one, one, "--prompts", tmp_path / "prompts.txt")
+    assert code == 2 and "holds no text" in said
 
 
 def test_what_is_refused(tmp_path: Path) -> None:

@@ -189,3 +189,20 @@ def test_parsed_once() -> None:
 def test_more_tokens_than_there_can_be_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="at most 100,000 tokens"):
         parse_positions(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("f7+l7", "the first 7 tokens and the last 7 tokens of the prompt"),
+        ("f1+l2", "the first token and the last 2 tokens of the prompt"),
+        ("l1", "the last token of the prompt"),
+        ("f3", "the first 3 tokens of the prompt"),
+        ("random4", "4 tokens of the prompt, drawn at random"),
+        ("prompt", "every token of the prompt"),
+        ("generated", "every token after the prompt"),
+        ("all", "every token"),
+    ],
+)
+def test_in_words(text: str, words: str) -> None:
+    assert parse_positions(text).words == words

@@ -24,31 +24,53 @@ NO_PICKLES = "a pickle, which can run code when opened; it was not opened. Ask f
 REQUIRES = "import trimtab, before PEFT opens this file"
 
 
-def extend_peft_types() -> PeftType:
-    """Add REFT to PEFT's enum of methods, which its registry demands before it takes a method.
+def extend_peft_types(name: str) -> PeftType:
+    """Add a method to PEFT's enum of them, which its registry demands before it takes one.
 
     Raises:
-        ImportError: PEFT has a REFT of its own by now.
+        ImportError: PEFT has one of that name by now.
     """
-    if "REFT" in PeftType.__members__:
+    if name in PeftType.__members__:
         raise ImportError(
-            "this version of peft already has a method called REFT, which trimtab would hide. "
+            f"this version of peft already has a method called {name}, which trimtab would hide. "
             "Use peft's own, or install an older peft."
         )
-    member = str.__new__(PeftType, "REFT")
-    member._name_, member._value_ = "REFT", "REFT"
-    PeftType._member_map_["REFT"] = member
-    PeftType._value2member_map_["REFT"] = member
-    PeftType._member_names_.append("REFT")
-    type.__setattr__(PeftType, "REFT", member)
+    member = str.__new__(PeftType, name)
+    member._name_, member._value_ = name, name
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    PeftType._member_names_.append(name)
+    type.__setattr__(PeftType, name, member)
     return member
 
 
-REFT = extend_peft_types()
+REFT = extend_peft_types("REFT")
+
+
+class OwnFiles(PeftConfig):
+    """A config whose folder is opened without pickles, and says on its card what is needed to open it."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """The config in an adapter's folder.
+
+        Raises:
+            ValueError: the folder's weights are a pickle, or no file at all, which PEFT would open next.
+        """
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        check_kind(folder / WEIGHTS)
+        if (folder / PICKLE).exists() and not (folder / WEIGHTS).exists():
+            raise ValueError(f"{folder / PICKLE}: {NO_PICKLES}")
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json`, and into the model card beside it what is needed to open the adapter."""
+        super().save_pretrained(save_directory, **kwargs)
+        complete_card(Path(save_directory))
 
 
 @dataclass
-class ReftConfig(PeftConfig):
+class ReftConfig(OwnFiles):
     """Configuration of a ReFT adapter (Wu et al. 2024, arXiv:2404.03592).
 
     Examples:
@@ -188,24 +210,6 @@ class ReftConfig(PeftConfig):
             "null, a folder or a Hub name",
         )
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """The config in an adapter's folder.
-
-        Raises:
-            ValueError: the folder's weights are a pickle, or no file at all, which PEFT would open next.
-        """
-        folder = Path(pretrained_model_name_or_path, subfolder or "")
-        check_kind(folder / WEIGHTS)
-        if (folder / PICKLE).exists() and not (folder / WEIGHTS).exists():
-            raise ValueError(f"{folder / PICKLE}: {NO_PICKLES}")
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json`, and into the model card beside it what is needed to open the adapter."""
-        super().save_pretrained(save_directory, **kwargs)
-        complete_card(Path(save_directory))
-
     @property
     def parsed_positions(self) -> Positions:
         return replace(parse_positions(self.positions), turns=self.edit_turns)
@@ -241,9 +245,9 @@ _ELSEWHERE = {
     "layer": "layers",
     "layers_to_transform": "layers",
     "intervention_type": "method",
-    "intervention": "method",
-    "interventions": "method",
-    "representations": "layers, site, method and r",
+    "intervention": "method and r, as in method='loreft', r=4",
+    "interventions": "method and r, as in method='loreft', r=4",
+    "representations": "layers, site, method and r, as in layers=[15], site='block', method='loreft', r=4",
     "intervene_layers": "layers",
     "position": "positions",
     "prefix_positions": "positions, such as 'f7+l7'",

@@ -1,7 +1,9 @@
-"""What an adapter does to one prompt: how far each token moves at each block, and what each block's edit changes."""
+"""What an adapter does to one prompt: the answer, what of it is each layer's doing, and how far each token is moved."""
 
 from __future__ import annotations
 
+import math
+import re
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -12,12 +14,27 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from trimtab.adapter.edit import edit_at
 from trimtab.adapter.hooks import hook
 from trimtab.adapter.picture import document, heat, shown
 from trimtab.adapter.tuner import ReftLayer
+
+MOVES_FULL = 1.0
+"""Of the darkest cell: the change is as long as the hidden state. The same in each picture, so that they compare."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a model says after the prompt."""
+
+    next: Tensor
+    """Log-probabilities (V,) of the first token."""
+    says: Tensor
+    """Ids of its own answer, greedy."""
+    answer: float
+    """Log-probability of the answer that is explained, whole."""
 
 
 @dataclass(frozen=True)
@@ -26,36 +43,61 @@ class Place:
 
     module: str
     moved: tuple[float | None, ...]
-    """Of each token: the norm of the change over that of the hidden state; None where nothing is edited."""
-    without: Tensor
-    """Log-probabilities (V,) of the next token when this module's edit is switched off, and no other."""
-    matters: float
-    """KL divergence, in nats, of that from what the whole adapter gives."""
+    """Of each token, of the prompt and then of the explained answer but its last, which no module reads: the norm of
+    the change over that of the hidden state; None where nothing is edited."""
+    without: Outcome
+    """When this module's edit is switched off, and no other."""
+
+    @property
+    def label(self) -> str:
+        """`layer 3`, and what in it where that is not the whole block."""
+        match = re.fullmatch(r".*?\.(\d+)(?:\.(.+))?", self.module)
+        return self.module if match is None else f"layer {match[1]}" + (f" {match[2]}" if match[2] else "")
 
 
 @dataclass(frozen=True)
 class Explanation:
     """What an adapter does to one prompt."""
 
+    answer: Tensor
+    """(N,) ids of the answer that is explained."""
+    edited: Outcome
+    base: Outcome
     places: tuple[Place, ...]
-    edited: Tensor
-    """Log-probabilities (V,) of the next token with the adapter."""
-    base: Tensor
-    """And without it."""
+    """In the order of the forward pass."""
 
-    def top(self, count: int) -> list[int]:
-        """The likeliest next tokens, with the adapter and without it."""
-        likely = [int(i) for own in (self.edited, self.base) for i in own.topk(count).indices]
-        return list(dict.fromkeys(likely))
+    @property
+    def rows(self) -> list[tuple[str, Outcome]]:
+        """Each way of asking the model, by name."""
+        ways = [("with the adapter", self.edited), ("base model", self.base)]
+        return ways + [(f"without {place.label}", place.without) for place in self.places]
+
+    def times(self, outcome: Outcome) -> str:
+        """How much less, or more, likely than with the adapter the answer is: `27× less`."""
+        change = outcome.answer - self.edited.answer
+        if abs(change) < 0.01:
+            return "the same"
+        times = math.exp(min(abs(change), 20))
+        count = f"{times:.2f}" if times < 10 else f"{times:,.0f}" if times < 1e6 else "over a million"
+        return f"{count}× {'more' if change > 0 else 'less'}"
+
+
+def percent(log_probability: float) -> str:
+    """A probability for people."""
+    share = math.exp(log_probability)
+    return f"{share:.1%}" if share >= 0.001 else "under 0.1%"
 
 
 @torch.no_grad()
-def explain(model: PeftModel, ids: Tensor) -> Explanation:
-    """Run a prompt under the active adapters, then once for each edited module without its edit.
+def explain(model: PeftModel, ids: Tensor, answer: Tensor | None = None, max_new_tokens: int = 32) -> Explanation:
+    """Answer a prompt under the active adapters, without them, and once without each edited module's edit, and see how
+    likely one answer is each time.
 
     Args:
         model: a causal language model with ReFT adapters, in eval mode, which is left as it is.
         ids: (T,) the prompt.
+        answer: (N,) ids of the answer to explain; by default the adapters' own.
+        max_new_tokens: of the answers, which are greedy.
     Raises:
         ValueError: the model has no ReFT adapter.
     """
@@ -74,20 +116,31 @@ def explain(model: PeftModel, ids: Tensor) -> Explanation:
     def put_back(name: str, h: Tensor, before: Tensor) -> Tensor:
         return before
 
-    edited = _next(model, ids, layers, look)
-    without = [_next(model, ids, [layer], put_back) for layer in layers]
-    places = [
-        Place(layer.site.name, moved[layer.site.name], off, float(_divergence(edited, off)))
-        for layer, off in zip(layers, without, strict=True)
-    ]
-    return Explanation(tuple(places), edited, _next(model, ids, layers, put_back))
+    if answer is None:
+        answer = _answered(model, ids, max_new_tokens)
+    outcome = partial(_outcome, model, ids, answer, max_new_tokens)
+    edited = outcome(layers, look)
+    places = [Place(layer.site.name, moved[layer.site.name], outcome([layer], put_back)) for layer in layers]
+    return Explanation(answer, edited, outcome(layers, put_back), tuple(places))
 
 
-def _next(
-    model: PeftModel, ids: Tensor, layers: Sequence[ReftLayer], change: Callable[[str, Tensor, Tensor], Tensor]
-) -> Tensor:
-    """Log-probabilities (V,) of the next token when modules give `change` of their name and of what they give after
-    the adapters' edits and before."""
+def _answered(model: PeftModel, ids: Tensor, max_new_tokens: int) -> Tensor:
+    """(N,)"""
+    asked = ids[None].to(model.device)
+    how = {"attention_mask": torch.ones_like(asked), "max_new_tokens": max_new_tokens}
+    out: Tensor = model.generate(input_ids=asked, do_sample=False, pad_token_id=0, **how)
+    return out[0, len(ids) :].cpu()
+
+
+def _outcome(
+    model: PeftModel,
+    ids: Tensor,
+    answer: Tensor,
+    max_new_tokens: int,
+    layers: Sequence[ReftLayer],
+    change: Callable[[str, Tensor, Tensor], Tensor],
+) -> Outcome:
+    """What comes when modules give `change` of their name, of what they give after the adapters' edits, and before."""
     before: dict[str, Tensor] = {}
     thread = threading.get_ident()
 
@@ -103,69 +156,93 @@ def _next(
         for site in (layer.site for layer in layers):
             within.enter_context(edit_at(model, [site], partial(changed, site.name)))
             within.callback(hook(site, partial(keep, site.name), first=True).remove)
-        logits = model(input_ids=ids[None].to(model.device), prompt_lengths=[len(ids)]).logits
-    return logits[0, -1].float().log_softmax(-1).cpu()  # type: ignore[no-any-return]
-
-
-def _divergence(wanted: Tensor, found: Tensor) -> Tensor:
-    return nn.functional.kl_div(found, wanted, log_target=True, reduction="sum")
+        says = _answered(model, ids, max_new_tokens)
+        whole = torch.cat([ids.cpu(), answer[:-1]])[None].to(model.device)
+        logits = model(input_ids=whole, prompt_lengths=[len(ids)]).logits
+    said = logits[0, len(ids) - 1 :].float().log_softmax(-1).cpu()
+    return Outcome(said[0], says, float(said.gather(1, answer[:, None]).sum()))
 
 
 # ---- the picture -----------------------------------------------------------------------------------------------------
 
 
-def page(found: Explanation, title: str, tokens: Sequence[str], names: dict[int, str]) -> str:
-    """One HTML file that needs nothing else.
+@dataclass(frozen=True)
+class Words:
+    """What a page has to be told, as texts."""
 
-    Args:
-        tokens: of the prompt, as they are shown.
-        names: of the next tokens to show, by id.
-    """
-    most = max((value for place in found.places for value in place.moved if value), default=1.0)
-    heads = "".join(f"<th>{shown(token)}</th>" for token in tokens)
+    adapter: str
+    prompt: str
+    tokens: Sequence[str]
+    """Of the prompt, and of the explained answer but its last."""
+    answer: str
+    """The one explained."""
+    edits: str
+    """Which tokens are edited."""
+    text: Callable[[Tensor], str]
+    """Of ids: an answer's."""
+    token: Callable[[int], str]
+
+    def first(self, outcome: Outcome, count: int = 2) -> str:
+        """The likeliest first tokens, with their probabilities."""
+        found = outcome.next.topk(count)
+        return ", ".join(f"{self.token(int(i))!r} {float(p.exp()):.0%}" for p, i in zip(*found, strict=True))
+
+
+READING = """less likely without the edit of a layer: it works towards this answer, which may be right or wrong; more
+likely: against it. Layers are switched off one at a time, and their shares do not add up. One prompt proves little."""
+MOVING = """the length of the change over that of the hidden state, which is what the model holds for the token after
+that layer. A token that is moved far need not matter much."""
+
+
+def page(found: Explanation, words: Words) -> str:
+    """One HTML file that needs nothing else."""
+    prompt = len(words.tokens) - len(found.answer) + 1
+    answer_edited = any(value is not None for place in found.places for value in place.moved[prompt:])
+    seen = len(words.tokens) if answer_edited else prompt
+    heads = "".join(f"<th{_edge(i, prompt)}>{shown(token)}</th>" for i, token in enumerate(words.tokens[:seen]))
     body = "".join(
-        f"<tr><th class=m>{escape(place.module)}</th>{''.join(heat(v, most) for v in place.moved)}"
-        f'<td class=k><i style="width:{_share(place.matters):.1f}em"></i>{place.matters:.3f}</td></tr>'
-        for place in reversed(found.places)
+        f"<tr><th class=m>{escape(place.label)}</th>"
+        + "".join(_cell(value, _edge(i, prompt)) for i, value in enumerate(place.moved[:seen]))
+        + "</tr>"
+        for place in found.places
     )
-    lines = [("base model", found.base), ("adapter", found.edited)]
-    lines += [(f"without {place.module}", place.without) for place in found.places]
-    bars = "".join(
-        f"<tr><th class=m>{escape(line)}</th>{''.join(_bar(float(own[i].exp())) for i in names)}</tr>"
-        for line, own in lines
+    rows = "".join(
+        f"<tr{' class=e' if i == 2 else ''}><th class=m>{escape(line)}</th><td>{escape(words.text(own.says))}</td>"
+        f"<td>{percent(own.answer)}</td><td>{found.times(own) if i else ''}</td><td>{escape(words.first(own))}</td>"
+        "</tr>"
+        for i, (line, own) in enumerate(found.rows)
     )
-    words = "".join(f"<th>{shown(name)}</th>" for name in names.values())
+    beyond = "" if answer_edited else " Tokens of the answer are not edited, and not shown."
     return document(
-        title,
-        f"""<h2>How far the adapter moves each token</h2>
-<p>Each cell is the length of the change over the length of the hidden state: 1.00 is as far as the state itself is
-long. Grey cells are not edited. The last block is at the top. On the right, what the model would lose: how far the
-probabilities of the next token change when this block's edit alone is switched off (KL divergence in nats; 0 is not at
-all). A full bar is {FULL:g} or more.</p>
-<div><table><tr><th></th>{heads}<th>changes the next token by</th></tr>{body}</table></div>
-<h2>What comes next</h2>
-<p>The probability of the likeliest next tokens: for the base model, for the adapter, and for the adapter without the
-edit of one block.</p>
-<div><table><tr><th></th>{words}</tr>{bars}</table></div>""",
+        f"What the adapter “{words.adapter}” does to the prompt “{words.prompt}”",
+        f"""<h2>What each layer's edit does to the answer</h2>
+<p>Each row asks the model once more: with the adapter, without it, and without the edit of one layer. It says what is
+answered (greedily) and how likely the answer “{escape(words.answer)}” is. {READING[0].upper()}{READING[1:]}</p>
+<div><table class=a><tr><th></th><th>answers</th><th>chance of “{escape(words.answer)}”</th>
+<th>than with the adapter</th><th>likeliest first tokens</th></tr>{rows}</table></div>
+<h2>How far each token is moved</h2>
+<p>The adapter edits {escape(words.edits)}; empty cells are not edited.{beyond} A token is a word or a piece of one, or
+a mark that the chat template puts in. A number is {MOVING} 1.00 has the darkest blue. The first layer is at the
+top.</p>
+<div><table class=h><tr><th></th>{heads}</tr>{body}</table></div>""",
         _STYLE,
     )
 
 
 _STYLE = """
-td { min-width: 3.6em } td.k { text-align: left; background: none; padding-left: .8em; white-space: nowrap }
-i { display: inline-block; height: .8em; background: #8a5a00; margin-right: .4em }
-td.b { text-align: left; min-width: 7em }
-td.b b { display: inline-block; height: 1.1em; background: #2b6cb0; vertical-align: middle; margin-right: .4em }
+.a th { text-align: left } .a th.m { text-align: right }
+.a td { border-radius: 0; background: none; text-align: left; padding: 0 .5em }
+.a tr.e > * { border-top: 1px solid #1b1f24 } .a td:nth-child(3) { text-align: right }
+.h td { min-width: 2.8em } .h td:empty { background: none }
+th.m { position: sticky; left: 0; background: #fff } th.e, td.e { border-left: 2px solid #1b1f24 }
+@media (max-width: 500px) { table { font-size: .75em } th, .a td { padding: .2em } }
 """
 
 
-FULL = 1.0
-"""Nats of a full bar: the same in each picture, so that pictures can be compared."""
+def _edge(i: int, prompt: int) -> str:
+    """Marks where the answer begins."""
+    return " class=e" if i == prompt else ""
 
 
-def _share(value: float) -> float:
-    return 6 * min(1.0, value / FULL)
-
-
-def _bar(share: float) -> str:
-    return f'<td class=b><b style="width:{4 * share:.2f}em"></b>{share:.1%}</td>'
+def _cell(value: float | None, edge: str) -> str:
+    return heat(value, MOVES_FULL).replace("<td", f"<td{edge}", 1)

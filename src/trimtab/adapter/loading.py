@@ -5,7 +5,10 @@ Files hold R under `rotation`; parameters are called `rotation.halved` and hold 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -91,3 +94,40 @@ def _load(original: Callable[..., Any], model: Any, **kwargs: Any) -> Any:
         model.delete_adapter(adapter)
         raise
     return LoadStateDictInfo(set(), set(), set(), [], {}, set()), None
+
+
+@contextmanager
+def expect_missing(*modules: str) -> Iterator[None]:
+    """Around a base model's `from_pretrained`, silences that these modules have no weights yet: the adapter has them.
+
+    All else that transformers reports of the weights, it reports as ever.
+
+    Examples:
+        >>> with trimtab.expect_missing("score"):
+        ...     base = AutoModelForSequenceClassification.from_pretrained("models/tiny-llama", num_labels=2)
+    """
+    logger, silenced = logging.getLogger("transformers.modeling_utils"), _Expected(modules)
+    logger.addFilter(silenced)
+    try:
+        yield
+    finally:
+        logger.removeFilter(silenced)
+
+
+class _Expected(logging.Filter):
+    """Takes the rows of what is expected out of the table that transformers logs, and lets an empty table pass by."""
+
+    def __init__(self, modules: Iterable[str]) -> None:
+        super().__init__()
+        self.row = re.compile(rf"(?:{'|'.join(map(re.escape, modules))})\..*\|.*MISSING")
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        said = record.getMessage()
+        if "LOAD REPORT" not in said:
+            return True
+        lines = [line for line in said.splitlines() if not self.row.match(line)]
+        rows = [line for line in lines if "|" in line][1:]  # behind the head
+        if not any("MISSING" in row for row in rows):
+            lines = [line for line in lines if "MISSING:" not in line]
+        record.msg, record.args = "\n".join(lines), ()
+        return bool(rows)

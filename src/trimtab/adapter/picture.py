@@ -44,7 +44,7 @@ def heat(value: float | None, most: float, rgb: str = "43,108,176") -> str:
     """A cell of a table, the darker the nearer its value is to `most`; empty for None."""
     if value is None:
         return "<td></td>"
-    share = value / (most or 1.0)
+    share = min(1.0, value / (most or 1.0))
     ink = "#fff" if share > 0.6 else "#1b1f24"
     return f'<td style="background:rgba({rgb},{0.12 + 0.88 * share:.2f});color:{ink}">{value:.2f}</td>'
 

@@ -180,6 +180,19 @@ def check_states(site: Site, hidden: Tensor) -> None:
         )
 
 
+class Adapters(dict[str, Any]):
+    """Configs by adapter. `PeftModel.set_adapter` looks its argument up here: of a list, it is said who takes it."""
+
+    def __contains__(self, name: object) -> bool:
+        if isinstance(name, list | tuple | set):
+            names = list(map(str, name))
+            raise ValueError(
+                f"{names}: PeftModel's own set_adapter takes one adapter. Several, one after another: "
+                f"model.base_model.set_adapter({names}); another one for each row: adapter_names=."
+            )
+        return super().__contains__(name)
+
+
 class ReftModel(BaseTuner):
     """Puts ReFT adapters on a model; what `PeftModel.base_model` is for PEFT's own methods."""
 
@@ -198,6 +211,7 @@ class ReftModel(BaseTuner):
         except BaseException:
             self._passes.release()
             raise
+        self.peft_config = self.model.peft_config = Adapters(self.peft_config)
         take_over_loading(model)
 
     @property

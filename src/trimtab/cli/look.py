@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -19,18 +21,29 @@ def show(
     prompt: Annotated[
         list[str] | None, typer.Option(help="With two: a text to compare them on; may be repeated.")
     ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="With two: a file of such texts, one a line.")] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="With two: an HTML file for the pictures.")
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="With two: print all figures as JSON instead.")] = False,
     model: ModelName = None,
 ) -> None:
     """Describe an adapter, or set two of one base model side by side: settings, sizes, what each does to h."""
     if other is None:
-        if prompt or output or model:
-            raise ValueError("--prompt, --output and --model go with two adapters.")
+        if prompt or prompts or output or as_json or model:
+            raise ValueError("--prompt, --prompts, --output, --json and --model go with two adapters.")
         _show_one(Path(adapter))
     else:
-        _show_two(adapter, other, prompt or [], output, model)
+        texts = [*(prompt or []), *(_lines(prompts) if prompts else [])]
+        _show_two(adapter, other, texts, output, as_json, model)
+
+
+def _lines(file: Path) -> list[str]:
+    """Those that are not blank. Raises ValueError where there are none."""
+    found = [line for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    if not found:
+        raise ValueError(f"--prompts {file}: holds no text; write one a line.")
+    return found
 
 
 def _show_one(adapter: Path) -> None:
@@ -57,37 +70,46 @@ def _show_one(adapter: Path) -> None:
     console.print(norms)
 
 
-def _show_two(first: str, second: str, prompts: list[str], output: Path | None, model: str | None) -> None:
+def _show_two(
+    first: str, second: str, prompts: list[str], output: Path | None, as_json: bool, model: str | None
+) -> None:
     from trimtab.runs.folder import write_text
     from trimtab.study.sidebyside import compare_adapters
-    from trimtab.study.sidebyside_page import EXPLAINED, number, page
+    from trimtab.study.sidebyside_page import EXPLAINED, in_short, number, page
 
     if output is not None:
         must_be_new(output)
     found = compare_adapters(first, second, prompts, model=model)
+    if output is not None:
+        write_text(output, page(found))
+    if as_json:
+        typer.echo(json.dumps(asdict(found), ensure_ascii=False))
+        return
     settings = Table("", *found.names, title=f"of {found.base}")
     for line in found.settings:
         settings.add_row(line.name, *line.values)
     console.print(settings)
-    table = Table("", "parameters", "moved, prompt", "generated", "directions", "overlap (chance)", "CKA")
+    heads = ("para-\nmeters", "bytes", "moved,\nprompt", "moved,\nanswer", "direc-\ntions", "overlap\n(chance)")
+    table = Table("", *heads, "CKA", "CKA,\nbase", title="A and B, by block")
     for block in (*found.blocks, found.total):
-        overlap = "" if block.overlap is None else f"{block.overlap:.2f} ({number(block.chance)})"
-        pairs = (" ".join(f"{n:,}" for n in block.parameters), *map(_pair, (block.prompt, block.generated)))
+        overlap = "" if block.overlap is None else f"{block.overlap:.2f}\n({number(block.chance)})"
+        sizes = ("\n".join(f"{n:,}" for n in block.parameters), "\n".join(map(size_of, block.bytes)))
         directions = _pair(block.directions) if any(block.directions) else ""
-        table.add_row(block.name.rpartition("layers.")[2], *pairs, directions, overlap, number(block.cka))
+        alike = (directions, overlap, number(block.cka), _pair(block.cka_base))
+        table.add_row(block.name.rpartition("layers.")[2], *sizes, *map(_pair, (block.prompt, block.generated)), *alike)
     console.print(table)
-    console.print(f"Each pair: {' and '.join(found.names)}. Read: {found.source}.")
+    console.print(f"Above A, {found.names[0]}; below B, {found.names[1]}. Read: {found.source}.")
     for term, said in EXPLAINED:
         console.print(f"{term}: {said}")
+    console.print("\n".join(["", "In short:", *in_short(found)]))
     if output is not None:
-        write_text(output, page(found))
         console.print(f"Wrote {output}.")
 
 
 def _pair(values: Sequence[float | None]) -> str:
     from trimtab.study.sidebyside_page import number
 
-    return " ".join(filter(None, map(number, values)))
+    return "\n".join(filter(None, map(number, values)))
 
 
 @command()
@@ -115,7 +137,21 @@ def outputs(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )
 def lm_eval(context: typer.Context) -> None:
-    """Score an adapter with lm-evaluation-harness, whose options these are (docs/lm-eval.md)."""
+    """Score an adapter with lm-evaluation-harness: its command, its options, and edits where they belong.
+
+    The model type is trimtab unless --model says otherwise: what a question asks is the prompt that positions are
+    counted in, and never what is scored. Without peft= the base model is scored. BASE and ADAPTER are folders or names
+    on the Hub. Needs the extra lm-eval.
+
+    trimtab lm-eval --model_args pretrained=BASE,peft=ADAPTER --tasks boolq --batch_size 16
+
+    trimtab lm-eval ls tasks: which tasks there are.
+
+    trimtab lm-eval run --help: every option of the harness.
+    """
+    if context.args in ([], ["-h"], ["--help"]):
+        typer.echo(context.get_help())
+        return
     with extra("lm-eval"):
         from trimtab.interop.lm_eval import main
     main(context.args)

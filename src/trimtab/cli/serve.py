@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from contextlib import suppress
+import threading
+import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -74,7 +75,7 @@ def serve(
         from trimtab.serve.server import Settings, check_exposure, open_service, run
     from trimtab.serve.rows import Limits
 
-    _few_arenas()
+    _give_memory_back()
     make = {}
     if engine == "vllm":
         from trimtab.serve.vllm.engine import make_engine
@@ -151,8 +152,19 @@ def _named(given: list[str]) -> dict[str, str | Path]:
     return found
 
 
-def _few_arenas() -> None:
-    """Let glibc take memory for all threads from two places. By default each thread has one of its own, from which
-    little comes back, so that a server which loads adapters in many threads grows for as long as it runs."""
-    with suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).mallopt(-8, 2)  # M_ARENA_MAX
+def _give_memory_back() -> None:
+    """Have glibc return what is free: by default each thread takes memory from a place of its own, from which little
+    comes back, and a server which loads and unloads adapters in many threads grows for as long as it runs."""
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-8, 2)  # M_ARENA_MAX
+        trim = libc.malloc_trim
+    except (OSError, AttributeError):  # another C library
+        return
+
+    def now_and_then() -> None:
+        while True:
+            time.sleep(30)
+            trim(0)
+
+    threading.Thread(target=now_and_then, daemon=True, name="malloc_trim").start()

@@ -108,6 +108,8 @@ def compare(
     name = "-".join(["ablation"] * bool(ablate) + ["few-shot"] * bool(few_shot)) or "report"
     command = " ".join(["trimtab", *sys.argv[1:]])
     report = write_report(study.groups, chosen, folder, name, command)
+    if (folder / "earlier" / f"{name}.md").exists():
+        console.print(f"A report by an earlier procedure, whose verdicts hold less, is kept in {folder / 'earlier'}.")
     head, lines = overview(report)
     table = Table(*head[:5], title=recipe.model)  # what fits a terminal
     for line in lines:
@@ -162,9 +164,12 @@ def tune(
 
 def _fitted(experiment: Experiment, ways: list[Way], budget: int) -> list[Way]:
     """The ways at their budget, each of which is told."""
+    from trimtab.runs.models import Base
     from trimtab.study.budget import fitted
 
-    found = [fitted(experiment, way, budget) if way.trains else None for way in ways]
+    head = experiment.task.head
+    new = Base(experiment.source).load(head, experiment.seed).new if head.is_new else []
+    found = [fitted(experiment, way, budget, new) if way.trains else None for way in ways]
     for one in filter(None, found):
         console.print(f"{experiment.name}, {one.way.name}: {one.said}")
     return [one.way if one else way for one, way in zip(found, ways, strict=True)]

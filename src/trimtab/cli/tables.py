@@ -95,7 +95,7 @@ def failure_tables(name: str, result: dict[str, Any], most: int) -> Iterator[Tab
     counts = f"the worst of {result['examples']} on {result['split']}"
     worst = Table("input", "expected", "got", title=f"{name}: {counts}", title_justify="left")
     for miss in found["worst"][:most]:
-        worst.add_row(*(shortened(str(miss[key])) for key in ("input", "expected", "got")))
+        worst.add_row(*(shortened(str(miss[key])) or "(nothing)" for key in ("input", "expected", "got")))
     if worst.rows:
         yield worst
     classes = [(expected, of, of.get(expected, 0) / sum(of.values())) for expected, of in found["confusion"].items()]

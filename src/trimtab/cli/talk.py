@@ -62,9 +62,17 @@ def chat(adapter: Folders = None, model: ModelName = None) -> None:
         elif command.startswith("/"):
             console.print("Commands: /use NAME, /new, /quit.")
         elif text:
-            messages.append({"role": "user", "content": text})
-            messages.append({"role": "assistant", "content": answerer.reply(messages, current)})
-            console.print(messages[-1]["content"])
+            asked = [*messages, {"role": "user", "content": text}]
+            try:
+                answer = answerer.reply(asked, current)
+            except KeyboardInterrupt:
+                console.print("\nStopped; that was not asked.")
+                continue
+            except ValueError as error:
+                console.print(f"Not asked: {str(error).removesuffix('.')}. /new starts over.")
+                continue
+            messages = [*asked, {"role": "assistant", "content": answer}]
+            console.print(answer or "(nothing)")
 
 
 @command()
@@ -77,6 +85,9 @@ def predict(
         Path | None, typer.Option("--output", "-o", help="A .csv or .jsonl file to write, instead of printing CSV.")
     ] = None,
     model: ModelName = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Rows at a time; the training's eval_batch_size by default.")
+    ] = None,
 ) -> None:
     """Answer, classify or rate every row of a file; called again after an interruption, it goes on."""
     from rich.progress import Progress
@@ -85,7 +96,7 @@ def predict(
 
     if output is not None:
         must_be_new(output)
-    applied = Applied(adapter, model)
+    applied = Applied(adapter, model, batch_size)
     if output is None:
         for number, lines in enumerate(applied.lines(applied.examples(file))):
             typer.echo(as_csv(iter(lines), header=not number), nl=False)
@@ -102,4 +113,6 @@ def predict(
     if applied.cut:
         length = applied.experiment.training.max_length
         console.print(f"{applied.cut} texts are longer than {length} tokens and were cut to that, as in training.")
+    if applied.blank:
+        console.print(f"{applied.blank} predictions are empty: {applied.experiment.task.blank}.")
     console.print(f"Wrote {output}.")

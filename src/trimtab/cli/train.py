@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -135,7 +136,10 @@ def train(
             console.print(f"{name}: kept {m['reuse']['reused']}, {share:.0%} of all tokens' work.")
     drawn = [Path(recipe.output) / name / CURVE for name in metrics]
     there = [str(path) for path in drawn if path.exists()]
-    console.print(f"Loss and validation by step: {', '.join(there)}" if there else NO_PLOT)
+    if there:
+        console.print(f"Loss and validation by step: {', '.join(there)}")
+    elif find_spec("matplotlib") is None:
+        console.print(NO_PLOT)
     hint = f"Use one on a file: trimtab predict FILE -a {recipe.output}/{next(iter(metrics))}"
     console.print(f"Adapters in {recipe.output}/<task>. {hint}")
 

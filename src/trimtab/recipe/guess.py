@@ -12,7 +12,7 @@ from trimtab.errors import DataError
 from trimtab.tasks.classification import label_name
 from trimtab.tasks.files import Row, is_missing, locate, read_rows
 from trimtab.tasks.messages import Message, answers, messages_of, one_turn
-from trimtab.tasks.scores import BIO
+from trimtab.tasks.scores import BIO, NUMBER
 
 LOOKED_AT, CLASSES = 2000, 50
 """Rows that are read, and the most values of a column that names classes."""
@@ -66,6 +66,8 @@ def guess(path: str, generates: bool, columns: Sequence[str] | None = None) -> G
             found = _asked(fields) or _labelled(fields) or _two_texts(fields)
         elif found is None:
             found = _labelled(fields)
+        if found is not None:
+            found = _with_unused(found, fields)
     if found is None or (found.type == "generation" and not generates):
         kind = "a prompt and an answer, or a text and a label" if generates else "a text and a label"
         model = "" if generates else "the model writes no text, and "
@@ -74,6 +76,13 @@ def guess(path: str, generates: bool, columns: Sequence[str] | None = None) -> G
         if found.type == "generation" and set(name) & set("{}!:"):
             raise DataError(f"{path}: the field {name!r} cannot stand in a template; rename it, without {{ }} ! and :")
     return found if columns is None else replace(found, data={**found.data, "columns": list(columns)})
+
+
+def _with_unused(found: Guess, columns: dict[str, Column]) -> Guess:
+    """Said of it, which fields hold what no task of this kind reads."""
+    unused = [name for name, column in columns.items() if column.nested and name not in found.keys.values()]
+    told = f"{', '.join(unused)}: lists or objects, which are not used" if unused else ""
+    return replace(found, said="; ".join(filter(None, [found.said, told])))
 
 
 class Column:
@@ -182,7 +191,8 @@ def _asked(columns: dict[str, Column]) -> Guess | None:
 
 
 def _generation(prompt: Any, answer: Column, said: str = "") -> Guess:
-    score = "exact_match" if answer.longest <= SHORT else "overlap"
+    reasoned = all(re.search(rf"{NUMBER.pattern}\W*$", text) for text in answer.texts)  # up to a number
+    score = "exact_match" if answer.longest <= SHORT else "number" if reasoned else "overlap"
     most = min(256, max(16, answer.longest // 2))
     keys = {"prompt": prompt, "answer": f"{{{answer.name}}}", "score": score, "max_new_tokens": most}
     return Guess("generation", keys, {}, said)

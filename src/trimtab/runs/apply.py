@@ -43,13 +43,14 @@ class Applied:
     Args:
         folder: of one task, or its name on the Hub.
         model: the base model, where it is not the one that the run names.
+        batch_size: rows at a time; the training's `eval_batch_size` by default.
 
     Raises:
         RunError: trimtab left no run there.
         AdapterError: the adapter is not there, or damaged.
     """
 
-    def __init__(self, folder: str | Path, model: str | None = None) -> None:
+    def __init__(self, folder: str | Path, model: str | None = None, batch_size: int | None = None) -> None:
         self.folder = RunFolder(local(folder))
         run, task = self.folder.run, self.folder.task
         inspect_adapter(self.folder.path)
@@ -61,10 +62,13 @@ class Applied:
             TrainingSpec.model_validate(run["task"]["training"]),
             run["seed"],
         )
+        self.batch_size = batch_size or self.experiment.training.eval_batch_size
         self.cut = 0
         """How many texts were longer than training's `max_length`, and cut to it."""
         self.left_out: list[str] = []
         """Why rows could not be used."""
+        self.blank = 0
+        """How many predictions that were written are empty."""
 
     @cached_property
     def _base(self) -> Base:
@@ -113,7 +117,7 @@ class Applied:
         numbers = list(examples)
         columns = list(dict.fromkeys(name for example in examples.values() for name in example.row))
         encoded, self.cut = experiment.encode(self._base.tokenizer, list(examples.values()), training=False)
-        decoding, size = task.decoding(), experiment.training.eval_batch_size
+        decoding, size = task.decoding(), self.batch_size
         check_context(self._model, encoded, decoding.get("max_new_tokens", 0), lambda i: f"row {numbers[i]}")
         for at in range(start, len(encoded), size * CHUNK):
             some = encoded[at : at + size * CHUNK]
@@ -156,6 +160,8 @@ class Applied:
                 opened.flush()
                 done += len(lines)
                 watch(done, len(examples))
+            opened.seek(0)
+            self.blank = sum(json.loads(line)["prediction"] == "" for line in opened)
             _finish(part, output)
         return before
 

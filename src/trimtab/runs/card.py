@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,16 @@ def card(
     folder: Path,
     tokenizer: PreTrainedTokenizerBase,
     model: Any,
+    new: Sequence[str],
     untuned: float,
     tuned: float,
 ) -> str:
-    """The README of an adapter on `model`, whose lines run where its training ran; both scores are on test."""
+    """The README of an adapter on `model`, whose lines run where its training ran.
+
+    Args:
+        new: the modules of the model's head, which the adapter brings.
+        untuned, tuned: scores on test.
+    """
     config = ReftConfig(**experiment.adapter.model_dump())
     task, head = experiment.task, experiment.task.head
     split = "validation" if task.test_is_validation else "test"
@@ -28,6 +35,10 @@ def card(
         arguments["pad_token_id"] = model.config.pad_token_id
     base = repr(experiment.source.name)
     given = ", ".join([base, *(f"{key}={value!r}" for key, value in arguments.items())])
+    load = f"base = {head.auto}.from_pretrained({given})\n"
+    if new:
+        names = ", ".join(map(repr, new))
+        load = f"with trimtab.expect_missing({names}):  # the head, which the adapter brings\n    {load}"
     pooled = "".join(f"trimtab.set_pool(base, {pool!r})\n" for pool in experiment.pool.values())
     return f"""\
 ---
@@ -46,8 +57,7 @@ from peft import PeftModel
 from transformers import {head.auto}, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained({base})
-base = {head.auto}.from_pretrained({given})
-{pooled}model = PeftModel.from_pretrained(base, {str(folder)!r}).eval()
+{load}{pooled}model = PeftModel.from_pretrained(base, {str(folder)!r}).eval()
 
 {_use(experiment, tokenizer)}
 ```

@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import nn
 
-from trimtab.errors import DivergedError, ModelError, NotPossible, RunError
+from trimtab.errors import DivergedError, ModelError, NotPossible
 from trimtab.runs.models import Base, device
 from trimtab.runs.predict import predict
-from trimtab.runs.trainer import LOOKED_AT, VALIDATION_LOOKS, Progress, TrainingSpec
+from trimtab.runs.trainer import LOOKED_AT, LOOKS, Progress, TrainingSpec
 from trimtab.runs.trial import Experiment, Fit, Trial
 from trimtab.runs.ways import ReftWay, unload
 from trimtab.tasks.tokens import Encoded
@@ -75,7 +74,7 @@ def forecast(experiment: Experiment, base: Base, encoded: Sequence[Encoded] | No
 
     Raises:
         DataError: the data cannot be read.
-        RunError: a step does not fit into memory.
+        MemoryFull: a step, or a batch that is scored, does not fit.
     """
     training, task = experiment.training, experiment.task
     if encoded is None:
@@ -97,9 +96,6 @@ def forecast(experiment: Experiment, base: Base, encoded: Sequence[Encoded] | No
         scoring = _scoring(experiment, adapted, base)
     except DivergedError:
         return None  # as it will be
-    except torch.OutOfMemoryError:
-        remedy = "lower training: batch_size:, or set gradient_checkpointing: true"
-        raise RunError(f"{experiment.name}: a step does not fit into the GPU's memory; {remedy}") from None
     finally:
         unload(adapted)
     later = (times[3] - times[1]) / 2
@@ -142,7 +138,7 @@ def _scoring(experiment: Experiment, adapted: nn.Module, base: Base) -> float:
     each = (time.perf_counter() - start) / len(some) * (new / min(new, NEW) if new else 1)
     rows = 2 * len(examples)
     if experiment.spec.data.validation is not False:
-        rows += (VALIDATION_LOOKS - 1) * min(LOOKED_AT, len(task.examples("validation")))
+        rows += len(LOOKS) * min(LOOKED_AT, len(task.examples("validation")))
     return each * rows
 
 

@@ -15,7 +15,7 @@ from trimtab.adapter.hub import local
 from trimtab.errors import AdapterError, RunError
 from trimtab.runs.folder import RunFolder
 from trimtab.runs.models import ModelSource, load_model, load_tokenizer
-from trimtab.runs.predict import check_context, predict
+from trimtab.runs.predict import check_context, context_of, predict
 from trimtab.tasks.templates import parse_template
 from trimtab.tasks.tokens import Encoded, Turns, encode, is_templated
 from trimtab.tasks.turns import encode_messages
@@ -103,14 +103,14 @@ class Answerer:
         """The next turn of a conversation, each of whose user turns is put as the adapter's training put prompts.
 
         Where that was without a chat template, only the last turn is asked. What of it is edited, the adapter's
-        `edit_turns` says.
+        `edit_turns` says. The answer is shorter than `max_new_tokens` where the model reads no more.
 
         Raises:
             DataError: the conversation is longer than the model reads.
         """
         how = self.prompts.get(name, _PLAIN)
         if not is_templated(self.tokenizer, how["chat"]):
-            encoded = self._encode(messages[-1]["content"], name, how)
+            encoded = _put(self.tokenizer, messages[-1]["content"], name, how)
         else:
             put = [
                 {**m, "content": _filled(how["prompt"], m["content"], name)} if m["role"] == "user" else m
@@ -118,7 +118,9 @@ class Answerer:
             ]
             turns = self.turns.get(name, "each")
             encoded = encode_messages(self.tokenizer, put, system=how["system"], turns=turns)
-        return self._run([encoded], [name], max_new_tokens)[0]
+        room = context_of(self.model)
+        left = max_new_tokens if room is None else min(max_new_tokens, max(1, room - len(encoded.input_ids)))
+        return self._run([encoded], [name], left)[0]
 
     def _run(self, encoded: Sequence[Encoded], names: Sequence[str], max_new_tokens: int) -> list[str]:
         check_context(self.model, encoded, max_new_tokens, names.__getitem__)
@@ -130,12 +132,9 @@ class Answerer:
         """How the adapter's training wrote prompts; for the base model how the first adapter's did."""
         return self.prompts.get(name) or next(iter(self.prompts.values()), _PLAIN)
 
-    def encode(self, prompt: str, name: str) -> Encoded:
-        """The prompt as the adapter, or for the base model the first one, takes it."""
-        return self._encode(prompt, name, self._prompting(name))
-
-    def _encode(self, prompt: str, name: str, how: dict[str, Any]) -> Encoded:
-        return _put(self.tokenizer, prompt, name, how)
+    def encode(self, prompt: str, name: str, answer: str | None = None) -> Encoded:
+        """The prompt as the adapter, or for the base model the first one, takes it; an answer as in its training."""
+        return _put(self.tokenizer, prompt, name, self._prompting(name), answer)
 
 
 def encode_as(folder: Path, tokenizer: PreTrainedTokenizerBase, prompt: str) -> Encoded:
@@ -143,8 +142,10 @@ def encode_as(folder: Path, tokenizer: PreTrainedTokenizerBase, prompt: str) -> 
     return _put(tokenizer, prompt, folder.name, _prompting(folder))
 
 
-def _put(tokenizer: PreTrainedTokenizerBase, prompt: str, name: str, how: dict[str, Any]) -> Encoded:
-    return encode(tokenizer, _filled(how["prompt"], prompt, name), chat=how["chat"], system=how["system"])
+def _put(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, name: str, how: dict[str, Any], answer: str | None = None
+) -> Encoded:
+    return encode(tokenizer, _filled(how["prompt"], prompt, name), answer, chat=how["chat"], system=how["system"])
 
 
 def _filled(template: str, text: str, name: str) -> str:

@@ -18,7 +18,7 @@ from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
 from trimtab.adapter.readout import set_pool
-from trimtab.errors import ModelError
+from trimtab.errors import MemoryFull, ModelError
 from trimtab.tasks import Head
 from trimtab.tasks.tokens import Collator
 
@@ -88,7 +88,7 @@ class Base:
             set_pool(model, pool_for(head, name))
         except ValueError as error:
             raise ModelError(str(error)) from None
-        return Loaded(model.to(device()), new)
+        return Loaded(_placed(model, name), new)
 
 
 def pool_for(head: Head, name: str) -> str:
@@ -156,6 +156,18 @@ def loading(name: str) -> Iterator[None]:
         raise ModelError(f"cannot load the model {name!r}: {remedy}\n{reason}") from error
 
 
+@contextmanager
+def fitting(what: str, remedy: str) -> Iterator[None]:
+    """Raises MemoryFull, saying so, where memory does not hold `what`, the GPU's or the machine's."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        whose = "the GPU's memory" if isinstance(error, torch.OutOfMemoryError) else "memory"
+        raise MemoryFull(f"{what} does not fit into {whose}; {remedy}") from None
+
+
 def skeleton(name: str, head: Head, attention: str = "auto") -> nn.Module:
     """The model with such a head, without its weights and in no memory. Raises ModelError."""
     with loading(name):
@@ -182,7 +194,13 @@ def load_model(source: ModelSource, auto: Any = AutoModelForCausalLM) -> Any:
             attn_implementation=as_attention(source.attention),
             trust_remote_code=False,
         )
-    return model.to(device())
+    return _placed(model, source.name)
+
+
+def _placed(model: Any, name: str) -> Any:
+    """The model on the device. Raises MemoryFull."""
+    with fitting(f"the model {name!r}", "set dtype: bfloat16, or take a smaller model"):
+        return model.to(device())
 
 
 PEFT_HEADS = ("classifier", "score")

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from trimtab.adapter.running import takes_prompts
 from trimtab.errors import DataError
 from trimtab.runs import processes
+from trimtab.runs.models import fitting
 from trimtab.runs.reuse import Reuse
 from trimtab.tasks import Example, Task
 from trimtab.tasks.tokens import IGNORED, Collator, Encoded
@@ -85,11 +86,15 @@ def predict(
         equal_lengths: batches of examples of one length, so that nothing is padded.
         reuse: what of the model's work on the prompts is kept.
         repetition: `repetition_penalty` and `no_repeat_ngram_size`, as transformers' `generate` takes them.
+    Raises:
+        MemoryFull: a batch does not fit.
     """
     collate, device = Collator(tokenizer), next(model.parameters()).device
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].input_ids), reverse=True)
     results: list[Any] = [None] * len(encoded)
-    with evaluating(model):
+    size, several = min(batch_size, len(encoded)), "lower training: eval_batch_size: (of predict: --batch-size)"
+    remedy = several if size > 1 else "shorten the text, or load the model in bfloat16"
+    with evaluating(model), fitting(f"answering {size} rows at a time", remedy):
         for chosen in _batches(order, batch_size, [len(e.input_ids) for e in encoded] if equal_lengths else None):
             batch = {k: v.to(device) for k, v in collate([encoded[i] for i in chosen]).items()}
             labels = batch.pop("labels", None)

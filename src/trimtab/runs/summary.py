@@ -154,7 +154,8 @@ def _left_out(experiment: Experiment, trained: Trained) -> list[str]:
     if too_long:
         done = "cut" if training.too_long == "cut" or not task.generates else "left out"
         of = f"{too_long} of {len(task.examples('train'))} {task.unit}"
-        said.append(f"{of} are longer than {training.max_length} tokens and {done}; training: max_length:")
+        more = f"more fit with a larger training: max_length: (now {training.max_length}), as far as the model reads"
+        said.append(f"{of} are longer than {training.max_length} tokens and {done}; {more}")
     if task.skipped:
         said.append(f"{task.skipped} rows cannot be used and are left out, first {task.first_flaw}")
     return said
@@ -176,6 +177,10 @@ def first_row(experiment: Experiment) -> str:
     return f"{experiment.name} ({experiment.spec.type}), first row, «edited tokens»:\n  {shown}"
 
 
+WIDE = 0.2
+"""From here on it is remarked how wide a score's interval is."""
+
+
 def result_remarks(metrics: dict[str, Any]) -> list[str]:
     """What is wrong with a finished run's metrics, and what to try."""
     untuned, tuned = (metrics[which][metrics["score"]] for which in ("untuned", "tuned"))
@@ -187,6 +192,13 @@ def result_remarks(metrics: dict[str, Any]) -> list[str]:
         always = f"always answering {majority['answer']!r} would score {majority['score']:.3f}"
         remedy = "more training: epochs:, or a higher learning_rate:"
         said.append(f"{tuned:.3f} is no better than a constant, since {always}: {remedy}")
+    low, high = metrics.get("interval") or (tuned, tuned)
+    if high - low > WIDE:
+        rows, split = metrics["examples"], metrics["split"]
+        said.append(
+            f"{tuned:.3f} is of {rows} {split} rows: on new ones it may be anything from {low:.2f} to {high:.2f}; give "
+            f"more rows to score (data: {split}:)"
+        )
     start, end = metrics.get("loss_at_start"), metrics.get("loss_at_end")
     if start is not None and end is not None and end > start:
         said.append(f"the loss rose from {start:.3f} to {end:.3f}: lower training: learning_rate:, or try trimtab tune")

@@ -37,6 +37,7 @@ from trimtab.runs.trial import Experiment, Fit, Trial, close_stores, fingerprint
 from trimtab.runs.ways import ReftWay, unload
 from trimtab.tasks import Example, Task
 from trimtab.tasks.failures import failures
+from trimtab.tasks.scores import interval
 from trimtab.tasks.tokens import Encoded
 
 
@@ -276,7 +277,7 @@ class Run:
             progress.state = "tuned score"
             watch(progress)
             tuned = experiment.evaluate(adapted, tokenizer, "test", reuse=fit.reuse)
-            text = card(self.experiment, self.folder.path, tokenizer, model, untuned.main, tuned.main)
+            text = card(self.experiment, self.folder.path, tokenizer, model, new, untuned.main, tuned.main)
             processes.once(save_adapter, adapted, self.folder.path, text)
             parameters = trained_parameters(adapted)
         finally:
@@ -334,9 +335,11 @@ def by_set(
 
 
 def beside(task: Task[Any], examples: Sequence[Example], tuned: Evaluation) -> dict[str, Any]:
-    """What makes a score readable: what always giving the commonest answer would score, and where the model fails."""
+    """What makes a score readable: its 95% interval where it is a share of right rows, what always giving the commonest
+    answer would score, and where the model fails."""
     answer, score = task.majority(examples)
     return {
+        "interval": interval(tuned.main, len(examples)) if task.binary else None,
         "majority": {"answer": answer, "score": score},
         "failures": asdict(failures(task, examples, tuned.predictions)),
     }

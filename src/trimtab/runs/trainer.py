@@ -215,8 +215,8 @@ class Progress:
 Watch = Callable[[Progress], None]
 LOOKED_AT = 100
 """Validation examples that are scored now and then while training."""
-VALIDATION_LOOKS = 4
-"""How often the validation score is taken during a run, to be shown; it chooses nothing."""
+LOOKS = (0.25, 0.5, 0.75)
+"""After which shares of a run's steps the validation score is taken, to be shown; it chooses nothing."""
 
 
 class ReftTrainer(Trainer):
@@ -360,9 +360,14 @@ class Report(TrainerCallback):
     """Keeps `Progress` up to date, takes the validation score now and then if told how, and stops at a NaN loss."""
 
     def __init__(
-        self, progress: Progress, watch: Watch, look: Callable[[], float] | None = None, reuse: Reuse | None = None
+        self,
+        progress: Progress,
+        watch: Watch,
+        look: Callable[[], float] | None = None,
+        reuse: Reuse | None = None,
+        looks: Sequence[float] = LOOKS,
     ) -> None:
-        self.progress, self.watch, self.look, self.reuse = progress, watch, look, reuse
+        self.progress, self.watch, self.look, self.reuse, self.looks = progress, watch, look, reuse, looks
         self._last = time.perf_counter()
         self._seen: float | None = None
 
@@ -378,8 +383,7 @@ class Report(TrainerCallback):
         now = time.perf_counter()
         self.progress.seconds += now - self._last
         self.progress.step = state.global_step
-        at_look = state.global_step % max(1, state.max_steps // VALIDATION_LOOKS) == 0
-        if self.look is not None and at_look and state.global_step < state.max_steps:
+        if self.look is not None and state.global_step in {int(share * state.max_steps) for share in self.looks}:
             self.progress.score = self._seen = self.look()
         self._last = time.perf_counter()  # looking is not training
         self.watch(self.progress)

@@ -24,14 +24,16 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
 
-from trimtab.errors import DataError, NotPossible, RunError
+from trimtab.errors import DataError, MemoryFull, NotPossible, RunError
 from trimtab.runs.earlier import completed_trial
 from trimtab.runs.folder import versions, write_json
 from trimtab.runs.measures import thinned, training_memory, window_loss, windows
-from trimtab.runs.models import Base, ModelSource, pool_for
+from trimtab.runs.models import Base, ModelSource, fitting, pool_for
 from trimtab.runs.predict import Evaluation, context_of, evaluate, mean_loss
 from trimtab.runs.reuse import Reuse, Store
 from trimtab.runs.trainer import (
+    LOOKED_AT,
+    LOOKS,
     NumberedCollator,
     Progress,
     ReftTrainer,
@@ -45,6 +47,8 @@ from trimtab.tasks import Example, Task, TaskSpec, build_task
 from trimtab.tasks.spec import SPLITS
 from trimtab.tasks.tokens import Encoded, is_templated
 
+LATE = 0.75
+"""The share of the steps after which validation is scored, to tell whether it still moves at the end."""
 ROOM = 2**20
 """Bytes free on a disk that is not full."""
 SMALL_STEPS = 100
@@ -164,6 +168,8 @@ class Outcome:
     validation_predictions: list[Any] = field(default_factory=list)
     validation_loss: float | None = None
     """By which scores that tie on validation are told apart; None of what is not trained."""
+    late_move: float | None = None
+    """By how much the score on some of validation moved in the last quarter of the steps; None where not taken."""
     parameters: int = 0
     """Trained ones."""
     model_parameters: int = 0
@@ -210,13 +216,14 @@ def run_trial(trial: Trial, folder: Path, content: dict[str, str] | None = None)
     if found := _done(file, described):
         return found
     try:
-        outcome, lasting = _run(trial), True
+        with fitting("the trial", TOO_LARGE):
+            outcome, lasting = _run(trial), True
     except NotPossible as error:
         outcome, lasting = Outcome(impossible=str(error)), False  # another version of PEFT may know how
+    except MemoryFull as error:
+        outcome, lasting = Outcome(failed=str(error)), False
     except (RunError, FloatingPointError, DataError) as error:
         outcome, lasting = Outcome(failed=str(error)), True
-    except torch.OutOfMemoryError:
-        outcome, lasting = Outcome(failed="out of memory"), False
     outcome = replace(outcome, run=described, versions=versions())
     if lasting:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -261,6 +268,7 @@ def _run(trial: Trial) -> Outcome:
     if way.trains and "validation" in trial.splits:
         trained["validation_loss"] = _validation_loss(trial, adapted, base.tokenizer, reuse)
     found = {split: _scored(trial, adapted, base.tokenizer, split, shots, reuse) for split in trial.splits}
+    late = trained.pop("late_score", None)
     lost = window_loss(adapted, texts, takes_prompts=way.takes_prompts) - _base_losses[key] if texts else None
     outcome = Outcome(
         validation=found["validation"].main if "validation" in found else None,
@@ -270,6 +278,7 @@ def _run(trial: Trial) -> Outcome:
         parameters=trained_parameters(adapted),
         model_parameters=size,
         forgetting=lost,
+        late_move=None if late is None else _some_score(task, found["validation"].predictions) - late,
         **trained,
     )
     if way.leaves_base and not trial.training.gradient_checkpointing:  # which stays switched on
@@ -300,11 +309,20 @@ def _trained(
     """Train in a folder that is thrown away; what is kept of the frozen model's work, and what the training cost."""
     encoded, _ = trial.experiment.encode(tokenizer, examples, training=True)
     progress = Progress(trial.experiment.name)
+    measured = "test" in trial.splits  # a search does not report what training takes, nor whether it was enough
+
+    some = trial.experiment.task.examples("validation")[:LOOKED_AT] if measured and "validation" in trial.splits else []
+
+    def look() -> float:
+        how = {"examples": some, "equal_lengths": trial.way.adds_tokens, "reuse": fit.reuse}
+        return trial.experiment.evaluate(model, tokenizer, "validation", **how).main
+
+    how: Any = {"measured": measured, "look": look if some else None}
     with tempfile.TemporaryDirectory() as folder:
-        measured = "test" in trial.splits  # a search does not report what training takes
-        fit = Fit(trial, model, tokenizer, encoded, Path(folder), progress, measured=measured)
+        fit = Fit(trial, model, tokenizer, encoded, Path(folder), progress, looks=(LATE,), **how)
         fit.run()
     return fit.reuse, {
+        "late_score": next((score for _, score in fit.looks), None),
         "seconds": round(progress.seconds, 3),
         "steps": fit.steps,
         "tokens": progress.tokens,
@@ -336,12 +354,19 @@ def close_stores() -> None:
     _bases.clear()
 
 
+TOO_LARGE = (
+    "lower training: batch_size: and raise gradient_accumulation: as much, set gradient_checkpointing: true, or lower "
+    "max_length:"
+)
+"""What helps a training that memory does not hold."""
+
+
 class Fit:
     """The training of one adapted model.
 
     Args:
         folder: for checkpoints.
-        look: takes the validation score now and then, to be shown.
+        look: takes the validation score, after the shares `looks` of the steps.
         checkpoints: where the training resumes from, and leaves some for others; None for none.
         measured: count the memory too.
     """
@@ -357,6 +382,7 @@ class Fit:
         *,
         watch: Watch = lambda progress: None,
         look: Any = None,
+        looks: Sequence[float] = LOOKS,
         checkpoints: Path | None = None,
         measured: bool = False,
     ) -> None:
@@ -380,7 +406,7 @@ class Fit:
             takes_prompts=way.takes_prompts,
             progress=progress,
             data_collator=collate,
-            callbacks=[Report(progress, watch, look, self._reuse)],
+            callbacks=[Report(progress, watch, look, self._reuse, looks)],
         )
         self.trainer.remove_callback(PrinterCallback)
         self.memory = self._memory(trial, model, encoded) if measured else 0
@@ -390,7 +416,8 @@ class Fit:
         experiment, way = trial.experiment, trial.way
         key = (experiment.source, experiment.name, way.name, str(way.settings), len(encoded))
         if key not in _memories:
-            _memories[key] = training_memory(self.trainer, model, encoded, trial.training.batch_size)
+            with fitting(self._step, TOO_LARGE):
+                _memories[key] = training_memory(self.trainer, model, encoded, trial.training.batch_size)
         return _memories[key]
 
     def run(self, resume_from: str | None = None) -> None:
@@ -398,12 +425,14 @@ class Fit:
 
         Raises:
             DivergedError: the loss became NaN.
+            MemoryFull: a step does not fit.
             RunError: a checkpoint could not be read or written.
         """
         try:
-            self.trainer.train(resume_from_checkpoint=resume_from)
+            with fitting(self._step, TOO_LARGE):
+                self.trainer.train(resume_from_checkpoint=resume_from)
         except (OSError, EOFError, RuntimeError, KeyError, SafetensorError, pickle.UnpicklingError) as error:
-            if resume_from and not self.trainer.progress.step and not isinstance(error, torch.OutOfMemoryError):
+            if resume_from and not self.trainer.progress.step:
                 remedy = f"remove it, or start over: --no-resume --task {self.trainer.progress.task}"
                 raise RunError(f"{resume_from}: this checkpoint cannot be read; {remedy}") from error
             folder = Path(str(self.trainer.args.output_dir))
@@ -411,6 +440,10 @@ class Fit:
                 raise
             remedy = "make room, and the same command goes on from the last whole one"
             raise RunError(f"{folder}: a checkpoint cannot be written, is the disk full? {remedy}") from error
+
+    @property
+    def _step(self) -> str:
+        return f"{self.trainer.progress.task}: a step of {self.trainer.args.train_batch_size} rows"
 
     @property
     def steps(self) -> int:
@@ -469,6 +502,12 @@ def _scored(
     until = "\n\n" if shots and not _chats(experiment, tokenizer) else None
     how = {"examples": asked, "equal_lengths": trial.way.adds_tokens, "until": until, "reuse": reuse}
     return experiment.evaluate(model, tokenizer, split, **how)
+
+
+def _some_score(task: Task[Any], predictions: list[Any]) -> float:
+    """Of what is predicted on validation, on those of it that were looked at in training."""
+    some = task.examples("validation")[:LOOKED_AT]
+    return next(iter(task.scores(predictions[:LOOKED_AT], some).values()))
 
 
 def _validation_loss(trial: Trial, model: nn.Module, tokenizer: PreTrainedTokenizerBase, reuse: Reuse | None) -> float:

@@ -19,6 +19,7 @@ from pydantic import Field
 from torch import nn
 
 from trimtab.adapter.config import ReftConfig
+from trimtab.adapter.lora_at import LORA_AT
 from trimtab.adapter.readout import pool_of
 from trimtab.edits import METHODS
 from trimtab.errors import NotPossible
@@ -51,7 +52,7 @@ WAYS: dict[str, dict[str, Any]] = {
 """Where nothing is said of target modules, they are PEFT's own choice for the architecture (q and v for LoRA)."""
 USUAL_RATES = (1e-3, 4e-3, 1.6e-2)
 RATES: dict[str, tuple[float, ...]] = {
-    "LORA": (5e-4, 1e-3, 2e-3, 4e-3),
+    **dict.fromkeys(("LORA", LORA_AT), (5e-4, 1e-3, 2e-3, 4e-3)),
     "everything": (2e-5, 8e-5, 3.2e-4),
     **dict.fromkeys(("IA3", "VERA", "PREFIX_TUNING", "PROMPT_TUNING", "head"), (4e-3, 1.6e-2, 6.4e-2)),
 }
@@ -81,6 +82,8 @@ class Way(ABC):
     settings: Mapping[str, Any]
     learning_rates: tuple[float, ...] = USUAL_RATES
     """Those that a search starts from; no part of the method."""
+    first_seed: int | None = None
+    """Of its trials, where it is not the experiment's; no part of the method either."""
 
     trains = True
     """Whether there is anything to train."""
@@ -175,6 +178,10 @@ class PeftWay(Way):
         return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[self.settings["peft_type"]]]
 
     @property
+    def takes_prompts(self) -> bool:  # type: ignore[override]
+        return "positions" in self.settings
+
+    @property
     def adds_tokens(self) -> bool:  # type: ignore[override]
         return issubclass(self.kind, PromptLearningConfig)
 
@@ -200,8 +207,10 @@ class PeftWay(Way):
         strength = {} if alpha is None else {"lora_alpha": max(1, round(size * alpha / r))}  # alpha / r stays
         return replace(self, settings={**self.settings, str(self.size_field): size, **strength})
 
-    def config(self, task_type: str, new: Sequence[str] = (), seed: int = 0) -> Any:
+    def config(self, task_type: str, new: Sequence[str] = (), seed: int = 0, edit_turns: Turns = "each") -> Any:
         chosen = {k: v for k, v in self.settings.items() if k != "peft_type"}
+        if self.takes_prompts:
+            chosen["edit_turns"] = edit_turns
         try:
             config = self.kind(task_type=task_type, **chosen)
         except TypeError as error:
@@ -225,7 +234,7 @@ class PeftWay(Way):
         if self.moves_last_token and task_type == "TOKEN_CLS":
             raise NotPossible("virtual tokens move the words whose tags are read")
         try:
-            adapted: nn.Module = get_peft_model(model, self.config(task_type, new, seed))
+            adapted: nn.Module = get_peft_model(model, self.config(task_type, new, seed, edit_turns))
         except (ValueError, TypeError, AttributeError, NotImplementedError) as error:  # PEFT's, of a model it lacks
             raise NotPossible(_first_line(error)) from error
         return adapted
@@ -255,7 +264,8 @@ class PartWay(Way):
             raise NotPossible(f"the model has no {part}")
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in chosen or (name in head and self.trains))
-            if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            # A new head is trained as it is with any adapter; steps of the model's own weights are smaller.
+            if name in chosen and parameter.dtype in (torch.bfloat16, torch.float16):
                 kind = str(parameter.dtype).removeprefix("torch.")
                 raise NotPossible(f"its weights are {kind}, in which small steps are lost; set dtype: float32")
         return model
@@ -306,25 +316,29 @@ def as_way(entry: str | Mapping[str, Mapping[str, Any]], adapter: AdapterSpec) -
 
 
 def _made(name: str, settings: dict[str, Any], adapter: AdapterSpec) -> Way:
-    own = settings.pop("learning_rates", None)
+    own, seed = settings.pop("learning_rates", None), settings.pop("seed", None)
     if own is not None and not (isinstance(own, list) and own and all(isinstance(r, float) and r > 0 for r in own)):
         raise ValueError(f"{name}: learning_rates: {own!r} is no list of positive numbers")
+    if seed is not None and (type(seed) is not int or seed < 0):
+        raise ValueError(f"{name}: seed: {seed!r} is no whole number of at least 0")
     kind = str(settings.get("peft_type", "")).upper() or settings.get("trains", "")
     rates = tuple(sorted(set(own or RATES.get(kind, USUAL_RATES))))
     if "peft_type" in settings:
         known = [t.name for t in PeftType if t in PEFT_TYPE_TO_CONFIG_MAPPING and t.name != "REFT"]
         if kind not in known:
             raise ValueError(f"{name}: peft_type {kind!r} is none of {', '.join(known)}")
-        return PeftWay(name, {**settings, "peft_type": kind}, rates)
+        if kind == LORA_AT:
+            settings = {"positions": adapter.positions, **settings}
+        return PeftWay(name, {**settings, "peft_type": kind}, rates, seed)
     if "trains" in settings:
         if settings["trains"] not in PARTS:
             raise ValueError(f"{name}: trains: {settings['trains']!r} is none of {', '.join(PARTS)}")
         if more := settings.keys() - {"trains", "shots"}:
             raise ValueError(f"{name}: {sorted(more)[0]!r} does not go with trains:")
-        return PartWay(name, settings, rates)
+        return PartWay(name, settings, rates, seed)
     merged = AdapterSpec.model_validate({**adapter.model_dump(), **settings})
     # A field that came later is left out where it says nothing, so that outcomes from before are found again.
-    return ReftWay(name, merged.model_dump(exclude=None if merged.lora else {"lora"}), rates)
+    return ReftWay(name, merged.model_dump(exclude=None if merged.lora else {"lora"}), rates, seed)
 
 
 def applicable(task_type: str) -> list[str]:

@@ -21,6 +21,8 @@ from trimtab.errors import DataError
 from trimtab.serve import schemas
 from trimtab.serve.engine import Event, Logprob, Sampling
 from trimtab.serve.errors import ApiError
+from trimtab.serve.grammar import json_rule
+from trimtab.serve.tools import FIELD, Called, Calls
 from trimtab.tasks.messages import Message, as_message
 from trimtab.tasks.tokens import Turns, encode
 from trimtab.tasks.turns import prompt_end, prompt_ids
@@ -80,6 +82,8 @@ class Form(Protocol):
     field: str
     """What the prompts come from."""
     prompts: list[list[int]]
+    kept: tuple[str, str] | None
+    """The grammar that answers are held to, and the field that asks for it."""
 
     def prompt_ends(self, turns: Turns) -> list[int | None]:
         """How many tokens of each are the prompt that an adapter's positions are counted in; None for all."""
@@ -101,6 +105,15 @@ class Form(Protocol):
     def end(self, usage: schemas.Usage) -> schemas.ChatCompletion | schemas.Completion:
         """The last of a stream, of no choice."""
         ...
+
+
+def _kept(body: schemas.Generation) -> tuple[str, str] | None:
+    """What `response_format` asks for."""
+    asked = body.response_format
+    if isinstance(asked, schemas.AnyText):
+        return None
+    schema = asked.json_schema.json_schema if isinstance(asked, schemas.JsonOfSchema) else {"type": "object"}
+    return f"start: {json_rule(schema)}", "response_format"
 
 
 def _head(kind: str, body: schemas.Generation) -> dict[str, Any]:
@@ -128,6 +141,10 @@ class Chat:
         self.body, self.tokens = body, tokens
         self.prompts = [tokens.of_messages(body.messages, body.tools or None)]
         self.head = _head("chatcmpl", body)
+        choice = body.chosen_tools
+        self.calls = Calls(tokens.tokenizer, body.tools, choice) if choice != "none" else None
+        self.kept = (self.calls.grammar, FIELD) if self.calls else _kept(body)
+        self._held: dict[int, str] = {}  # of a stream, by choice: what may yet become a call
 
     def prompt_ends(self, turns: Turns) -> list[int | None]:
         return [self.tokens.prompt_end(self.prompts[0], self.body.messages, self.body.tools or None, turns)]
@@ -138,15 +155,25 @@ class Chat:
         return Sampling(max_tokens=most, logprobs=logprobs, **_common(self.body))
 
     def whole(self, events: Sequence[Event], usage: schemas.Usage) -> schemas.ChatCompletion:
-        choices = [
-            self._choice(i, event, message=schemas.Said(role="assistant", content=event.text))
-            for i, event in enumerate(events)
-        ]
+        choices = []
+        for i, event in enumerate(events):
+            text, called = self.calls.read(event.text) if self.calls else (event.text, None)
+            calls = {"tool_calls": [_call(called)]} if called else {}
+            said = schemas.Said(role="assistant", content=text or None if called else text, **calls)
+            choices.append(self._choice(i, event, bool(called), message=said))
         return schemas.ChatCompletion(object="chat.completion", choices=choices, usage=usage, **self.head)
 
     def part(self, index: int, event: Event, first: bool) -> schemas.ChatCompletion:
-        said = schemas.Said(content=event.text, **({"role": "assistant"} if first else {}))
-        return self._chunk(choices=[self._choice(index, event, delta=said)])
+        text, called = self._held.pop(index, "") + event.text, None
+        if self.calls and event.finish_reason is None:
+            text, self._held[index] = self.calls.apart(text)
+        elif self.calls:
+            text, called = self.calls.read(text)
+        more: dict[str, Any] = {"role": "assistant"} if first else {}
+        if called:
+            more["tool_calls"] = [_call(called, index=0)]
+        said = schemas.Said(content=text, **more)
+        return self._chunk(choices=[self._choice(index, event, bool(called), delta=said)])
 
     def end(self, usage: schemas.Usage) -> schemas.ChatCompletion:
         return self._chunk(choices=[], usage=usage)
@@ -154,10 +181,11 @@ class Chat:
     def _chunk(self, **parts: Any) -> schemas.ChatCompletion:
         return schemas.ChatCompletion(object="chat.completion.chunk", **self.head, **parts)
 
-    def _choice(self, index: int, event: Event, **said: schemas.Said) -> schemas.ChatChoice:
+    def _choice(self, index: int, event: Event, calls: bool, **said: schemas.Said) -> schemas.ChatChoice:
         logprobs = schemas.ChatLogprobs(content=list(map(self._logprob, event.logprobs))) if event.logprobs else None
         more = {**said, **_moves(self.tokens, self.prompts[0], event)}
-        return schemas.ChatChoice(index=index, logprobs=logprobs, finish_reason=event.finish_reason, **more)
+        reason = "tool_calls" if calls else event.finish_reason
+        return schemas.ChatChoice(index=index, logprobs=logprobs, finish_reason=reason, **more)
 
     def _logprob(self, one: Logprob) -> schemas.TokenLogprob:
         top = [schemas.TopLogprob(**self._named(token, logprob)) for token, logprob in one.top]
@@ -177,6 +205,7 @@ class Text:
         self.body, self.tokens = body, tokens
         self.prompts = [p if isinstance(p, list) else tokens.of_text(p) for p in _each(body.prompt)]
         self.head = {"object": "text_completion", **_head("cmpl", body)}
+        self.kept = _kept(body)
         self._offsets: dict[int, int] = {}
 
     def prompt_ends(self, turns: Turns) -> list[int | None]:
@@ -231,6 +260,11 @@ def _moves(tokens: Tokens, prompt: Sequence[int], event: Event) -> dict[str, Any
         return {}
     moves = [round(move, 4) for move in event.prompt_moves]
     return {"reft_moves": schemas.Moves(tokens=[tokens.text(token) for token in prompt], moves=moves)}
+
+
+def _call(called: Called, **more: int) -> schemas.ToolCall:
+    function = schemas.CalledFunction(name=called.name, arguments=called.arguments)
+    return schemas.ToolCall(id=f"call_{uuid.uuid4().hex}", type="function", function=function, **more)
 
 
 def _finite(logprob: float) -> float:

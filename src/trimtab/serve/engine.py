@@ -230,8 +230,11 @@ class Engine(Protocol):
         """
         ...
 
-    def form(self, schema: Mapping[str, Any]) -> Any:
-        """What keeps an answer to JSON of a schema, with a `copy` for further answers; may take a second.
+    def form(self, grammar: str, field: str) -> Any:
+        """What keeps an answer to a grammar of llguidance's, with a `copy` for further answers; may take a second.
+
+        Args:
+            field: of the request, which errors name.
 
         Raises:
             BadRequest: it cannot be done.

@@ -1,7 +1,7 @@
-"""Answers of a given form: llguidance says, after each token, which may come next for the text to become valid JSON.
+"""Answers of a given form: llguidance says, after each token, which may come next for the text to be of a grammar.
 
 grammars = Grammars(tokenizer, vocabulary=len(tokenizer), ends={tokenizer.eos_token_id})
-form = grammars.of_schema({"type": "object"})
+form = grammars.form(f"start: {json_rule({'type': 'object'})}", "response_format")
 form.allowed()                      # (V,) bool
 form.saw(token)
 """
@@ -21,9 +21,8 @@ from trimtab.serve.engine import BadRequest
 if TYPE_CHECKING:  # loaded when the first request asks for a form
     from llguidance import LLMatcher, LLTokenizer
 
-FIELD = "response_format"
 LARGEST = 65536
-"""Characters of a schema."""
+"""Characters of a grammar, its schemas included."""
 WHITESPACE = r"[\x20\x0A\x0D\x09]{1,16}"
 """Between the parts of JSON: a bound, since a small model may go on with spaces until its tokens are spent."""
 
@@ -67,27 +66,32 @@ class Grammars:
         from llguidance.hf import from_tokenizer
 
         if not self._ends:
-            raise BadRequest(FIELD, f"{FIELD}: the model has no end token, so that an answer could not end.")
-        try:
-            return from_tokenizer(self._tokenizer, n_vocab=self._vocabulary, eos_token=self._ends)
-        except ValueError as error:
-            raise BadRequest(FIELD, f"{FIELD}: not possible with this model's tokenizer ({error}).") from None
+            raise ValueError("the model has no end token, so that an answer could not end")
+        return from_tokenizer(self._tokenizer, n_vocab=self._vocabulary, eos_token=self._ends)
 
-    def of_schema(self, schema: Mapping[str, Any]) -> Form:
-        """Of JSON that a schema describes; may take a second, and is not for an event loop.
+    def form(self, grammar: str, field: str) -> Form:
+        """Of a grammar in llguidance's syntax; may take a second, and is not for an event loop.
+
+        Args:
+            field: of the request, which errors name.
 
         Raises:
-            BadRequest: the schema is none, asks for what cannot be held to, or is too large.
+            BadRequest: a schema is none, asks for what cannot be held to, or is too large.
         """
         from llguidance import LLMatcher
 
-        text = json.dumps(schema)
-        if len(text) > LARGEST:
-            raise BadRequest(FIELD, f"{FIELD}: a schema of {len(text)} characters; at most {LARGEST}.")
-        matcher = LLMatcher(
-            self._tokens, LLMatcher.grammar_from_json_schema(text, {"whitespace_pattern": WHITESPACE}), log_level=0
-        )
+        if len(grammar) > LARGEST:
+            raise BadRequest(field, f"{field}: a schema of {len(grammar)} characters; at most {LARGEST}.")
+        try:
+            matcher = LLMatcher(self._tokens, LLMatcher.grammar_from_lark(grammar), log_level=0)
+        except ValueError as error:
+            raise BadRequest(field, f"{field}: not possible with this model's tokenizer ({error}).") from None
         if matcher.is_error():
             reason = " ".join(matcher.get_error().split())[:300]
-            raise BadRequest(FIELD, f"{FIELD}: the schema cannot be held to: {reason}")
+            raise BadRequest(field, f"{field}: the schema cannot be held to: {reason}")
         return Form(matcher)
+
+
+def json_rule(schema: Mapping[str, Any]) -> str:
+    """JSON that a schema describes, as a part of a grammar."""
+    return "%json " + json.dumps({**schema, "x-guidance": {"whitespace_pattern": WHITESPACE}})

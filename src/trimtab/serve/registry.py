@@ -94,6 +94,7 @@ class Registry:
         self._gone: set[str] = set()  # unloaded, though their folders are there
         self._uploads: TemporaryDirectory[str] | None = None
         self._held: OrderedDict[str, Adapter] = OrderedDict()  # the least recently used first
+        self._held_bytes = 0
 
     def names(self) -> list[str]:
         """Of all adapters loaded or to be found, sorted."""
@@ -168,7 +169,7 @@ class Registry:
             if known is None and not found:
                 raise UnknownAdapter(name)
             self._drop(known)
-            self._held.pop(name, None)
+            self._let_go(name)
             self._gone.add(name)
 
     def read(self, folder: str | Path, name: str = "") -> Adapter:
@@ -217,10 +218,16 @@ class Registry:
         return adapter
 
     def _hold(self, name: str, adapter: Adapter) -> None:
+        self._let_go(name)
         self._held[name] = adapter
-        self._held.move_to_end(name)
-        while sum(held.nbytes for held in self._held.values()) > self.memory and len(self._held) > 1:
-            self._held.popitem(last=False)
+        self._held_bytes += adapter.nbytes
+        while self._held_bytes > self.memory and len(self._held) > 1:
+            self._let_go(next(iter(self._held)))
+
+    def _let_go(self, name: str) -> None:
+        """Of host memory, if it is there."""
+        if name in self._held:
+            self._held_bytes -= self._held.pop(name).nbytes
 
     def _check_free(self, name: str, replace: bool) -> None:
         if name in self._known and not replace:

@@ -193,6 +193,19 @@ class Message(_Body):
         return self
 
 
+class FunctionName(_Body):
+    """Of one of the tools."""
+
+    name: String
+
+
+class NamedTool(_Body):
+    """The tool that must be called."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
 Messages = Annotated[list[Message], Field(min_length=1)]
 
 
@@ -200,19 +213,27 @@ class ChatRequest(Generation):
     """A conversation to answer."""
 
     messages: Messages
-    tools: list[dict[str, Any]] = Field([], description="For the prompt; calls are not read out of the answer's text.")
-    tool_choice: Any = Field("auto", description="With tools: none.")
+    tools: list[dict[str, Any]] = Field([], description="Functions that the model may call, one an answer.")
+    tool_choice: Literal["none", "auto", "required"] | NamedTool = Field(
+        "auto", description="none: they are written into the prompt, and the answer is text."
+    )
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
 
+    @property
+    def chosen_tools(self) -> str:
+        """none, auto, required, or the name of one."""
+        choice = self.tool_choice
+        return choice.function.name if isinstance(choice, NamedTool) else choice if self.tools else "none"
+
     @model_validator(mode="after")
-    def _no_call_is_read(self) -> ChatRequest:
-        if self.tool_choice not in _NOT_DONE["tool_choice"]:
-            raise PydanticCustomError("unsupported_parameter", "not supported by this server", {"param": "tool_choice"})
-        if self.tools and self.tool_choice != "none":
-            said = "go with tool_choice none, which writes them into the prompt; calls are not read out of the answer"
+    def _one_form(self) -> ChatRequest:
+        if not self.tools and self.tool_choice not in ("none", "auto"):
+            raise PydanticCustomError("invalid_value", "there are no tools to choose from", {"param": "tool_choice"})
+        if self.chosen_tools != "none" and not isinstance(self.response_format, AnyText):
+            said = "go without a response_format, unless tool_choice is none"
             raise PydanticCustomError("unsupported_parameter", said, {"param": "tools"})
         return self
 
@@ -312,11 +333,29 @@ class Usage(BaseModel):
     prompt_tokens_details: Cached = Cached()
 
 
+class CalledFunction(BaseModel):
+    """By name, with its arguments as JSON text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(BaseModel):
+    """A call that the model makes."""
+
+    index: int | None = None
+    """In a stream."""
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class Said(BaseModel):
     """What the assistant says."""
 
     role: Literal["assistant"] | None = None
-    content: str = ""
+    content: str | None = ""
+    tool_calls: list[ToolCall] | None = None
 
 
 class Moves(BaseModel):
@@ -335,7 +374,7 @@ class ChatChoice(BaseModel):
     delta: Said | None = None
     reft_moves: Moves | None = None
     logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason | None = None
+    finish_reason: FinishReason | Literal["tool_calls"] | None = None
 
 
 class TextChoice(BaseModel):

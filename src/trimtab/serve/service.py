@@ -144,7 +144,7 @@ class Service:
             )
         turns = next((one.adapter.positions.turns for one in applied), None)
         ends = form.prompt_ends(turns) if turns else [None] * len(form.prompts)
-        kept = self._kept_form(body)
+        kept = self._kept_form(form)
         for prompt, end in zip(form.prompts, ends, strict=True):
             room = self.engine.max_len - len(prompt)
             sampling = form.sampling(max(1, room))
@@ -159,16 +159,14 @@ class Service:
                 made.append(EngineRequest(uuid.uuid4().hex, prompt, own, applied, tenant, end, **told))
         return made
 
-    def _kept_form(self, body: schemas.Generation) -> Any:
+    def _kept_form(self, form: Form) -> Any:
         """What the answers are held to, or None. Raises ApiError."""
-        asked = body.response_format
-        if isinstance(asked, schemas.AnyText):
+        if form.kept is None:
             return None
-        if body.ignore_eos:
+        if form.body.ignore_eos:
             raise ApiError(400, "ignore_eos: an answer of a form ends where it is whole.", param="ignore_eos")
-        schema = asked.json_schema.json_schema if isinstance(asked, schemas.JsonOfSchema) else {"type": "object"}
         try:
-            return self.engine.form(schema)
+            return self.engine.form(*form.kept)
         except EngineError as error:
             raise of_engine(error) from None
 

@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
@@ -125,8 +125,8 @@ class SlotsEngine:
             self._waiting.append((request, emit, time.monotonic()))
             self._wake.notify_all()
 
-    def form(self, schema: Mapping[str, Any]) -> Form:
-        return self._grammars.of_schema(schema)
+    def form(self, grammar: str, field: str) -> Form:
+        return self._grammars.form(grammar, field)
 
     def _check_request(self, request: Request) -> None:
         sampling, length = request.sampling, len(request.tokens)

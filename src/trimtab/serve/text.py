@@ -48,16 +48,18 @@ class AnswerText:
         return text
 
     def _cut(self, new: str) -> tuple[str, str | None]:
+        if not self._stop:
+            return new, None
         text = self._held + new
         found = min(((text.find(stop), stop) for stop in self._stop if stop in text), default=None)
         if found is not None:
             self._held, self._ids, self._context, self._read = "", [], 0, 0
             return text[: found[0]], found[1]
-        held = max((_overlap(text, stop) for stop in self._stop), default=0)
+        held = max((overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held], None
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """How many characters at the end of `text` begin `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -24,32 +25,42 @@ class Fitted:
     """What was chosen, or why nothing was."""
 
 
-def fitted(experiment: Experiment, way: Way, budget: int) -> Fitted:
-    """The way with the most parameters up to `budget`: the largest rank, or below rank 1 the most layers, that fit."""
+def fitted(experiment: Experiment, way: Way, budget: int, new: Sequence[str] = ()) -> Fitted:
+    """The way with the most parameters up to `budget`: the largest rank, or below rank 1 the most layers, that fit.
+
+    Args:
+        new: the modules of the model's head, which are told but not counted.
+    """
     try:
-        own = parameters(experiment, way)
+        own, head = parameters(experiment, way, new)
         if way.size_field is None:
-            return Fitted(way, own, f"{own:,} parameters, with nothing to choose")
-        one, two = (parameters(experiment, way.resized(size)) for size in (1, 2))
+            return Fitted(way, own, f"{own:,} parameters, with nothing to choose{_beside(own, head)}")
+        (one, _), (two, _) = (parameters(experiment, way.resized(size), new) for size in (1, 2))
         size = 1 + (budget - one) // (two - one)
         if size < 1:
-            return _on_layers(experiment, way.resized(1), one, budget)
+            return _on_layers(experiment, way.resized(1), one, budget, new)
         found, count = way.resized(size), one + (size - 1) * (two - one)
-        return Fitted(found, count, f"{way.size_field} {size} gives {count:,} of {budget:,} parameters")
+        said = f"{way.size_field} {size} gives {count:,} of {budget:,} parameters{_beside(count, head)}"
+        return Fitted(found, count, said)
     except NotPossible as error:
         return Fitted(way, None, str(error))
 
 
-def _on_layers(experiment: Experiment, way: Way, whole: int, budget: int) -> Fitted:
+def _on_layers(experiment: Experiment, way: Way, whole: int, budget: int, new: Sequence[str]) -> Fitted:
     blocks = len(find_blocks(_empty(experiment)))
     for number in range(min(budget * blocks // whole, blocks - 1), 0, -1):
         layers = spread(blocks, number)
         found = way.on_layers(layers, blocks)
-        count = whole if found is None else parameters(experiment, found)
+        count, head = (whole, 0) if found is None else parameters(experiment, found, new)
         if found is not None and count <= budget:
             said = f"{way.size_field} 1 on blocks {layers} gives {count:,} of {budget:,} parameters"
-            return Fitted(found, count, said)
+            return Fitted(found, count, said + _beside(count, head))
     return Fitted(way, whole, f"{whole:,} parameters, the fewest it can have; the budget is {budget:,}")
+
+
+def _beside(count: int, head: int) -> str:
+    """What a report counts, where that is more."""
+    return f", {count + head:,} with the new head" if head else ""
 
 
 def spread(blocks: int, count: int) -> list[int]:
@@ -57,11 +68,15 @@ def spread(blocks: int, count: int) -> list[int]:
     return sorted(blocks - 1 - i * blocks // count for i in range(count))
 
 
-def parameters(experiment: Experiment, way: Way) -> int:
-    """What the way trains on the experiment's model, a new head aside; no weight is read. Raises NotPossible."""
-    adapted = way.build(_empty(experiment), experiment.task.task_type)
-    named = adapted.named_parameters()
-    return sum(p.numel() for name, p in named if p.requires_grad and "modules_to_save" not in name)
+def parameters(experiment: Experiment, way: Way, new: Sequence[str] = ()) -> tuple[int, int]:
+    """What the way trains on the experiment's model, and what of its new head. No weight is read.
+
+    Raises NotPossible.
+    """
+    adapted = way.build(_empty(experiment), experiment.task.task_type, new)
+    trained = {f".{name}": p.numel() for name, p in adapted.named_parameters() if p.requires_grad}
+    head = sum(count for name, count in trained.items() if any(f".{module}." in name for module in new))
+    return sum(trained.values()) - head, head
 
 
 def _empty(experiment: Experiment) -> nn.Module:

@@ -35,7 +35,8 @@ class CompareSpec(Section):
         Annotated[list[str | dict[str, dict[str, Any]]], Field(min_length=2)] | None,
         Field(examples=[["lora", "loreft", {"big": {"peft_type": "LORA", "r": 32}}]]),
     ] = None
-    """Names, {name: {peft_type: LORA, r: 32, …}} or {name: {method: loreft, r: 8, …}}; the first is the reference."""
+    """Names, {name: {peft_type: LORA, r: 32, …}} or {name: {method: loreft, r: 8, …}}; the first is the reference.
+    `peft_type: LORA_AT` is a LoRA at some tokens alone, with `positions` (those of `adapter`, where it gives none)."""
     learning_rates: Annotated[
         Annotated[list[PositiveFloat], Field(min_length=1)] | None, Field(examples=[[1e-3, 4e-3]])
     ] = None
@@ -43,7 +44,8 @@ class CompareSpec(Section):
     reach: NonNegativeInt = 3
     """How far a seed goes on beyond the lowest or highest rate while that is the best, in steps of the rates' own."""
     seeds: PositiveInt = 5
-    """How many, each of which goes through the whole choice of a rate."""
+    """How many, each of which goes through the whole choice of a rate; from the recipe's `seed` on, or from a `seed`
+    in a method's settings, which shows how far a method is from itself."""
     margin: PositiveFloat = MARGIN
     """Differences below this are as good as none; methods that are surely this alike are called equal."""
     budget: Annotated[PositiveInt | None, Field(examples=[50_000])] = None
@@ -238,7 +240,8 @@ class Study:
         """
         if group.impossible:
             return []
-        first, count = group.experiment.seed, seeds or (self.settings.seeds if group.tried else 1)
+        own, count = group.way.first_seed, seeds or (self.settings.seeds if group.tried else 1)
+        first = group.experiment.seed if own is None else own
         held_out = self.settings.held_out
         return [
             Trial(group.experiment, group.way, rate, seed, group.examples, held_out=held_out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,14 +14,19 @@ from trimtab.runs.folder import write_bytes, write_json, write_text
 from trimtab.study import tables
 from trimtab.study.compare import CompareSpec, Group
 from trimtab.study.plots import draw, draw_sizes
-from trimtab.study.report import Line, Report, TaskReport, summarise
+from trimtab.study.report import PROCEDURE, Line, Report, TaskReport, procedure_of, summarise
 from trimtab.study.tables import as_markdown
 
 
 def write_report(groups: Sequence[Group], settings: CompareSpec, folder: Path, name: str, command: str) -> Report:
-    """Write `name`.json, .md, .html and one PNG a task into `folder`."""
+    """Write `name`.json, .md, .html and one PNG a task into `folder`.
+
+    One that is there and was made by an earlier procedure is not written over: it is moved to a folder of its own, in
+    which its pages say so.
+    """
     report = summarise(groups, settings, command)
     folder.mkdir(parents=True, exist_ok=True)
+    _set_aside(folder, name)
     plots = {task: folder / f"{name}-{task}.png" for task in report.by_size or report.tasks}
     wide = {task: _picture(report, task) for task in plots}
     for task, path in plots.items():
@@ -29,6 +35,26 @@ def write_report(groups: Sequence[Group], settings: CompareSpec, folder: Path, n
     write_text(folder / f"{name}.md", as_markdown(report, plots))
     write_text(folder / f"{name}.html", as_page(report, wide))
     return report
+
+
+EARLIER = (
+    "Made by an earlier procedure, in which one seed chose the learning rate for all: it tells identical methods apart "
+    "more often than it says. The same command reports what trimtab finds now."
+)
+
+
+def _set_aside(folder: Path, name: str) -> None:
+    there = folder / f"{name}.json"
+    if not there.exists() or procedure_of(json.loads(there.read_text(encoding="utf-8"))) == PROCEDURE:
+        return
+    aside = folder / "earlier"
+    aside.mkdir(exist_ok=True)
+    for file in [*folder.glob(f"{name}.*"), *folder.glob(f"{name}-*.png")]:
+        file.replace(aside / file.name)
+    for kind, before, mark in (("md", "", f"> {EARLIER}\n\n"), ("html", "<body>", f"<body><p><b>{EARLIER}</b></p>")):
+        page = aside / f"{name}.{kind}"
+        if page.exists():
+            write_text(page, page.read_text(encoding="utf-8").replace(before, mark, 1))
 
 
 def _picture(report: Report, task: str, narrow: bool = False) -> bytes:

@@ -19,6 +19,8 @@ from trimtab.study.statistics import ALPHA, Difference, Sample, chosen_scores, c
 from trimtab.tasks import Example, Task
 from trimtab.tasks.scores import Array
 
+PROCEDURE = 2
+"""Counts up when the same trials would get other verdicts. In the first one seed chose the learning rate for all."""
 SHOWN = 3
 """Items on which methods disagree that are shown."""
 COMMONEST = 10
@@ -58,6 +60,8 @@ class Line:
     """How many gave all test items the same answer."""
     moving_seeds: int = 0
     """Of how many the training loss was still falling at the end."""
+    late_move: float | None = None
+    """By how much the score on validation moved in the last quarter of the steps, where that is surely not nothing."""
     forgetting: float | None = None
     against_reference: Difference | None = None
     sentence: str | None = None
@@ -85,8 +89,8 @@ class TaskReport:
     methods: list[Line]
     constant: float | None = None
     """The test score of the one answer that scores best on train."""
-    earlier: int = 0
-    """Trials of versions that did not keep what was predicted on validation."""
+    earlier: dict[str, int] = field(default_factory=dict)
+    """By method, trials of versions that kept neither the loss nor the predictions on validation."""
     telling: bool = True
     """Whether some method is better than that; if none is, the task tells nothing of methods."""
     disagreements: list[Disagreement] = field(default_factory=list)
@@ -134,6 +138,13 @@ class Report:
     by_size: dict[str, SizeReport]
     reach: int = 0
     """How far seeds could go on past the lowest or highest rate."""
+    procedure: int = PROCEDURE
+    """By which the verdicts were reached."""
+
+
+def procedure_of(report: Mapping[str, Any]) -> int:
+    """Of a report's JSON, by which procedure its verdicts were reached."""
+    return int(report.get("procedure", 2 if "margin" in report else 1))
 
 
 def summarise(groups: Sequence[Group], settings: CompareSpec, command: str = "") -> Report:
@@ -207,7 +218,7 @@ def _task_report(groups: list[Group], settings: CompareSpec) -> TaskReport:
     validation, test = (Items.of(task, split) for split in ("validation", "test"))
     finished = [group for group in groups if group.tried]
     samples = {group.way.name: _sample(group, task, validation, test) for group in finished}
-    lines = {group.way.name: _line(group) for group in groups}
+    lines = {group.way.name: _line(group, settings.margin) for group in groups}
     reference = finished[0].way.name if finished else None
     others = [name for name in samples if name != reference]
     found = judged([compare(samples[name], samples[str(reference)], settings.margin) for name in others])
@@ -223,7 +234,7 @@ def _task_report(groups: list[Group], settings: CompareSpec) -> TaskReport:
         test_items=len(test.examples),
         methods=sorted(lines.values(), key=lambda line: float("inf") if line.mean is None else -line.mean),
         constant=None if constant is None else float(constant.scores[0, 0]),
-        earlier=sum(_earlier(run) for group in finished for tried in group.tried.values() for run in tried.values()),
+        earlier={group.way.name: count for group in finished if (count := earlier_trials(group))},
         telling=constant is None or any(_surely_better(sample, constant) for sample in samples.values()),
         disagreements=_disagreements(finished, task, test.examples),
     )
@@ -253,8 +264,11 @@ def _disagreements(groups: Sequence[Group], task: Task[Any], examples: list[Exam
     ]
 
 
-def _earlier(run: Outcome) -> bool:
-    return run.validation is not None and not run.validation_predictions
+def earlier_trials(group: Group) -> int:
+    """How many of its trials are of versions that kept neither the loss nor the predictions on validation."""
+    runs = [run for tried in group.tried.values() for run in tried.values() if run.validation is not None]
+    lossless = [group.way.trains and run.validation_loss is None for run in runs]
+    return sum(less or not run.validation_predictions for less, run in zip(lossless, runs, strict=True))
 
 
 def _surely_better(sample: Sample, constant: Sample) -> bool:
@@ -290,7 +304,7 @@ def _constant(task: Task[Any], test: Items) -> Sample | None:
     return Sample(test.scores(task, [best] * len(test.examples))[None], test.groups, random=False)
 
 
-def _line(group: Group) -> Line:
+def _line(group: Group, margin: float) -> Line:
     line = Line(group.way.name, dict(group.way.settings))
     if not group.tried:
         return replace(line, impossible=group.impossible)
@@ -323,6 +337,7 @@ def _line(group: Group) -> Line:
         tokens=first.tokens,
         curve=first.curve,
         moving_seeds=sum(still_falling([loss for _, loss in run.curve]) for run in trained),
+        late_move=late_move([run.late_move for run in trained], margin),
     )
 
 
@@ -352,6 +367,15 @@ def still_falling(losses: Sequence[float]) -> bool:
     fall = plain.mean(before) - plain.mean(last)
     error = ((plain.variance(before) + plain.variance(last)) / part) ** 0.5
     return fall > 2 * error and fall > (plain.mean(first) - plain.mean(last)) / 10
+
+
+def late_move(seeds: Sequence[float | None], margin: float) -> float | None:
+    """How far the seeds' scores on validation moved on average, where that is more than `margin` and than chance."""
+    moves = [move for move in seeds if move is not None]
+    if len(moves) < 2:
+        return None
+    mean, error = plain.mean(moves), plain.stdev(moves) / len(moves) ** 0.5
+    return mean if abs(mean) > max(margin, 2 * error) else None
 
 
 def sentence(line: Line, found: Difference, reference: Line, items: str) -> str:

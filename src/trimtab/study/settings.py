@@ -36,7 +36,7 @@ FIELDS = {
     "beside": "trained with it",
 }
 """What every method answers for, in the order it is shown in, and what it is called there."""
-_OF_PEFT = {field.name for field in fields(PeftConfig)} | {"requires", "runtime_config"}
+_OF_PEFT = {field.name for field in fields(PeftConfig)} | {"requires", "base_digest", "runtime_config"}
 """Of a file and its making, not of what the adapter does."""
 
 
@@ -116,7 +116,7 @@ class ReftSettings(Settings):
             "start": "changes nothing" if config.init_weights is True else "random, as pyreft's",
             "whole": _text(config.modules_to_save),
             "task": _text(config.task_type),
-            "pool": config.pool or "as the architecture does",
+            "pool": "as the architecture does" if config.pool in (None, "model") else config.pool,
             "weights": "can be merged: trimtab merge"
             if merged
             else "nothing corresponds: no weight changes at some tokens only",

@@ -298,12 +298,12 @@ def _texts(
     tasks = {task.name: task for own in known if (task := own.task) is not None}
     try:
         for task in tasks.values():
-            examples = task.examples("test")[: PROMPTS // len(tasks)]
+            examples = [*task.examples("test"), *task.examples("train")][: PROMPTS // len(tasks)]
             found += task.encode(tokenizer, examples, training=False)[0]
     except DataError as error:
         return list(map(put, TEXTS)), f"{len(TEXTS)} short texts, since the tasks' own are not at hand ({error})"
     if found:
-        return found, f"{len(found)} rows of the test split of {' and '.join(tasks)}"
+        return found, f"{len(found)} rows of {' and '.join(tasks)}, test first"
     return list(map(put, TEXTS)), f"{len(TEXTS)} short texts; give your own with --prompt"
 
 

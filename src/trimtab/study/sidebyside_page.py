@@ -27,6 +27,28 @@ EXPLAINED = (
 """What the figures are: for the page and the terminal."""
 
 
+def in_short(found: SideBySide) -> list[str]:
+    """What a reader takes away, in sentences: sizes, how far each moves states, what the two have in common."""
+    (a, b), sizes = found.names, found.total
+    own = [f"{n:,} parameters ({size / 1000:,.1f} kB)" for n, size in zip(sizes.parameters, sizes.bytes, strict=True)]
+    said = [f"A ({a}) has {own[0]}, B ({b}) {own[1]}."]
+    for name, words in (("prompt", "the prompt"), ("generated", "the answer")):
+        far = [[getattr(block, name)[i] or 0.0 for block in found.blocks] for i in (0, 1)]
+        if any(map(any, far)):
+            a, b = (f"{max(own):.2f} of their own length" for own in far)
+            at, bt = (own.index(max(own)) for own in far)
+            said.append(f"Hidden states of {words} move by up to {a} under A (block {at}), {b} under B (block {bt}).")
+    both = [(block.overlap, block.chance) for block in found.blocks if block.overlap is not None]
+    if both:
+        overlap, chance = (sum(value or 0.0 for value in values) / len(both) for values in zip(*both, strict=True))
+        said.append(
+            f"The directions that they move in overlap by {overlap:.2f} on average; random ones by {chance:.2f}."
+        )
+    if (last := found.blocks[-1].cka) is not None:
+        said.append(f"What the last block gives is alike by {last:.2f} (CKA) under A and under B.")
+    return said
+
+
 def page(found: SideBySide) -> str:
     """The page."""
     a, b = map(escape, found.names)
@@ -36,6 +58,10 @@ def page(found: SideBySide) -> str:
     tokens = sum(len(text.tokens) for text in found.texts)
     body = f"""<p>{colours}both of {escape(found.base)}. Read: {escape(found.source)}, each with what the base model
 answers; {tokens} tokens, states {found.width} wide.</p>
+<ul>{"".join(f"<li>{escape(line)}</li>" for line in in_short(found))}</ul>
+<h2>What each is</h2>
+<p>Line by line, what one has in place of what the other has; grey where they say the same.</p>
+<div><table class=s><tr><th></th><th>A: {a}</th><th>B: {b}</th></tr>{"".join(_settings(found))}</table></div>
 <h2>How far each moves the same hidden states</h2>
 <div class=charts>{_charts(found)}</div>
 <h2>By block</h2>
@@ -44,9 +70,7 @@ answers; {tokens} tokens, states {found.width} wide.</p>
 <h2>By token</h2>
 <p>How far each token moves at each block, the last block at the top. The answer, behind the bar, is the base model's.
 Both tables of a text share one scale.</p>
-{"".join(_tokens(found, text) for text in found.texts[:PICTURED])}
-<h2>What each is</h2>
-<div><table class=s><tr><th></th><th>A: {a}</th><th>B: {b}</th></tr>{"".join(_settings(found))}</table></div>"""
+{"".join(f"<h3>Text {n}</h3>{_tokens(found, text)}" for n, text in enumerate(found.texts[:PICTURED], 1))}"""
     return document(f"{found.names[0]} and {found.names[1]}", body, CHARTS + _STYLE)
 
 
@@ -86,7 +110,8 @@ def _blocks(found: SideBySide) -> str:
 def _block(block: Block, most: float) -> str:
     sizes = "".join(f"<td>{value:,}</td>" for value in (*block.parameters, *block.bytes))
     far = "".join(heat(v, most, COLOURS[i]) for pair in (block.prompt, block.generated) for i, v in enumerate(pair))
-    alike = (*block.directions, block.overlap, block.chance, block.cka, *block.cka_base)
+    directions = block.directions if any(block.directions) else (None, None)
+    alike = (*directions, block.overlap, block.chance, block.cka, *block.cka_base)
     shown_alike = "".join(f"<td>{number(value)}</td>" for value in alike)
     return f"<tr><th class=m>{escape(block.name)}</th>{sizes}{far}{shown_alike}</tr>"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import compress
 from pathlib import Path
 
@@ -39,7 +39,8 @@ def explained(report: Report) -> str:
     return (
         '"Better" (▲) and "worse" (▼) are than the reference, the row of its task in bold; "equal" (=) is surely '
         f'within {100 * report.margin:g} points of it; "not told apart" is neither, and says only that this much data '
-        'does not tell. "Finds" is the difference that would have been found 80 times in 100. Over all tasks the '
+        'does not tell. Parameters are all that is trained, a new head among them. "Finds" is the difference that '
+        "would have been found 80 times in 100. Over all tasks the "
         "difference is the mean of the tasks', and its interval is about these tasks, not others; tasks on which no "
         "method is surely better than one constant answer tell nothing and are left out of it. Seconds and MiB are of "
         "training: the median over seeds; what autograd keeps on the longest batch, with gradients and the "
@@ -145,13 +146,26 @@ def remarks(task: TaskReport) -> list[str]:
     moving = [line.name for line in task.finished if 2 * line.moving_seeds > len(line.scores)]
     if moving:
         said.append(f"The training loss still fell at the end, so more steps may change this: {', '.join(moving)}.")
-    if task.earlier:
+    moved = [f"{line.name} ({100 * line.late_move:+.1f})" for line in task.finished if line.late_move is not None]
+    if moved:
         said.append(
-            f"{task.earlier} trials are of an earlier version, which kept no predictions on validation: the luck of "
-            "choosing their learning rates is not wholly in the intervals. Remove their files to run them anew."
+            "The score on validation still moved in the last quarter of the steps, so another number of them may "
+            f"change this: {', '.join(moved)}."
         )
+    if task.earlier:
+        said.append(f"{of_before(task.earlier)} The luck of choosing their learning rates is not wholly in the table.")
     said += [f"{line.name}: failed: {line.failure}" for line in task.finished if line.failure]
     return said
+
+
+def of_before(earlier: Mapping[str, int]) -> str:
+    """Which trials of a task, by method, were made before validation's loss and predictions were kept."""
+    each = ", ".join(f"{count} of {name}" for name, count in earlier.items())
+    return (
+        f"Trials of an earlier version, which kept neither loss nor predictions on validation: {each}. Of these, ties "
+        "on validation go to the middle rate, and validation items are not drawn anew. Remove their files to run "
+        "them anew."
+    )
 
 
 def asked(one: Disagreement) -> str:

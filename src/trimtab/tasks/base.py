@@ -189,7 +189,10 @@ class Task(ABC, Generic[SpecT]):
 
     def told(self, outputs: Sequence[Any]) -> list[dict[str, Any]]:
         """Predictions as people read them, each with what there is to say beside it, by column."""
-        return [{"prediction": prediction} for prediction in self.read(outputs)]
+        return [{"prediction": self.readable(prediction)} for prediction in self.read(outputs)]
+
+    blank: ClassVar[str] = "the model's answer is empty"
+    """What an empty prediction means."""
 
     # ---- scores ------------------------------------------------------------------------------------------------
 

@@ -38,6 +38,7 @@ class MultiLabelTask(LabelledTask[MultiLabelSpec]):
     spec_class = MultiLabelSpec
     problem = {"problem_type": "multi_label_classification"}  # noqa: RUF012 (a constant)
     read_by = "dict(zip(base.config.id2label.values(), logits.sigmoid().tolist()))"
+    blank = "no class has a probability above a half"
 
     def named(self, row: Row, where: str) -> Sequence[str]:
         value = field(row, self.spec.label, where)

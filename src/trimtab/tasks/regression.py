@@ -66,5 +66,9 @@ class RegressionTask(TextTask[RegressionSpec]):
     def faults(self, predictions: Sequence[Any], examples: Sequence[Example]) -> list[float]:
         return [abs(p - w) for p, w in zip(predictions, self.truth(examples).wanted, strict=True)]
 
+    def readable(self, prediction: float) -> float:
+        """In as many digits as float32 has."""
+        return float(f"{prediction:.6g}")
+
     def read(self, outputs: Sequence[Sequence[float]]) -> list[float]:
         return [values[0] for values in outputs]

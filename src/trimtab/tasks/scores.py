@@ -85,6 +85,13 @@ def ratio(above: Array, below: Array) -> Array:
     return found
 
 
+def interval(share: float, count: int) -> tuple[float, float]:
+    """Wilson's 95% interval of a share of `count` items."""
+    wide = 1.96**2 / count
+    middle, half = share + wide / 2, (share * (1 - share) * wide + wide**2 / 4) ** 0.5
+    return (middle - half) / (1 + wide), (middle + half) / (1 + wide)
+
+
 # ---- text --------------------------------------------------------------------------------------------------------
 
 WHOLE = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"  # 1,234 or 1234

@@ -57,6 +57,21 @@ class Positions:
         """Whether the edited tokens depend on where the prompt ends (a prefix does in prompts shorter than it)."""
         return self.last > 0 or self.random > 0 or self.scope in ("prompt", "generated")
 
+    @property
+    def words(self) -> str:
+        """The tokens meant, as one would say it: 'the first 7 and the last 7 tokens of the prompt'."""
+        scopes = {"prompt": "every token of the prompt", "generated": "every token after the prompt"}
+        if self.scope is not None:
+            return scopes.get(self.scope, "every token")
+        if self.random:
+            return f"{self.random} tokens of the prompt, drawn at random"
+        ends = [
+            f"the {end} {count} tokens" if count > 1 else f"the {end} token"
+            for end, count in (("first", self.first), ("last", self.last))
+            if count
+        ]
+        return f"{' and '.join(ends)} of the prompt"
+
     def slots(self, prompt_length: Tensor) -> tuple[Tensor, Tensor]:
         """The edited tokens of whole prompts, prefix slots before suffix slots.
 

@@ -151,8 +151,8 @@ class VllmEngine:
             self._ids[request.id] = None
         self._loop.call_soon_threadsafe(self._begin, _Answer(request, emit, self._tokenizer))
 
-    def form(self, schema: Mapping[str, Any]) -> Any:
-        raise BadRequest("response_format", "response_format: not done by this engine; use --engine transformers.")
+    def form(self, grammar: str, field: str) -> Any:
+        raise BadRequest(field, f"{field}: answers are held to no form by this engine; use --engine transformers.")
 
     def _check_request(self, request: Request) -> None:
         sampling, length = request.sampling, len(request.tokens)
