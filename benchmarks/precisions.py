@@ -1,7 +1,7 @@
 """What a ReFT adapter is on a base of less than float32: the table of docs/guides/quantised.md.
 
     pip install bitsandbytes torchao
-    python benchmarks/precisions.py --out benchmarks/results/precisions.json      # ten minutes on one core
+    python benchmarks/precisions.py --out benchmarks/results/precisions.json      # quantized rows are slow on a CPU
 
 The base is the bundled model, the task the plurals of its recipe. One adapter is trained in float32 and put on every
 base; another is trained on each base, saved, and loaded onto that base anew.

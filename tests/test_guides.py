@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -102,3 +103,14 @@ def run(words: list[str], trimtab: Command) -> None:
     assert words[0] == "torchrun"
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", *words[1:]], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_table_of_precisions_is_the_committed_one() -> None:
+    def cell(value: object) -> str:
+        if isinstance(value, float):
+            return f"{value:.0e}" if 0 < value < 0.01 else f"{value:g}"
+        return "not run" if value is None else str(value)
+
+    lines = json.loads((ROOT / "benchmarks/results/precisions.json").read_text())["lines"]
+    page = (ROOT / "docs/guides/quantised.md").read_text()
+    assert [row for row in (f"| {' | '.join(map(cell, line.values()))} |" for line in lines) if row not in page] == []
