@@ -171,7 +171,6 @@ def test_a_run_worth_it_is_measured_beforehand(
     assert not any("reft" in name for name, _ in shared.named_modules())  # as if there had been none
     monkeypatch.setattr("trimtab.runs.predict._batches", full)
     with pytest.raises(MemoryFull, match=r"answering 1 row at a time does not fit into the GPU's memory; shorten"):
-    ):
         forecast(experiment, base)
     short = make(task, rows(*["x", "y"] * 8), training={"max_steps": 30})
     assert forecast(short, base) is None
