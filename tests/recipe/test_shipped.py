@@ -54,7 +54,9 @@ def test_readme_commands_exist(capfd: pytest.CaptureFixture[str]) -> None:
 def test_the_study_and_its_report_are_of_one_config(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(ROOT)
     config = ROOT / f"benchmarks/verdict/{name}.yaml"
-    not_ours = re.findall(r"(?:glue|llm-adapters|text|ladder|pairs)/[\w./-]+\.(?:jsonl|json|tsv|txt)", config.read_text())
+    not_ours = re.findall(
+        r"(?:glue|llm-adapters|text|ladder|pairs)/[\w./-]+\.(?:jsonl|json|tsv|txt)", config.read_text()
+    )
     for file in not_ours:
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).touch()
