@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 export HF_HUB_OFFLINE := 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: demo test lint docs peers peft-tests vllm matrix clean
+.PHONY: demo test lint docs dist peers peft-tests vllm matrix clean
 
 demo: $(VENV)/train.stamp
 	$(BIN)/trimtab train recipes/words.yaml
@@ -24,6 +24,12 @@ lint: $(VENV)/dev.stamp
 
 docs: $(VENV)/dev.stamp
 	$(BIN)/mkdocs build # to build/site
+
+# Wheel and source distribution, in dist/, once both have run the demo without the checkout.
+dist: $(VENV)/dev.stamp
+	rm -rf dist
+	$(BIN)/python -m build
+	DIST=$(CURDIR)/dist $(BIN)/python -m pytest -m slow tests/test_dist.py
 
 # PEFT's own tests with ReftConfig, from its source distribution, which pip downloads.
 peft-tests: $(VENV)/dev.stamp
