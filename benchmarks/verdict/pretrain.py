@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import json
 import math
 import random
@@ -211,7 +212,7 @@ def _write(path: Path, rows: list[tuple[str, str]]) -> None:
 def lines(tokenizer: Any, texts: Iterator[str] | None, rng: random.Random) -> Iterator[tuple[list[int], list[int]]]:
     """Tokens and labels for ever: tasks by their answers alone, now and then an old skill or a piece of text whole."""
     sys.path.insert(0, str(ROOT / "models/pretrain"))
-    from skills import skill_line  # what the bundled model learned, kept in mind
+    skill_line = importlib.import_module("skills").skill_line  # what the bundled model learned, kept in mind
 
     def ids(text: str) -> list[int]:
         found: list[int] = tokenizer(text, add_special_tokens=False).input_ids
@@ -308,7 +309,7 @@ def train(out: Path, minutes: float, text: Path | None, rate: float, model: Path
             state = {"model": found.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "used": used}
             torch.save(state, state_file.with_suffix(".new"))
             state_file.with_suffix(".new").replace(state_file)
-    found.to(torch.bfloat16).save_pretrained(out / "model")
+    found.bfloat16().save_pretrained(out / "model")
     tokenizer.save_pretrained(out / "model")
 
 

@@ -317,7 +317,7 @@ def test_bad_questions(line: str, message: str, tmp_path: Path) -> None:
         (["--tasks", "boolq", "-L", "5"], ["run", "--model", "trimtab", "--tasks", "boolq", "-L", "5"]),
         (["run", "--model", "hf"], ["run", "--model", "trimtab", "--model", "hf"]),
         (["ls", "tasks"], ["ls", "tasks"]),
-        (["--help"], ["run", "--model", "trimtab", "--help"]),
+        (["run", "--help"], ["run", "--model", "trimtab", "--help"]),
     ],
 )
 def test_command(given: list[str], passed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

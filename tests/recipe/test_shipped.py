@@ -50,7 +50,7 @@ def test_readme_commands_exist(capfd: pytest.CaptureFixture[str]) -> None:
         command.make_context(name, arguments, resilient_parsing=False)
 
 
-@pytest.mark.parametrize("name", ["skills", "sets", "minilm", "where", "length"])
+@pytest.mark.parametrize("name", ["skills", "sets", "minilm", "where", "length", "facts"])
 def test_the_study_and_its_report_are_of_one_config(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(ROOT)
     config = ROOT / f"benchmarks/verdict/{name}.yaml"

@@ -12,7 +12,7 @@ import torch
 from conftest import Command
 from transformers import AutoTokenizer
 
-from trimtab.errors import DataError, RunError, TrimtabError
+from trimtab.errors import DataError, MemoryFull, RunError, TrimtabError
 from trimtab.recipe.load import load_recipe
 from trimtab.runs.forecast import forecast, steps_of, told
 from trimtab.runs.models import Base
@@ -169,8 +169,8 @@ def test_a_run_worth_it_is_measured_beforehand(
     assert "a takes about " in told("a", found) and "50 steps of" in told("a", found)
     shared = base.load(experiment.task.head, 0).model
     assert not any("reft" in name for name, _ in shared.named_modules())  # as if there had been none
-    monkeypatch.setattr("trimtab.runs.forecast.predict", full)
-    with pytest.raises(RunError, match=r"a: a step does not fit .* batch_size"):
+    monkeypatch.setattr("trimtab.runs.predict._batches", full)
+    with pytest.raises(MemoryFull, match=r"answering 1 row at a time does not fit into the GPU's memory; shorten"):
         forecast(experiment, base)
     short = make(task, rows(*["x", "y"] * 8), training={"max_steps": 30})
     assert forecast(short, base) is None

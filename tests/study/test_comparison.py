@@ -732,10 +732,11 @@ def test_what_one_trial_cannot_do_does_not_end_the_study(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = load_recipe(write_recipe(models, tmp_path))
+    full = f"the trial does not fit into the GPU's memory; {trials.TOO_LARGE}"
     for error, said, seed in (
         (FloatingPointError("a rotation holds NaN"), "a rotation holds NaN", 1),
         (DataError("none fits"), "none fits", 2),
-        (torch.OutOfMemoryError("on this card"), "out of memory", 3),
+        (torch.OutOfMemoryError("on this card"), full, 3),
     ):
 
         def fail(*_: Any, error: Exception = error) -> Any:

@@ -94,7 +94,7 @@ def predict(
     results: list[Any] = [None] * len(encoded)
     size, several = min(batch_size, len(encoded)), "lower training: eval_batch_size: (of predict: --batch-size)"
     remedy = several if size > 1 else "shorten the text, or load the model in bfloat16"
-    with evaluating(model), fitting(f"answering {size} rows at a time", remedy):
+    with evaluating(model), fitting(f"answering {size} row{'s' * (size > 1)} at a time", remedy):
         for chosen in _batches(order, batch_size, [len(e.input_ids) for e in encoded] if equal_lengths else None):
             batch = {k: v.to(device) for k, v in collate([encoded[i] for i in chosen]).items()}
             labels = batch.pop("labels", None)
