@@ -88,7 +88,7 @@ def page(results: dict[str, dict[str, object]]) -> str:
 
 trimtab asks for Python 3.11, torch 2.6, transformers 5.22 or 5.23 and PEFT 0.21.2 or later. Before 5.22
 transformers does not project a mask of positions alone (`logits_to_keep`); 5.24 renames `past_key_values` to
-`cache`, upon which generation with an adapter stops with an error; before 0.21.2 PEFT does not generate with T5 on
+`cache`, and to load an adapter it asks for PEFT 0.22; before 0.21.2 PEFT does not generate with T5 on
 such a transformers. What `make matrix` found, on the CPU; a row that is not here was not run:
 
 | | Python | torch | transformers | PEFT | passed | failed | skipped | on |
