@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import tiny
+import torch
+from helpers import outputs_of, tiny
 from peft import PeftConfig, PeftType, get_peft_model
 from torch import nn
 
@@ -84,6 +85,17 @@ def anatomy(model: nn.Module) -> Any:
         )
         for name, module in model.named_modules()
     ]
+
+
+def leaves_no_trace(model: Any) -> None:
+    """An adapter on the tiny Llama: switched off, and taken off, the model is what it was."""
+    base = outputs_of(tiny("llama"), "llama")
+    with model.disable_adapter():
+        assert torch.equal(outputs_of(model, "llama"), base)
+    left = model.unload()
+    assert torch.equal(outputs_of(left, "llama"), base)
+    kept, plain = ([(name, kind, hooks) for name, kind, _, hooks, _ in anatomy(m)] for m in (left, tiny("llama")))
+    assert kept == plain
 
 
 @pytest.mark.parametrize(("fields", "message"), MISFITS, ids=[str(fields) for fields, _ in MISFITS])

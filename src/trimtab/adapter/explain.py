@@ -116,12 +116,11 @@ def explain(model: PeftModel, ids: Tensor, answer: Tensor | None = None, max_new
     def put_back(name: str, h: Tensor, before: Tensor) -> Tensor:
         return before
 
-    if answer is None:
-        answer = _answered(model, ids, max_new_tokens)
-    outcome = partial(_outcome, model, ids, answer, max_new_tokens)
-    edited = outcome(layers, look)
-    places = [Place(layer.site.name, moved[layer.site.name], outcome([layer], put_back)) for layer in layers]
-    return Explanation(answer, edited, outcome(layers, put_back), tuple(places))
+    ask = partial(_outcome, model, ids, max_new_tokens)
+    edited = ask(answer, layers, look)
+    answer = edited.says if answer is None else answer
+    places = [Place(layer.site.name, moved[layer.site.name], ask(answer, [layer], put_back)) for layer in layers]
+    return Explanation(answer, edited, ask(answer, layers, put_back), tuple(places))
 
 
 def _answered(model: PeftModel, ids: Tensor, max_new_tokens: int) -> Tensor:
@@ -135,12 +134,15 @@ def _answered(model: PeftModel, ids: Tensor, max_new_tokens: int) -> Tensor:
 def _outcome(
     model: PeftModel,
     ids: Tensor,
-    answer: Tensor,
     max_new_tokens: int,
+    answer: Tensor | None,
     layers: Sequence[ReftLayer],
     change: Callable[[str, Tensor, Tensor], Tensor],
 ) -> Outcome:
-    """What comes when modules give `change` of their name, of what they give after the adapters' edits, and before."""
+    """What comes when modules give `change` of their name, of what they give after the adapters' edits, and before.
+
+    The answer is by default what is said then.
+    """
     before: dict[str, Tensor] = {}
     thread = threading.get_ident()
 
@@ -157,6 +159,7 @@ def _outcome(
             within.enter_context(edit_at(model, [site], partial(changed, site.name)))
             within.callback(hook(site, partial(keep, site.name), first=True).remove)
         says = _answered(model, ids, max_new_tokens)
+        answer = says if answer is None else answer
         whole = torch.cat([ids.cpu(), answer[:-1]])[None].to(model.device)
         logits = model(input_ids=whole, prompt_lengths=[len(ids)]).logits
     said = logits[0, len(ids) - 1 :].float().log_softmax(-1).cpu()

@@ -35,9 +35,9 @@ def in_short(found: SideBySide) -> list[str]:
     for name, words in (("prompt", "the prompt"), ("generated", "the answer")):
         far = [[getattr(block, name)[i] or 0.0 for block in found.blocks] for i in (0, 1)]
         if any(map(any, far)):
-            a, b = (f"{max(own):.2f} of their own length" for own in far)
-            at, bt = (own.index(max(own)) for own in far)
-            said.append(f"Hidden states of {words} move by up to {a} under A (block {at}), {b} under B (block {bt}).")
+            most = [f"{max(own):.2f} of their own length under" for own in far]
+            at = [f"(block {own.index(max(own))})" for own in far]
+            said.append(f"Hidden states of {words} move by up to {most[0]} A {at[0]}, {most[1]} B {at[1]}.")
     both = [(block.overlap, block.chance) for block in found.blocks if block.overlap is not None]
     if both:
         overlap, chance = (sum(value or 0.0 for value in values) / len(both) for values in zip(*both, strict=True))

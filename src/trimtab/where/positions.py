@@ -59,7 +59,7 @@ class Positions:
 
     @property
     def words(self) -> str:
-        """The tokens meant, as one would say it: 'the first 7 and the last 7 tokens of the prompt'."""
+        """The tokens meant, as one would say it: 'the first 7 tokens and the last 7 tokens of the prompt'."""
         scopes = {"prompt": "every token of the prompt", "generated": "every token after the prompt"}
         if self.scope is not None:
             return scopes.get(self.scope, "every token")
