@@ -126,6 +126,12 @@ IN_DATA: dict[str, tuple[str, Callable[[str], bytes], str, str]] = {
     "json cut": ("words.jsonl", lambda text: text[:-9].encode(), "words.jsonl, line 12", "Repair or remove the line"),
     "no answer": ("words.jsonl", lambda text: f'{text}{{"input": "a", "output": ""}}'.encode(), "row 13", "fill it"),
     "always one class": ("mood.csv", lambda text: text.replace("bad", "fine").encode(), "mood.csv", "two classes"),
+    "nan": (
+        "mood.csv",
+        lambda text: text.replace(";bad", ";").encode(),
+        "mood.csv, row 2",
+        "fill it or remove the row",
+    ),
     "spreadsheet": ("mood.csv", lambda text: b"PK\x03\x04" + text.encode(), "mood.csv", "export the rows as"),
 }
 COMMANDS: dict[str, tuple[list[str], str, str]] = {
@@ -138,6 +144,12 @@ COMMANDS: dict[str, tuple[list[str], str, str]] = {
     "recipe there": (["init", str(MODEL), "-o", "recipe.yaml"], "recipe.yaml is there already", "name another output"),
     "data is the recipe": (["init", str(MODEL), "--task", "recipe.yaml", "-o", "x.yaml"], "'.yaml'", "use one of"),
     "compare without test": (["compare", "recipe.yaml"], "mood", "give test data"),
+    "setting of a task misspelt": (
+        ["train", "recipe.yaml", "--set", "tasks.word.score=number"],
+        "command line, tasks.word",
+        "is the task's name right?",
+    ),
+    "output below a file": (["train", "recipe.yaml", "-o", "mood.csv/runs"], "mood.csv/runs", "give another place"),
     "data folder": (["train", "recipe.yaml", "--data", "nowhere"], "'nowhere'", "no folder"),
 }
 
@@ -200,6 +212,12 @@ def test_a_full_disk(every: str, place: str, remedy: str, folder: Path, trimtab:
         answer = trimtab(*command)
     assert answer[0] == 2 and "Traceback" not in answer[1] and place in answer[1] and remedy in answer[1], answer[1]
     assert every == "null" or trimtab(*command)[0] == 0  # once there is room
+
+
+def test_rows_that_are_one_object(folder: Path, trimtab: Command) -> None:
+    (folder / "one.json").write_text('{"input": "a", "output": "b"}')
+    changed(folder, "recipe.yaml", ("words.jsonl", "one.json"))
+    told(trimtab("train", "recipe.yaml"), "one.json: expected a list of rows, not one object", "write [{...}, {...}]")
 
 
 def test_checkpoints_that_are_all_cut(folder: Path, trimtab: Command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -228,7 +228,9 @@ def _explain(error: ErrorDetails) -> str:
     if kind == "extra_forbidden":
         return _unknown_key(str(loc[-1]), model)
     if kind in ("union_tag_invalid", "union_tag_not_found"):
-        return f"type must be {_any_of(ENTRIES)}, not {error['input'].get('type')!r}"
+        given = error["input"].get("type")
+        missing = " (it has none; is the task's name right?)" if given is None else f", not {given!r}"
+        return f"type must be {_any_of(ENTRIES)}{missing}"
     if kind == "invalid_key":
         return f"the key {loc[-1]} is a number: decimals take a point, as in 0.0015, and a comma ends an entry"
     if kind in ("model_type", "dict_type", "model_attributes_type"):

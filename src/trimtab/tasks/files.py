@@ -137,7 +137,8 @@ def _read_json(path: Path, *_: Any) -> list[Row]:
         raise DataError(f"{path}, line {error.lineno}: not JSON ({error.msg}); is the file cut short?") from None
     rows = data.get("data") if isinstance(data, dict) and "data" in data else data
     if not isinstance(rows, list):
-        raise DataError(f'{path}: expected a list of objects, or {{"data": [...]}}, not {type(rows).__name__}')
+        found = "one object" if isinstance(rows, dict) else type(rows).__name__
+        raise DataError(f'{path}: expected a list of rows, not {found}; write [{{...}}, {{...}}], or {{"data": [...]}}')
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise DataError(f"{path}, row {number}: expected an object with named fields, not {type(row).__name__}")
