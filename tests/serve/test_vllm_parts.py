@@ -1,11 +1,8 @@
 """What of the vLLM engine needs no vLLM: what requests carry, and what tells blocks of a cache apart."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -86,24 +83,3 @@ def test_without_vllm_it_is_named_and_nothing_imports_it() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
     if not any(Path(path, "vllm-0.32.0+cpu.dist-info").exists() for path in sys.path):
         assert probe.wrong() == ["vllm is not installed"]
-
-
-def test_an_engine_ends_when_its_server_is_killed() -> None:
-    code = (
-        "import concurrent.futures, multiprocessing, os, time\n"
-        "from trimtab.serve.vllm.plugin import FRONT_END, end_with_front_end\n"
-        "os.environ[FRONT_END] = str(os.getpid())\n"
-        "context = multiprocessing.get_context('spawn')\n"
-        "pool = concurrent.futures.ProcessPoolExecutor(1, context, end_with_front_end)\n"
-        "print(pool.submit(os.getpid).result(), flush=True)\n"
-        "time.sleep(600)"
-    )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdout is not None
-        engine = int(server.stdout.readline())
-        server.kill()
-        try:
-            server.communicate(timeout=30)  # to the end of what both write to
-        finally:
-            with suppress(ProcessLookupError):
-                os.kill(engine, signal.SIGKILL)
