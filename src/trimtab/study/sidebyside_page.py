@@ -65,7 +65,7 @@ answers; {tokens} tokens, states {found.width} wide.</p>
 <h2>How far each moves the same hidden states</h2>
 <div class=charts>{_charts(found)}</div>
 <h2>By block</h2>
-<div><table class=n>{_blocks(found)}</table></div>
+{_blocks(found)}
 <dl>{"".join(f"<dt>{term}</dt><dd>{said}</dd>" for term, said in EXPLAINED)}</dl>
 <h2>By token</h2>
 <p>How far each token moves at each block, the last block at the top. The answer, behind the bar, is the base model's.
@@ -78,14 +78,21 @@ _STYLE = """
 table.n td, table.s td { padding: .1em .6em } table.s td { text-align: left; max-width: 26em }
 table.s tr.same td { color: #57606a } dt { font-weight: 500 } dd { margin: 0 0 .5em 1.2em; max-width: 46em }
 td.g, th.g { border-left: 3px solid #1b1f24; border-radius: 0 }
+table.n + table.n { margin-top: 1em }
+@media (max-width: 500px) {
+  table.n { font-size: .7em } table.n td, table.n th { padding: .1em .2em; min-width: 2.5em }
+  table.s, table.s tbody { display: block } table.s tr { display: grid; grid-template-columns: 1fr 1fr; gap: 2px }
+  table.s td { height: auto } table.s th.m { grid-column: 1 / -1; text-align: left }
+  table.s th:empty { display: none }
+}
 """
 
 
 def _charts(found: SideBySide) -> Iterator[str] | str:
     far = [
-        Line(f"{name}, {which}", [getattr(block, which)[i] for block in found.blocks], COLOURS[i], which == "generated")
+        Line(f"{name}, {words}", [getattr(block, which)[i] for block in found.blocks], COLOURS[i], which == "generated")
         for i, name in enumerate("AB")
-        for which in ("prompt", "generated")
+        for which, words in (("prompt", "prompt"), ("generated", "answer"))
     ]
     alike = [
         Line("overlap of the directions", [block.overlap for block in found.blocks], "40,120,80"),
@@ -96,24 +103,32 @@ def _charts(found: SideBySide) -> Iterator[str] | str:
 
 
 def _blocks(found: SideBySide) -> str:
-    head = (
-        "<tr><th></th><th colspan=2>parameters</th><th colspan=2>bytes</th><th colspan=2>moved, prompt</th>"
-        "<th colspan=2>moved, generated</th><th colspan=2>directions</th><th>overlap</th><th>chance</th><th>CKA</th>"
-        "<th colspan=2>with the base</th></tr>"
-        f"<tr><th></th>{'<th>A</th><th>B</th>' * 5}<th></th><th></th><th></th><th>A</th><th>B</th></tr>"
-    )
-    rows = [*found.blocks, *([found.beside] if any(found.beside.parameters) else []), found.total]
+    """Two tables, each narrow enough for a phone: what each adapter is and does, and what the two have in common."""
+    blocks = [(f"block {i}", block) for i, block in enumerate(found.blocks)]
+    beside = [found.beside] if any(found.beside.parameters) else []
+    rows = [*blocks, *((block.name, block) for block in (*beside, found.total))]
     most = max((v for block in found.blocks for v in (*block.prompt, *block.generated) if v is not None), default=1.0)
-    return head + "".join(_block(block, most) for block in rows)
+    pairs = "".join(f"<th colspan=2>{name}</th>" for name in ("parameters", "bytes", "moved, prompt", "moved, answer"))
+    each = f"<tr><th></th>{pairs}</tr><tr><th></th>{'<th>A</th><th>B</th>' * 4}</tr>"
+    both = (
+        "<tr><th></th><th colspan=2>directions</th><th>overlap</th><th>by chance</th><th>CKA</th>"
+        "<th colspan=2>CKA, base</th></tr>"
+        "<tr><th></th><th>A</th><th>B</th><th></th><th></th><th></th><th>A</th><th>B</th></tr>"
+    )
+    tables = each + "".join(_each(*row, most) for row in rows), both + "".join(_both(*row) for row in blocks)
+    return f"<div>{''.join(f'<table class=n>{table}</table>' for table in tables)}</div>"
 
 
-def _block(block: Block, most: float) -> str:
+def _each(name: str, block: Block, most: float) -> str:
     sizes = "".join(f"<td>{value:,}</td>" for value in (*block.parameters, *block.bytes))
     far = "".join(heat(v, most, COLOURS[i]) for pair in (block.prompt, block.generated) for i, v in enumerate(pair))
+    return f"<tr><th class=m>{escape(name)}</th>{sizes}{far}</tr>"
+
+
+def _both(name: str, block: Block) -> str:
     directions = block.directions if any(block.directions) else (None, None)
     alike = (*directions, block.overlap, block.chance, block.cka, *block.cka_base)
-    shown_alike = "".join(f"<td>{number(value)}</td>" for value in alike)
-    return f"<tr><th class=m>{escape(block.name)}</th>{sizes}{far}{shown_alike}</tr>"
+    return f"<tr><th class=m>{escape(name)}</th>{''.join(f'<td>{number(value)}</td>' for value in alike)}</tr>"
 
 
 def number(value: float | None) -> str:
