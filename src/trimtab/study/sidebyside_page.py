@@ -15,8 +15,8 @@ PICTURED = 3
 EXPLAINED = (
     ("moved", "the length of the change over that of the base model's hidden state, ‖h′ − h‖ / ‖h‖: the mean over the "
      "tokens of all texts, so that an edit of few tokens counts for less in long ones. It is measured at each block's "
-     "output with the whole adapter on, and holds what all blocks before changed: a rise is not that block's own share. "
-     "Tokens that are not edited move too, as far as attention reaches edited ones."),
+     "output with the whole adapter on, and holds what all blocks before changed: a rise is not that block's own "
+     "share. Tokens that are not edited move too, as far as attention reaches edited ones."),
     ("directions", f"how many principal directions hold {SHARE:.0%} of the changes' squared length; they may be more "
      "than the rank, since what blocks before changed arrives too."),
     ("overlap", "of the spans of these directions, the mean squared cosine of the principal angles: 1 where one span "
