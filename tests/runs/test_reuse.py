@@ -83,20 +83,23 @@ def assert_same(model: PeftModel, reuse: Reuse, batch: dict[str, Tensor]) -> Non
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "gpt_neox", "opt", "mixtral", "phi3"])
 @pytest.mark.parametrize("positions", ["l1", "l4"])
-def test_prefix_reuse_gives_the_plain_gradients(name: str, positions: str, tmp_path: Path) -> None:
+def test_prefix_reuse_gives_the_plain_gradients(
+    name: str, positions: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     model, config = adapted(name, positions)
-    reuse = choose_reuse(model, config, Store(2000, tmp_path / "kept"), checkpointing=False)
+    reuse = choose_reuse(model, config, Store(2000), checkpointing=False)
     assert isinstance(reuse, PrefixReuse), reuse
     for reuse.lean in (True, False):
         assert_same(model, reuse, Collator(TOKENIZER)(examples()))
     assert reuse.store.on_disk > 0  # 2 kB hold one prefix or two
+    assert not list(tmp_path.iterdir())  # not even while it is in use: a killed process leaves nothing behind
     reuse.store.close()
-    assert not (tmp_path / "kept").exists()
 
 
 def test_attention_that_is_more_than_ours_is_left_to_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With `trainer`, whose first step finds out, for this run and the next."""
-    store, asked = Store(10**9, tmp_path / "kept"), []
+    store, asked = Store(10**9), []
 
     def capped(*args: Any, **others: Any) -> Any:
         asked.append(1)
@@ -132,7 +135,7 @@ def test_attention_that_is_more_than_ours_is_left_to_the_model(tmp_path: Path, m
 @pytest.mark.parametrize("positions", ["l1", "l4"])
 def test_generation_goes_on_from_what_is_kept(name: str, positions: str, tmp_path: Path) -> None:
     model, config = adapted(name, positions)
-    reuse = choose_reuse(model.eval(), config, Store(10**9, tmp_path), checkpointing=False)
+    reuse = choose_reuse(model.eval(), config, Store(10**9), checkpointing=False)
     assert isinstance(reuse, PrefixReuse)
     prompts = [Encoded(e.input_ids[: e.prompt_length], e.prompt_length, None) for e in examples(7)]
     how: dict[str, Any] = {"max_new_tokens": 5}
@@ -146,7 +149,7 @@ def test_generation_goes_on_from_what_is_kept(name: str, positions: str, tmp_pat
 def test_a_part_is_computed_once_for_all_positions_seeds_and_tasks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, computed = Store(10**9, tmp_path), []
+    store, computed = Store(10**9), []
     original = PrefixReuse.compute
     monkeypatch.setattr(
         PrefixReuse, "compute", lambda self, ids: (computed.append(len(ids[0])), original(self, ids))[1]
@@ -163,14 +166,14 @@ def test_a_part_is_computed_once_for_all_positions_seeds_and_tasks(
 @pytest.mark.parametrize("site", ["block", "attention"])
 def test_lower_blocks_reuse_gives_the_plain_gradients(name: str, site: str, tmp_path: Path) -> None:
     model, config = adapted(name, "f2+l3", layers=[1, -1], site=site)
-    reuse = choose_reuse(model, config, Store(10**9, tmp_path / "kept"), checkpointing=False)
+    reuse = choose_reuse(model, config, Store(10**9), checkpointing=False)
     assert isinstance(reuse, LowerBlocksReuse), reuse
     assert_same(model, reuse, Collator(TOKENIZER)(examples()))
     assert not any("forward" in block.__dict__ for block in reuse.blocks)
 
 
 def test_where_nothing_is_frozen_it_says_why(tmp_path: Path) -> None:
-    store = Store(1, tmp_path)
+    store = Store(1)
     model, config = adapted("llama", "f1+l2")
     assert "lowest block" in str(choose_reuse(model, config, store, checkpointing=False))
     model, config = adapted("mistral", "l2")  # a sliding window's cache forgets

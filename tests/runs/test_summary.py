@@ -166,6 +166,7 @@ def test_a_run_worth_it_is_measured_beforehand(
     assert found is not None and found.steps == 50 and found.epoch == 8
     assert found.memory > 0 and found.model > 7e6 and found.later > 0 and found.scoring > 0
     assert found.training == pytest.approx(8 * found.first + 42 * found.later)
+    assert found.first == found.later  # nothing is reused under f1
     assert "a takes about " in told("a", found) and "50 steps of" in told("a", found)
     shared = base.load(experiment.task.head, 0).model
     assert not any("reft" in name for name, _ in shared.named_modules())  # as if there had been none
@@ -206,6 +207,8 @@ def test_a_bad_result_is_remarked() -> None:
     (guess,) = result_remarks({**good, "majority": {"answer": "late", "score": 0.6}})
     assert "0.600 is no better" in guess and "always answering 'late' would score 0.600" in guess
     assert result_remarks({**good, "majority": {"answer": "late", "score": 0.5}}) == []
+    both = result_remarks({**good, "tuned": {"f1": 0.3}, "majority": {"answer": "late", "score": 0.6}})
+    assert len(both) == 2 and "lower training: learning_rate:" in both[0] and "higher" not in both[1]  # one remedy
     few = {"examples": 7, "split": "validation"}
     (wide,) = result_remarks({**good, **few, "interval": interval(0.6, 7)})
     assert "of 7 validation rows: on new ones it may be anything from 0.27 to 0.86" in wide

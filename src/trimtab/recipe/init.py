@@ -120,7 +120,7 @@ training:
   batch_size: 16
   warmup: 0.1           # share of the steps
   weight_decay: 0.0
-  max_length: {min(512, facts.context or 512)}       # longer training examples are left out, and counted
+  max_length: {min(512, facts.context or 512)}       # longer examples are left out (a classifier: cut), and counted
 
 tasks:
 """

@@ -92,7 +92,7 @@ def forecast(experiment: Experiment, base: Base, encoded: Sequence[Encoded] | No
     trial = Trial(replace(experiment, training=few), way, None, experiment.seed)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     try:
-        times, memory = _timed(trial, adapted, base, encoded)
+        times, memory, reuses = _timed(trial, adapted, base, encoded)
         scoring = _scoring(experiment, adapted, base)
     except DivergedError:
         return None  # as it will be
@@ -100,11 +100,13 @@ def forecast(experiment: Experiment, base: Base, encoded: Sequence[Encoded] | No
         unload(adapted)
     later = (times[3] - times[1]) / 2
     first = max(later, times[1] - times[0])
+    if not reuses:  # then an epoch is like another, and what differs is the lengths of the rows
+        first = later = (times[3] - times[0]) / 3
     return Forecast(steps, first, later, _epoch(training, len(encoded)), scoring, memory, size)
 
 
-def _timed(trial: Trial, adapted: nn.Module, base: Base, encoded: Sequence[Encoded]) -> tuple[list[float], int]:
-    """When each of a few steps ended, on examples of all lengths; and the bytes of training."""
+def _timed(trial: Trial, adapted: nn.Module, base: Base, encoded: Sequence[Encoded]) -> tuple[list[float], int, bool]:
+    """When each of a few steps ended, on examples of all lengths; the bytes of training; whether anything is reused."""
     wanted = 2 * trial.training.batch_size * trial.training.gradient_accumulation
     in_order = sorted(encoded, key=lambda one: len(one.input_ids))
     some = [in_order[i * len(encoded) // wanted] for i in range(wanted)] if len(encoded) > wanted else in_order
@@ -122,20 +124,30 @@ def _timed(trial: Trial, adapted: nn.Module, base: Base, encoded: Sequence[Encod
             measured=True,
         )
         fit.run()
-    return ends, fit.memory
+    return ends, fit.memory, fit.reuse is not None
 
 
 def _scoring(experiment: Experiment, adapted: nn.Module, base: Base) -> float:
-    """Seconds of all looks that training takes, from one batch and a few new tokens."""
+    """Seconds of all looks that training takes, from one batch: its prompts, and a few new tokens."""
     task, size = experiment.task, experiment.training.eval_batch_size
     examples, decoding = task.examples("test"), task.decoding()
     some, _ = experiment.encode(base.tokenizer, examples[:size], training=False)
     new = decoding.get("max_new_tokens")
-    if new is not None:
-        decoding["max_new_tokens"] = min(new, NEW)
-    start = time.perf_counter()
-    predict(adapted, base.tokenizer, some, size, **decoding)
-    each = (time.perf_counter() - start) / len(some) * (new / min(new, NEW) if new else 1)
+
+    def seconds(tokens: int | None = None) -> float:
+        how = decoding if tokens is None else {**decoding, "max_new_tokens": tokens}
+        start = time.perf_counter()
+        predict(adapted, base.tokenizer, some, size, **how)
+        return time.perf_counter() - start
+
+    if new is None:
+        batch = seconds()
+    elif new <= NEW:
+        batch = seconds(new)
+    else:  # prompts are read once, whatever the answer's length
+        first, few = seconds(1), seconds(NEW)
+        batch = first + (new - 1) * max(0.0, few - first) / (NEW - 1)
+    each = batch / len(some)
     rows = 2 * len(examples)
     if experiment.spec.data.validation is not False:
         rows += len(LOOKS) * min(LOOKED_AT, len(task.examples("validation")))
@@ -145,7 +157,7 @@ def _scoring(experiment: Experiment, adapted: nn.Module, base: Base) -> float:
 def told(name: str, found: Forecast) -> str:
     """A line for whoever waits."""
     size = f"{found.memory / 1e6:,.0f} MB of memory beside the model's {found.model / 1e6:,.0f} MB"
-    each = f"{found.steps} steps of {found.later:.2g} s on {device()}"
+    each = f"{found.steps} steps of {found.training / found.steps:.2g} s on {device()}"
     scoring = f"scoring {duration(found.scoring)} at most"
     return f"{name} takes about {duration(found.seconds)}: {each}, {scoring}; {size}."
 

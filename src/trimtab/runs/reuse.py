@@ -16,17 +16,15 @@ in memory up to a budget and go to disk past it.
 from __future__ import annotations
 
 import hashlib
-import shutil
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -41,16 +39,20 @@ from trimtab.where.sites import find_blocks, find_sites
 
 
 class Store:
-    """Parts of one frozen model's work by name: in memory up to `budget` bytes, past it as files in `folder`."""
+    """Parts of one frozen model's work by name: in memory up to `budget` bytes, past it in a file without a name in
+    the folder for temporary files, which a process that is killed does not leave behind."""
 
-    def __init__(self, budget: int, folder: Path) -> None:
-        self.budget, self.folder, self.used, self.on_disk = budget, folder, 0, 0
+    def __init__(self, budget: int) -> None:
+        self.budget, self.used, self.on_disk = budget, 0, 0
         self.checked: dict[str, bool] = {}
         """The kinds of reuse that were seen to give the plain loss, and whether the leanest way of it did."""
-        self._kept: dict[str, Tensor | Path] = {}
+        self._kept: dict[str, Tensor] = {}
+        self._on_disk: dict[str, tuple[int, torch.Size, torch.dtype]] = {}
+        """Where in the file each starts, its shape and its type."""
+        self._file: IO[bytes] | None = None
 
     def __contains__(self, name: str) -> bool:
-        return name in self._kept
+        return name in self._kept or name in self._on_disk
 
     def put(self, name: str, tensor: Tensor) -> None:
         size = tensor.numel() * tensor.element_size()
@@ -58,19 +60,28 @@ class Store:
             self.used += size
             self._kept[name] = tensor
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{name}.safetensors"
-        save_file({"kept": tensor.contiguous()}, path)
+        if self._file is None:
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115 (open until `close`)
+        self._file.seek(self.on_disk)
+        self._file.write(memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()))
+        self._on_disk[name] = self.on_disk, tensor.shape, tensor.dtype
         self.on_disk += size
-        self._kept[name] = path
 
     def get(self, name: str) -> Tensor:
-        kept = self._kept[name]
-        return kept if isinstance(kept, Tensor) else load_file(kept)["kept"]
+        if name in self._kept:
+            return self._kept[name]
+        start, shape, dtype = self._on_disk[name]
+        kept = torch.empty(shape, dtype=dtype)
+        assert self._file is not None
+        self._file.seek(start)
+        self._file.readinto(memoryview(kept.flatten().view(torch.uint8).numpy()))  # type: ignore[attr-defined]
+        return kept
 
     def close(self) -> None:
         self._kept.clear()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._on_disk.clear()
+        if self._file is not None:
+            self._file.close()
 
 
 class Reuse(ABC):

@@ -190,8 +190,8 @@ def result_remarks(metrics: dict[str, Any]) -> list[str]:
     majority = metrics.get("majority", {"answer": "", "score": 0.0})  # runs of earlier versions do not say
     if 0 < tuned <= majority["score"]:
         always = f"always answering {majority['answer']!r} would score {majority['score']:.3f}"
-        remedy = "more training: epochs:, or a higher learning_rate:"
-        said.append(f"{tuned:.3f} is no better than a constant, since {always}: {remedy}")
+        remedy = "" if said else ": more training: epochs:, or a higher learning_rate:"
+        said.append(f"{tuned:.3f} is no better than a constant, since {always}{remedy}")
     low, high = metrics.get("interval") or (tuned, tuned)
     if high - low > WIDE:
         rows, split = metrics["examples"], metrics["split"]

@@ -355,8 +355,7 @@ def store_for(experiment: Experiment) -> Store:
     key = _model_of(experiment)
     if key not in _stores:
         close_stores()
-        folder = Path(tempfile.mkdtemp(prefix="trimtab-reuse-"))
-        _stores[key] = Store(int(experiment.training.reuse_memory_gb * 1e9), folder)
+        _stores[key] = Store(int(experiment.training.reuse_memory_gb * 1e9))
     return _stores[key]
 
 
