@@ -212,7 +212,7 @@ BAD = [
     ("model: some/model", "model: 3", ["line 1, model", "string", "'3'"]),
     ("model: some/model", "model: a\nmodel: b", ["line 2", "'model' is already given on line 1", "keep one"]),
     ("r: 2", "r: two", ["line 2, adapter.r", "integer", "'two'"]),
-    ("r: 2", "rank: 2", ["line 2, adapter.rank", "not a known key: it is adapter: r:"]),
+    ("r: 2", "rank: 2", ["line 2, adapter.rank", "not a known key; here it is adapter: r:"]),
     ("r: 2", "hue: 2", ["line 2, adapter.hue", "not a known key", "method, r, positions"]),
     ("  learning_rate: 4e-3", "\tlearning_rate: 4e-3", ["line 4", "a tab; YAML is indented with spaces"]),
     ("tasks:", "epochs: 3\ntasks:", ["line 6, epochs", "belongs under training:"]),

@@ -258,7 +258,7 @@ def test_what_cannot_be_predicted_is_said_first(runs: Path, trimtab: Command, tm
     rows, output = tmp_path / "rows.jsonl", tmp_path / "out.csv"
     for kind, row, said in [
         ("plural", {"text": "cat " * 600}, "row 1: "),
-        ("plural", {"word": "cat"}, "row 1: no field 'text'; the fields are word"),
+        ("plural", {"word": "cat"}, "row 1, for '{text} ->': no field 'text'; the fields are word"),
         ("mood", {"text": ""}, "row 1: the field 'text' is ''"),
     ]:
         rows.write_text(json.dumps(row))

@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -32,23 +34,29 @@ class _Reference(Served):
         return str(load_tokenizer(MODEL).decode(ids, skip_special_tokens=True))
 
 
+@contextmanager
+def serving(folder: Path, port: int, *vllm: str, **popen: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """A server that is ready."""
+    options = ["kv_cache_memory_bytes=67108864", "enforce_eager=true", *vllm]
+    command = [sys.executable, "-m", "trimtab.cli", "serve", MODEL, "--adapters", str(folder), "--engine", "vllm"]
+    command += ["--dtype", "float32", "--max-len", "512", "--slots", "8", "--port", str(port)]
+    process = subprocess.Popen([*command, *(part for one in options for part in ("--vllm", one))], **popen)
+    try:
+        until(lambda: process.poll() is not None or is_ready(f"http://127.0.0.1:{port}"), 600)
+        assert process.poll() is None
+        yield process
+    finally:
+        process.kill()
+
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("adapters")
     make_adapters(folder)
-    options = ["kv_cache_memory_bytes=67108864", "enforce_eager=true"]
-    command = [sys.executable, "-m", "trimtab.cli", "serve", MODEL, "--adapters", str(folder), "--engine", "vllm"]
-    command += ["--dtype", "float32", "--max-len", "512", "--slots", "8", "--port", str(PORT)]
-    process = subprocess.Popen([*command, *(part for one in options for part in ("--vllm", one))])
-    url = f"http://127.0.0.1:{PORT}"
-    try:
-        until(lambda: process.poll() is not None or is_ready(url), 600)
-        assert process.poll() is None
-        yield _Reference(None, url, folder)  # type: ignore[arg-type]
+    with serving(folder, PORT) as process:
+        yield _Reference(None, f"http://127.0.0.1:{PORT}", folder)  # type: ignore[arg-type]
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
-    finally:
-        process.kill()
 
 
 def test_the_answers_to_compare_differ(served: Served) -> None:
@@ -76,16 +84,20 @@ def test_the_scale_of_a_request(served: Served, scale: float) -> None:
 
 
 def test_several_adapters_edit_one_request(served: Served) -> None:
-    asked: Any = ["ends", {"name": "all", "scale": 0.5}]
-    texts = []
-    for names, scales in ((("ends", "all"), (1.0, 0.5)), (("all", "ends"), (0.5, 1.0))):
+    """In the order that they are named in, on a prompt whose answer tells."""
+    orders = [(("ends", "all"), (1.0, 0.5)), (("all", "ends"), (0.5, 1.0))]
+
+    def wanted(ids: list[int]) -> list[str]:
+        return [served.expected_text(ids, names, 8, scales) for names, scales in orders]
+
+    words = served.ids(LONG)
+    ids = next(words[:n] for n in range(3, len(words)) if len(set(wanted(words[:n]))) == 2)
+    for (names, scales), text in zip(orders, wanted(ids), strict=True):
+        asked = [{"name": name, "scale": scale} for name, scale in zip(names, scales, strict=True)]
         answer = served.openai.completions.create(
-            model=BASE, prompt=PROMPT, max_tokens=8, temperature=0, extra_body={"reft_adapters": asked}
+            model=BASE, prompt=ids, max_tokens=8, temperature=0, extra_body={"reft_adapters": asked}
         )
-        texts.append(answer.choices[0].text)
-        assert texts[-1] == served.expected_text(served.ids(PROMPT), names, 8, scales)
-        asked.reverse()
-    assert texts[0] != texts[1]
+        assert answer.choices[0].text == text
 
 
 def test_what_this_engine_does_not_do_is_said(served: Served) -> None:
@@ -151,3 +163,14 @@ def test_stop_strings_and_logprobs(served: Served) -> None:
     )
     assert answer.choices[0].text == whole[: whole.index(stop)] and answer.choices[0].finish_reason == "stop"
     assert answer.choices[0].logprobs is not None and len(answer.choices[0].logprobs.top_logprobs[0]) == 3  # type: ignore[index,arg-type]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_nothing_is_left_of_a_server_that_was_killed(
+    processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if processes > 1:
+        monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    with serving(tmp_path, PORT + processes, f"tensor_parallel_size={processes}", stdout=subprocess.PIPE) as server:
+        server.kill()
+        server.communicate(timeout=60)  # to the end of what all its processes write to

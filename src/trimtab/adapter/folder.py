@@ -205,6 +205,21 @@ def inspect_adapter(folder: str | Path) -> AdapterInfo:
     return AdapterInfo(saved.config, saved.shapes, size, norms, saved.extras)
 
 
+def why_not_asked(folder: Path) -> str | None:
+    """Why an adapter answers no prompts, by a glance at its config; None where it does, or is damaged, which is told
+    when it is read."""
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        kind, task = config["peft_type"], config.get("task_type")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    if kind != "REFT":
+        return f"it is of method {kind}, not ReFT"
+    if task in (None, "CAUSAL_LM"):
+        return None
+    return f"it {'tags words' if task == 'TOKEN_CLS' else 'labels texts'} and does not generate"
+
+
 def _read_config(folder: Path) -> ReftConfig:
     path = folder / CONFIG
     _check_kind(path)
@@ -219,7 +234,9 @@ def _read_config(folder: Path) -> ReftConfig:
             f"{path}: not the JSON that PEFT writes; the file is damaged. Copy or save the adapter again."
         ) from None
     if kind != "REFT":
-        raise AdapterError(f"{path}: an adapter of method {kind}, not ReFT; load it with PEFT alone.")
+        raise AdapterError(
+            f"{path}: an adapter of method {kind}, not ReFT; load it with PEFT alone. Beside another: trimtab show A B"
+        )
     try:
         config: Any = PeftConfig.from_pretrained(str(folder))
     except (ValueError, TypeError) as error:

@@ -102,10 +102,10 @@ Settings = Annotated[
 ModelName = Annotated[str | None, typer.Option(help="The base model, where it is not the one the adapter names.")]
 
 
-def must_be_new(output: Path) -> None:
-    """Raises FileExistsError for what is there already."""
+def must_be_new(output: Path, option: str = "-o") -> None:
+    """Raises FileExistsError for what is there already; `option` gives another."""
     if output.exists():
-        raise FileExistsError(f"{output} is there already; name another output, or remove it.")
+        raise FileExistsError(f"{output} is there already; name another output ({option}), or remove it.")
 
 
 @contextmanager

@@ -85,12 +85,13 @@ def _show_two(
     if as_json:
         typer.echo(json.dumps(asdict(found), ensure_ascii=False))
         return
-    settings = Table("", *found.names, title=f"of {found.base}")
+    names = (f"{k}: {name}" for k, name in zip("AB", found.names, strict=True))
+    settings = Table("", *names, title=f"two adapters of {found.base}")
     for line in found.settings:
         settings.add_row(line.name, *line.values)
     console.print(settings)
     heads = ("para-\nmeters", "bytes", "moved,\nprompt", "moved,\nanswer", "direc-\ntions", "overlap\n(chance)")
-    table = Table("", *heads, "CKA", "CKA,\nbase", title="A and B, by block")
+    table = Table("", *heads, "CKA", "CKA,\nbase", title="A above, B below, by block")
     for block in (*found.blocks, found.total):
         overlap = "" if block.overlap is None else f"{block.overlap:.2f}\n({number(block.chance)})"
         sizes = ("\n".join(f"{n:,}" for n in block.parameters), "\n".join(map(size_of, block.bytes)))
@@ -98,7 +99,7 @@ def _show_two(
         alike = (directions, overlap, number(block.cka), _pair(block.cka_base))
         table.add_row(block.name.rpartition("layers.")[2], *sizes, *map(_pair, (block.prompt, block.generated)), *alike)
     console.print(table)
-    console.print(f"Above A, {found.names[0]}; below B, {found.names[1]}. Read: {found.source}.")
+    console.print(f"Read: {found.source}.")
     for term, said in EXPLAINED:
         console.print(f"{term}: {said}")
     console.print("\n".join(["", "In short:", *in_short(found)]))

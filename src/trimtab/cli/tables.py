@@ -26,7 +26,7 @@ def progress_table(rows: dict[str, Any]) -> Table:
             p.state,
             f"{p.step}/{p.steps}" if p.steps else "",
             "" if p.loss is None else f"{p.loss:.4f}",
-            "" if p.score is None or p.state == "done" else f"{p.score:.3f}",
+            "" if p.score is None else f"{p.score:.3f}",
             f"{rate:,.0f}" if rate else "",
             f"{left // 60:.0f}:{left % 60:02.0f}" if p.state == "training" else "",
         )

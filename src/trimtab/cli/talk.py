@@ -23,7 +23,7 @@ def generate(
     """Answer one prompt with each adapter, and the base model, in a single batch."""
     from trimtab.runs.generate import BASE, Answerer, find_adapters
 
-    adapters = find_adapters(adapter or [])
+    adapters = find_adapters(adapter or [], console.print)
     answerer = Answerer(adapters, model)
     names = [*adapters, *([BASE] if base or not adapters else [])]
     table = Table("adapter", "answer", title=prompt)
@@ -39,7 +39,7 @@ def chat(adapter: Folders = None, model: ModelName = None) -> None:
 
     with suppress(ImportError):  # no Windows
         import readline  # noqa: F401  (by which input() edits its line)
-    adapters = find_adapters(adapter or [])
+    adapters = find_adapters(adapter or [], console.print)
     answerer = Answerer(adapters, model)
     current = next(iter(adapters), BASE)
     messages: list[dict[str, str]] = []
@@ -59,8 +59,10 @@ def chat(adapter: Folders = None, model: ModelName = None) -> None:
                 console.print(f"No adapter {argument!r}; there are {', '.join([*adapters, 'base'])}.")
             else:
                 current = BASE if argument == "base" else argument
+                goes_on = "; it answers within what was said before, and /new starts over" if messages else ""
+                console.print(f"{argument} from here on{goes_on}.")
         elif command.startswith("/"):
-            console.print("Commands: /use NAME, /new, /quit.")
+            console.print(f"No command {command}; there are /use NAME, /new, /quit.")
         elif text:
             asked = [*messages, {"role": "user", "content": text}]
             try:

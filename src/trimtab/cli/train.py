@@ -162,7 +162,7 @@ def evaluate_recipe(
     from trimtab.runs.train import evaluate_runs
 
     if predictions is not None:
-        must_be_new(predictions)
+        must_be_new(predictions, "--predictions")
     recipe = read_recipe(file, model, data, output, settings, task)
     results = evaluate_runs(recipe.experiments(task), recipe.output, split)
     console.print(scores_table(results))

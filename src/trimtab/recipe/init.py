@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import AutoConfig
 
@@ -32,6 +33,8 @@ class ModelFacts:
     parameters: int
     context: int | None
     """How many tokens it reads, where its config says."""
+    half: str | None
+    """The 16-bit type that its weights are stored in, where they are."""
     lora_parameters: int
     """Of a LoRA of rank 8 on every linear layer but the output head."""
 
@@ -67,6 +70,7 @@ def look_at(name: str) -> ModelFacts:
         blocks=len(sites),
         parameters=sum(p.numel() for p in model.parameters()),
         context=context_of(model),
+        half=stored if (stored := str(config.dtype).removeprefix("torch.")) in ("bfloat16", "float16") else None,
         lora_parameters=sum(8 * (m.in_features + m.out_features) for m in linear),
     )
 
@@ -91,12 +95,15 @@ def recipe_text(facts: ModelFacts, tasks: dict[str, tuple[str, Guess]]) -> str:
     """The YAML, commented, for tasks given by name: the training file of each, and what it is for."""
     s = suggest(facts)
     weight = adapter_parameters(facts, s.r)
+    dtype = "auto             # as the weights are stored; or float32, bfloat16, float16"
+    if facts.half and not torch.accelerator.is_available():
+        dtype = f"float32          # faster on a CPU than {facts.half}, as the weights are stored (auto)"
     head = f"""\
 # A recipe for trimtab: `trimtab train THIS_FILE` trains one adapter for each task, on one frozen model.
 model: {json.dumps(facts.name)}
 output: runs            # each task leaves a folder here, which PEFT loads: runs/<task>
 seed: 0
-dtype: auto             # as the weights are stored; or float32, bfloat16, float16
+dtype: {dtype}
 
 # The edit. {weight:,} parameters, {100 * weight / facts.parameters:.3g}% of the model's {facts.parameters:,}.
 adapter:

@@ -213,7 +213,7 @@ def _schema_problems(error: ValidationError, node: Any) -> list[tuple[Place, str
         place = tuple(find(node, each["loc"])[1]) + (each["loc"][-1:] if each["type"] == "missing" else ())
         by_place.setdefault(place, []).append(_explain(each))
         if each["type"] != "missing" and not isinstance(each["input"], dict | list):
-            values[place] = f" (it is {str(each['input'])[:60]!r})"
+            values[place] = f" (given: {str(each['input'])[:60]!r})"
     return [
         (place, " or ".join(texts).replace(" or must be ", " or ") + values.get(place, ""))
         for place, texts in by_place.items()
@@ -266,7 +266,7 @@ def _unknown_key(key: str, model: type[BaseModel]) -> str:
     if sections:
         return f"belongs under {sections[0]}:"
     if key in FOREIGN:
-        return f"is not a known key: {FOREIGN[key]}"
+        return f"is not a known key; here {FOREIGN[key]}"
     if near:
         return f"is not a known key; did you mean {near[0]!r}?"
     if owners:

@@ -60,6 +60,7 @@ def parse_yaml(text: str, settings: Sequence[str] = ()) -> tuple[Any, yaml.Node 
         line = mark.line if mark else 0
         tab = re.match(r" *\t", "".join(text.split("\n")[line : line + 1]))
         said = "a tab; YAML is indented with spaces" if tab else f"not valid YAML: {error.problem or error.context}"
+        said += "; are this line and those above it indented alike?" if "<block" in said else ""
         raise YamlError(line + 1, said) from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from trimtab.adapter.folder import inspect_adapter
+from trimtab.adapter.folder import inspect_adapter, why_not_asked
 from trimtab.adapter.forward import BASE
 from trimtab.adapter.hub import local
 from trimtab.errors import AdapterError, RunError
@@ -23,10 +23,13 @@ from trimtab.tasks.turns import encode_messages
 Message = dict[str, str]
 
 
-def find_adapters(folders: Sequence[str]) -> dict[str, Path]:
+def find_adapters(folders: Sequence[str], left_out: Callable[[str], None] | None = None) -> dict[str, Path]:
     """Adapter folders by name: each folder itself, or those that stand in it; a name on the Hub is fetched.
 
     `NAME=FOLDER` has an adapter go by another name than its folder's.
+
+    Args:
+        left_out: is told of those in a folder of several that answer no prompts, which are left out; else none is.
 
     Raises:
         AdapterError: a folder holds no adapter, or two adapters share a name.
@@ -45,6 +48,9 @@ def find_adapters(folders: Sequence[str]) -> dict[str, Path]:
         if named and (len(inside) > 1 or not own):
             raise AdapterError(f"{asked}: give one name and the folder of one adapter; there are {len(inside)}.")
         for path in inside:
+            if left_out and path != folder and (reason := why_not_asked(path)):
+                left_out(f"{path} is left out: {reason}.")
+                continue
             here = given.partition("@")[0] if folder != Path(given) else path.resolve()
             name = (own or Path(here).name).replace(".", "_")
             if name in found:
@@ -72,13 +78,10 @@ class Answerer:
             raise AdapterError(
                 f"the adapters name {len(bases)} base models ({', '.join(map(str, bases))}); say --model."
             )
-        for name, info in infos.items():
-            if info.config.task_type not in (None, "CAUSAL_LM"):
-                does = "tags words" if info.config.task_type == "TOKEN_CLS" else "labels texts"
-                raise AdapterError(
-                    f"{adapters[name]}: it {does} and does not generate. On a file: trimtab predict FILE -a "
-                    f"{adapters[name]}; here name only adapters that generate."
-                )
+        for path in adapters.values():
+            if reason := why_not_asked(path):
+                remedy = f"On a file: trimtab predict FILE -a {path}; here name only adapters that generate."
+                raise AdapterError(f"{path}: {reason}. {remedy}")
         self.base_name = model if model is not None else str(bases.pop())
         self.tokenizer = load_tokenizer(self.base_name)
         self.prompts = {name: _prompting(path) for name, path in adapters.items()}

@@ -151,7 +151,7 @@ def loading(name: str) -> Iterator[None]:
         remedy = (
             "are its config.json, weights and tokenizer files there and whole?"
             if Path(name).is_dir()
-            else "it is no local folder; on the Hub, check name and network."
+            else f"there is no such folder in {Path.cwd()}; on the Hub, check name and network."
         )
         raise ModelError(f"cannot load the model {name!r}: {remedy}\n{reason}") from error
 

@@ -63,7 +63,7 @@ class Store:
         if self._file is None:
             self._file = tempfile.TemporaryFile()  # noqa: SIM115 (open until `close`)
         self._file.seek(self.on_disk)
-        self._file.write(memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()))
+        self._file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
         self._on_disk[name] = self.on_disk, tensor.shape, tensor.dtype
         self.on_disk += size
 
@@ -74,7 +74,7 @@ class Store:
         kept = torch.empty(shape, dtype=dtype)
         assert self._file is not None
         self._file.seek(start)
-        self._file.readinto(memoryview(kept.flatten().view(torch.uint8).numpy()))  # type: ignore[attr-defined]
+        self._file.readinto(kept.flatten().view(torch.uint8).numpy().data)  # type: ignore[attr-defined]
         return kept
 
     def close(self) -> None:

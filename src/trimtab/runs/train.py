@@ -241,7 +241,6 @@ class Run:
             self._train(base, progress, watch)
         progress.metrics = self.folder.metrics
         progress.state = "done"
-        progress.score = progress.metrics["tuned"][self.task.score.name]
         watch(progress)
         return progress.metrics
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import errno
+import gc
 import hashlib
 import json
 import math
@@ -57,6 +58,11 @@ _base_losses: dict[tuple[ModelSource, str], float] = {}
 """A process's held-out losses of models as they come, since each trial starts from one."""
 
 
+SPLITS_KEPT = 4
+_encodings: dict[str, tuple[list[Encoded], int]] = {}
+"""Tokens of the last splits that were asked for, since the trials of a search all read the same."""
+
+
 @dataclass(frozen=True)
 class Experiment:
     """A task, the model it is for, and the settings it is trained under."""
@@ -98,7 +104,14 @@ class Experiment:
             DataError: an example cannot be tokenised for this model, or none fits.
         """
         length, cut = self.training.max_length, self.training.too_long == "cut"
-        return self.task.encode(tokenizer, examples, training=training, max_length=length, cut=cut)
+        read = str(_model_of(self)), tokenizer.chat_template, self.task.settled.model_dump(mode="json")
+        told = (read, length, cut, training, list(map(repr, examples)))
+        if (key := digest(told)) not in _encodings:
+            while len(_encodings) >= SPLITS_KEPT:
+                _encodings.pop(next(iter(_encodings)))
+            _encodings[key] = self.task.encode(tokenizer, examples, training=training, max_length=length, cut=cut)
+        encoded, longer = _encodings[key]
+        return list(encoded), longer
 
     def evaluate(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, split: str, **how: Any) -> Evaluation:
         """Scores and predictions on a split. Raises DataError."""
@@ -298,6 +311,8 @@ def _model_of(experiment: Experiment) -> tuple[ModelSource, str | None]:
 
 def _base_for(experiment: Experiment) -> Base:
     """The base model, which is the caller's to change: it is kept for nobody else."""
+    if not gc.get_freeze_count():
+        gc.freeze()  # libraries, by whose 400,000 objects the collection that accelerate asks for would go each time
     kept = _bases.pop(_model_of(experiment), None)
     _bases.clear()
     return kept or Base(experiment.source)

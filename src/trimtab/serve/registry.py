@@ -15,7 +15,9 @@ import shutil
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any, NamedTuple
@@ -24,7 +26,7 @@ import torch
 from torch import Tensor
 
 from trimtab.adapter.config import WEIGHTS, ReftConfig
-from trimtab.adapter.folder import CONFIG, SavedAdapter, as_edit, read_adapter
+from trimtab.adapter.folder import CONFIG, SavedAdapter, as_edit, read_adapter, why_not_asked
 from trimtab.adapter.identity import differ
 from trimtab.edits import Term
 from trimtab.errors import AdapterError
@@ -58,6 +60,12 @@ class Adapter:
     @property
     def nbytes(self) -> int:
         return sum(vector.nbytes for vector in self.parts.values())
+
+
+@lru_cache(maxsize=1 << 16)
+def _is_asked(folder: Path, changed: int) -> bool:
+    """Whether prompts may be put to a folder's adapter, as its config said when it last changed."""
+    return why_not_asked(folder) is None
 
 
 class _Known(NamedTuple):
@@ -97,10 +105,14 @@ class Registry:
         self._held_bytes = 0
 
     def names(self) -> list[str]:
-        """Of all adapters loaded or to be found, sorted."""
+        """Of all adapters loaded or to be found, sorted; not of those whose config says that they answer no prompts."""
         with self._lock:
             known, gone = set(self._known), set(self._gone)
-        found = {path.parent.name for path in self.folder.glob(f"*/{CONFIG}")} if self.folder else set()
+        found = set()
+        for config in self.folder.glob(f"*/{CONFIG}") if self.folder else ():
+            with suppress(FileNotFoundError):  # taken away meanwhile
+                if _is_asked(config.parent, config.stat().st_mtime_ns):
+                    found.add(config.parent.name)
         return sorted(known | {name for name in found - gone if self._may_be_named(name)})
 
     def get(self, name: str) -> Adapter:

@@ -104,12 +104,13 @@ class ReftSettings(Settings):
         return {
             "method": f"{config.method}: h becomes {formula}",
             "rank": f"{config.r}, of the edit of a hidden state" if config.r is not None else "the method has none",
-            "where": f"hidden states: site {config.site}",
+            "where": "hidden states: "
+            + ("what each block returns (site block)" if config.site == "block" else f"site {config.site}"),
             "layers": _text(config.layers),
-            "tokens": _TOKENS.get(config.positions, "of the prompt alone: {}").format(config.positions),
+            "tokens": _TOKENS.get(config.positions) or f"{config.parsed_positions.words} ({config.positions})",
             "turns": "each answer's prompt" if config.edit_turns == "each" else "the first answer's prompt",
-            "parts": "one edit for both" if config.tied else "an edit each",
-            "scale": "1; trimtab.set_scale changes it while it runs",
+            "parts": "share one edit" if config.tied else "an edit each",
+            "scale": "1, until trimtab.set_scale",
             "dropout": f"{config.dropout:g}, on the edit",
             "bias": "b, in every edit" if "bias" in edit.shapes(8, 1) else "none",
             "activation": config.activation or "none",
@@ -117,9 +118,7 @@ class ReftSettings(Settings):
             "whole": _text(config.modules_to_save),
             "task": _text(config.task_type),
             "pool": "as the architecture does" if config.pool in (None, "model") else config.pool,
-            "weights": "can be merged: trimtab merge"
-            if merged
-            else "nothing corresponds: no weight changes at some tokens only",
+            "weights": "can be merged: trimtab merge" if merged else "cannot be merged: weights act on every token",
             "beside": f"a LoRA of rank {as_lora(config.lora).r}" if config.lora is not None else "nothing",
         }
 
@@ -162,14 +161,14 @@ class LoraSettings(Settings):
             + (f", without {_text(config.exclude_modules)}" if config.exclude_modules else ""),
             "layers": "all that have them" if config.layers_to_transform is None else _text(config.layers_to_transform),
             "tokens": "every token",
-            "turns": "nothing corresponds: every turn",
-            "parts": "nothing corresponds: no token is told from another",
+            "turns": "no such setting: every turn",
+            "parts": "no such setting: all tokens alike",
             "scale": f"α/{root} = {config.lora_alpha}/{root.replace('r', str(config.r))} = {scale:.3g}"
             + (f"; {len(config.alpha_pattern)} modules have their own α" if config.alpha_pattern else ""),
             "dropout": f"{config.lora_dropout:g}, on what a changed module is given",
             "bias": biases[config.bias] + (", and one of B's" if config.lora_bias else ""),
-            "activation": "nothing corresponds: a change of weights is linear",
-            "start": "changes nothing (B = 0)"
+            "activation": "no such setting: linear",
+            "start": "changes nothing"
             if config.init_lora_weights in (True, "gaussian", "orthogonal")
             else _text(config.init_lora_weights),
             "whole": _text(config.modules_to_save),
@@ -195,7 +194,7 @@ def side_by_side(a: Settings, b: Settings) -> list[Setting]:
 
 
 def _unset(side: Settings, name: str) -> str:
-    return _text(getattr(side.config, name)) if hasattr(side.config, name) else "nothing corresponds"
+    return _text(getattr(side.config, name)) if hasattr(side.config, name) else "no such setting"
 
 
 def _text(value: Any) -> str:

@@ -303,7 +303,7 @@ def _texts(
     except DataError as error:
         return list(map(put, TEXTS)), f"{len(TEXTS)} short texts, since the tasks' own are not at hand ({error})"
     if found:
-        return found, f"{len(found)} rows of {' and '.join(tasks)}, test first"
+        return found, f"{len(found)} rows of {' and '.join(tasks)}, those of test before those of train"
     return list(map(put, TEXTS)), f"{len(TEXTS)} short texts; give your own with --prompt"
 
 

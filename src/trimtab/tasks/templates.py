@@ -44,6 +44,8 @@ def render(template: str, row: Row, where: str, *, full: bool = False) -> str:
     """
     get = needed if full else field
     parts = parse_template(template)
+    if any(name and name not in row for _, name in parts):
+        where = f"{where}, for {template!r}"
     return "".join(text + (as_text(get(row, name, where), name, where) if name else "") for text, name in parts)
 
 

@@ -35,6 +35,7 @@ from trimtab.serve.table import Entries, Key, Layout
 from trimtab.serve.text import AnswerText
 from trimtab.serve.vllm import probe
 from trimtab.serve.vllm.carried import NAME, written
+from trimtab.serve.vllm.plugin import FRONT_END
 
 _BLOCK = 32
 """Tokens of a block of vLLM's cache; fewer do not run on a CPU."""
@@ -216,6 +217,7 @@ class VllmEngine:
     async def _open(self) -> None:
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # torch has threads here already
         os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+        os.environ[FRONT_END] = str(os.getpid())
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
