@@ -134,7 +134,7 @@ IN_DATA: dict[str, tuple[str, Callable[[str], bytes], str, str]] = {
     "json cut": ("words.jsonl", lambda text: text[:-9].encode(), "words.jsonl, line 12", "Repair or remove the line"),
     "no answer": ("words.jsonl", lambda text: f'{text}{{"input": "a", "output": ""}}'.encode(), "row 13", "fill it"),
     "always one class": ("mood.csv", lambda text: text.replace("bad", "fine").encode(), "mood.csv", "two classes"),
-    "nan": (
+    "label empty": (
         "mood.csv",
         lambda text: text.replace(";bad", ";").encode(),
         "mood.csv, row 2",

@@ -144,7 +144,7 @@ def test_a_setting_changes_one_place_where_an_alias_shows_two(folder: Path) -> N
         ("tasks.plural.prompt={a: b}", "command line, tasks.plural.prompt"),
         ("model.x=3", "command line: 'model.x=3': there is no mapping to set 'x' in"),
         ("model", "command line: 'model' is no setting; write key.path=value"),
-        ("seed=[", "command line: not valid YAML"),
+        ("seed=[", "command line: 'seed=[': not valid YAML"),
     ],
 )
 def test_a_bad_setting_is_told_so(folder: Path, setting: str, said: str) -> None:

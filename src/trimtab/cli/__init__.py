@@ -22,7 +22,7 @@ def main() -> None:
         if debug:
             raise
         said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-        if isinstance(error, NotADirectoryError | FileExistsError):
+        if isinstance(error, NotADirectoryError | FileExistsError) and error.filename:
             said += "; a file is where a folder belongs: give another place, or move the file away"
         PlainConsole(stderr=True, highlight=False).print(f"error: {said}", soft_wrap=True)
         sys.exit(2)

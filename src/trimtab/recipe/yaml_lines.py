@@ -95,7 +95,10 @@ def _set(loader: _Loader, node: yaml.Node | None, setting: str) -> yaml.Node:
         raise YamlError(0, f"{setting!r} is no setting; write key.path=value, as in training.epochs=3")
     inner = _Loader(text)
     inner.line = -1  # which is reported as line 0
-    value = inner.get_single_node() or yaml.ScalarNode("tag:yaml.org,2002:null", "", inner.get_mark())
+    try:
+        value = inner.get_single_node() or yaml.ScalarNode("tag:yaml.org,2002:null", "", inner.get_mark())
+    except yaml.MarkedYAMLError as error:
+        raise YamlError(0, f"{setting!r}: not valid YAML behind the =: {error.problem or error.context}") from None
     for mapping in _mappings(value, ()):
         _no_key_twice(mapping)
     return _grafted(loader, node, path.split("."), value, setting)
