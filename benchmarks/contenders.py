@@ -7,10 +7,8 @@ they are used, since no one environment has all of them.
 from __future__ import annotations
 
 import copy
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -216,8 +214,7 @@ class Trimtab(Contender):
     def _reuse(self, config: Any) -> Any:
         from trimtab.runs.reuse import Store, choose_reuse
 
-        self.folder = tempfile.TemporaryDirectory()
-        found = choose_reuse(self.model, config, Store(int(4e9), Path(self.folder.name)), False)
+        found = choose_reuse(self.model, config, Store(int(4e9)), False)
         if isinstance(found, str):
             raise ValueError(f"nothing to reuse: {found}")
         return found
