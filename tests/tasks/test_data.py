@@ -141,7 +141,7 @@ BAD: list[tuple[str, bytes, list[str]]] = [
     ("a.csv", b"x,y\n", ["a.csv", "no rows"]),
     ("a.jsonl", b'{"a": 1}\n{"a": "cu', ["a.jsonl, line 2", "cut short", "remove the line"]),
     ("a.json", b'[{"a": 1},\n{"a"', ["a.json, line 2", "cut short"]),
-    ("a.json", b'{"rows": 3}', ["a.json", '{"data": [...]}', "dict"]),
+    ("a.json", b'{"rows": 3}', ["a.json", '{"data": [...]}', "one object"]),
     ("a.json", b"[[1]]", ["a.json, row 1", "named fields", "list"]),
     ("a.jsonl", b"[1]", ["a.jsonl, line 1", "named fields", "list"]),
     ("a.csv", b"name,b\n\xe9t\xe9,1\n", ["a.csv, line 2", "not UTF-8", "iconv"]),
