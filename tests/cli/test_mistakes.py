@@ -62,7 +62,7 @@ IN_RECIPE: dict[str, tuple[Change, str, str]] = {
     "label misspelt": (("label: label", "label: lable"), "no field 'lable'", "did you mean 'label'?"),
     "field in capitals": (
         ('"{input}"', '"{Input}"'),
-        "row 1, for '{Input}': no field 'Input'",
+        "words.jsonl, row 1, for '{Input}': no field 'Input'",
         "did you mean 'input'?",
     ),
     "brace open": (('"{input}"', '"{input"'), "line 14, tasks.words.prompt", "a field is written {name}"),
@@ -98,7 +98,7 @@ IN_RECIPE: dict[str, tuple[Change, str, str]] = {
     "section left out": (("training: {max_steps", "learning_rate: 1e-3\ntraining: {max_steps"), "line 4", "training:"),
     "file of another task": (
         ("words.jsonl", "mood.csv"),
-        "row 1, for '{input}': no field 'input'",
+        "mood.csv, row 1, for '{input}': no field 'input'",
         "id, text, label",
     ),
     "separator": (("mood.csv", "mood.csv, separator: ','"), "id;text;label", "is data: separator: right?"),

@@ -133,7 +133,7 @@ def test_attention_that_is_more_than_ours_is_left_to_the_model(tmp_path: Path, m
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "gpt_neox", "opt", "phi3"])
 @pytest.mark.parametrize("positions", ["l1", "l4"])
-def test_generation_goes_on_from_what_is_kept(name: str, positions: str, tmp_path: Path) -> None:
+def test_generation_goes_on_from_what_is_kept(name: str, positions: str) -> None:
     model, config = adapted(name, positions)
     reuse = choose_reuse(model.eval(), config, Store(10**9), checkpointing=False)
     assert isinstance(reuse, PrefixReuse)
@@ -146,9 +146,7 @@ def test_generation_goes_on_from_what_is_kept(name: str, positions: str, tmp_pat
     assert predict(model, TOKENIZER, prompts[:1], **how, reuse=reuse) == plain[:1]  # one token: nothing to go on from
 
 
-def test_a_part_is_computed_once_for_all_positions_seeds_and_tasks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_part_is_computed_once_for_all_positions_seeds_and_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     store, computed = Store(10**9), []
     original = PrefixReuse.compute
     monkeypatch.setattr(
@@ -164,7 +162,7 @@ def test_a_part_is_computed_once_for_all_positions_seeds_and_tasks(
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "mistral", "gpt2", "gpt_neox", "opt", "mixtral", "phi3"])
 @pytest.mark.parametrize("site", ["block", "attention"])
-def test_lower_blocks_reuse_gives_the_plain_gradients(name: str, site: str, tmp_path: Path) -> None:
+def test_lower_blocks_reuse_gives_the_plain_gradients(name: str, site: str) -> None:
     model, config = adapted(name, "f2+l3", layers=[1, -1], site=site)
     reuse = choose_reuse(model, config, Store(10**9), checkpointing=False)
     assert isinstance(reuse, LowerBlocksReuse), reuse
@@ -172,7 +170,7 @@ def test_lower_blocks_reuse_gives_the_plain_gradients(name: str, site: str, tmp_
     assert not any("forward" in block.__dict__ for block in reuse.blocks)
 
 
-def test_where_nothing_is_frozen_it_says_why(tmp_path: Path) -> None:
+def test_where_nothing_is_frozen_it_says_why() -> None:
     store = Store(1)
     model, config = adapted("llama", "f1+l2")
     assert "lowest block" in str(choose_reuse(model, config, store, checkpointing=False))

@@ -82,7 +82,8 @@ def test_a_run_leaves_an_adapter_that_peft_loads_and_its_scores(tmp_path: Path) 
     assert {"untuned score", "training", "tuned score", "done"} <= set(seen)
     assert evaluate_runs(recipe.experiments(), recipe.output)["plural"]["tuned"] == metrics["tuned"]["exact_match"]
     run = json.loads((folder / "run.json").read_text())
-    assert run["run"]["seed"] == 0 and torch.__version__.startswith(run["versions"]["torch"])
+    builds = torch.__version__, torch.__version__.partition("+")[0]  # some wheels' own version says no +cu130
+    assert run["run"]["seed"] == 0 and run["versions"]["torch"] in builds
     base = AutoModelForCausalLM.from_pretrained(recipe.model, dtype=torch.float32)
     assert isinstance(PeftModel.from_pretrained(base, str(folder)), PeftModel)
 

@@ -93,7 +93,7 @@ def test_several_adapters_edit_one_request(served: Served) -> None:
     words = served.ids(LONG)
     ids = next(words[:n] for n in range(3, len(words)) if len(set(wanted(words[:n]))) == 2)
     for (names, scales), text in zip(orders, wanted(ids), strict=True):
-        asked = [{"name": name, "scale": scale} for name, scale in zip(names, scales, strict=True)]
+        asked = [n if s == 1 else {"name": n, "scale": s} for n, s in zip(names, scales, strict=True)]
         answer = served.openai.completions.create(
             model=BASE, prompt=ids, max_tokens=8, temperature=0, extra_body={"reft_adapters": asked}
         )

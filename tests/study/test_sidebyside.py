@@ -94,6 +94,7 @@ def test_the_command(tmp_path: Path, trimtab: Command) -> None:
     assert "go with two adapters" in trimtab("show", ours, "--prompt", "x")[1]
     flat = " ".join(said.split())
     assert all(words in flat for words in ("CKA, ", "A: loreft", "B: lora", "kB"))
+    assert "the first token and the last 2 tokens of the prompt (f1+l2)" in html.read_text()
     for line in in_short(compare_adapters(ours, lora, ["a cat is"], model=MODEL)):
         assert line in flat and escape(line) in html.read_text()
     assert "A (loreft) has 6,160 parameters (24.6 kB), B (lora)" in flat

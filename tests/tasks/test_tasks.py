@@ -120,7 +120,11 @@ def test_given_splits_are_used_and_a_limit_counts_after_the_cut(make: Make) -> N
 @pytest.mark.parametrize(
     ("fields", "rows", "said"),
     [
-        (PLURAL, [{"input": "a", "outputs": "b"}] * 3, r"row 1, for '{output}': no field 'output'; the fields"),
+        (
+            PLURAL,
+            [{"input": "a", "outputs": "b"}] * 3,
+            r"row 1, for '{output}': no field 'output'; the fields are input, outputs",
+        ),
         (PLURAL, [*words(2), {"input": "a", "output": None}, *words(2)], r"row 3: the field 'output' is None; fill it"),
         (PLURAL, [{"input": "a", "output": math.nan}] * 3, r"row 1: the field 'output' is nan"),
         (PLURAL, [{"input": " ", "output": "b"}] * 3, r"row 1: the prompt .* comes out empty"),

@@ -24,20 +24,7 @@ CONVERSATIONS = ("messages", "conversations", "conversation")
 INSTRUCTIONS = (("instruction", "input"), ("instruction", "context"))
 PROMPTS = ("prompt", "question", "input", "instruction", "query", "source")
 ANSWERS = ("output", "completion", "answer", "response", "chosen", "target")
-LABELS = (
-    "label",
-    "labels",
-    "class",
-    "category",
-    "sentiment",
-    "intent",
-    "topic",
-    "team",
-    "queue",
-    "department",
-    "score",
-    "rating",
-)
+LABELS = "label labels class category sentiment intent topic team queue department score rating".split()
 PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence"))
 
 
@@ -226,11 +213,8 @@ def _labelled(columns: dict[str, Column]) -> Guess | None:
     if label.is_number and not label.names_classes:
         return Guess("regression", {**keys, "score": "correlation"})
     others = [c for c in others if c is not label and c.name not in (pair or [longest])]
-    said = (
-        f"{', '.join(c.name for c in others)} could stand at label: instead of {label.name}"
-        if others and not named
-        else ""
-    )
+    names = ", ".join(c.name for c in others)
+    said = f"{names} could stand at label: instead of {label.name}" if names and not named else ""
     return Guess("classification", {**keys, "score": "accuracy"}, {}, said)
 
 

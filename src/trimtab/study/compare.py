@@ -23,9 +23,11 @@ from trimtab.errors import DataError
 from trimtab.runs.trial import Experiment, Outcome, Trial, fingerprints, outcome_of, run_trial
 from trimtab.runs.ways import Way, applicable, as_way
 from trimtab.study.progress import Counted, Standing
-from trimtab.study.statistics import MARGIN
 from trimtab.study.workers import workers
 from trimtab.tasks.spec import Section
+
+MARGIN = 0.02
+"""Differences below this are as good as none, where nothing else is said."""
 
 
 class CompareSpec(Section):

@@ -100,14 +100,14 @@ class ReftSettings(Settings):
     def said(self) -> dict[str, str]:
         config, edit = self.config, EDITS[self.config.method]
         formula = " ".join((edit.__doc__ or "").split()).partition(": ")[0].partition(", ")[0].rstrip(".")
-        merged = config.parsed_positions.scope == "all" and config.site in ("attention", "mlp")
+        where = config.parsed_positions
         return {
             "method": f"{config.method}: h becomes {formula}",
             "rank": f"{config.r}, of the edit of a hidden state" if config.r is not None else "the method has none",
             "where": "hidden states: "
             + ("what each block returns (site block)" if config.site == "block" else f"site {config.site}"),
             "layers": _text(config.layers),
-            "tokens": _TOKENS.get(config.positions) or f"{config.parsed_positions.words} ({config.positions})",
+            "tokens": where.words if where.scope else f"{where.words} ({config.positions})",
             "turns": "each answer's prompt" if config.edit_turns == "each" else "the first answer's prompt",
             "parts": "share one edit" if config.tied else "an edit each",
             "scale": "1, until trimtab.set_scale",
@@ -118,12 +118,17 @@ class ReftSettings(Settings):
             "whole": _text(config.modules_to_save),
             "task": _text(config.task_type),
             "pool": "as the architecture does" if config.pool in (None, "model") else config.pool,
-            "weights": "can be merged: trimtab merge" if merged else "cannot be merged: weights act on every token",
+            "weights": _as_weights(config),
             "beside": f"a LoRA of rank {as_lora(config.lora).r}" if config.lora is not None else "nothing",
         }
 
 
-_TOKENS = {"all": "every token", "generated": "what follows the prompt", "prompt": "every token of the prompt"}
+def _as_weights(config: ReftConfig) -> str:
+    if config.parsed_positions.scope != "all":
+        return "cannot be merged: weights act on every token"
+    if config.site not in ("attention", "mlp") or config.activation is not None:
+        return "cannot be merged: no linear edit of attention or mlp"
+    return "can be merged: trimtab merge"
 
 
 class LoraSettings(Settings):

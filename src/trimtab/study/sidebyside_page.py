@@ -52,7 +52,7 @@ def in_short(found: SideBySide) -> list[str]:
     if last.cka is not None and None not in last.cka_base:
         base = [f"{value:.2f}" for value in last.cka_base]
         like = f"{last.cka:.2f} of A's states with B's, {base[0]} of A's with the base model's, {base[1]} of B's"
-        near = last.cka <= max(value or 0.0 for value in last.cka_base)
+        near = last.cka <= min(value or 0.0 for value in last.cka_base)
         no_sign = ": as near to the untouched model as to each other, so no sign that they do the same" if near else ""
         said.append(f"CKA at the last block is {like}{no_sign}.")
     return [*said, "This is how the two differ, not which is better: trimtab compare finds that out."]
@@ -123,9 +123,8 @@ def _charts(found: SideBySide) -> Iterator[str] | str:
             for i, k in enumerate("AB")
         ),
     ]
-    return chart("Mean change over the state's length, by block", far) + chart(
-        "How alike the two are, by block", alike, 1.0
-    )
+    moved = chart("Mean change over the state's length, by block", far)
+    return moved + chart("How alike the two are, by block", alike, 1.0)
 
 
 def _blocks(found: SideBySide) -> str:

@@ -14,13 +14,13 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy import stats
 
+from trimtab.study.compare import MARGIN
 from trimtab.tasks.scores import Array
 
 RESAMPLES = 2000
 ALPHA, POWER = 0.05, 0.8
-MARGIN = 0.02
-"""Differences below this are as good as none, where nothing else is said."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +118,6 @@ def _difference(difference: float, parts: Sequence[tuple[float, float]], margin:
     """The interval of a difference whose variance is the sum of parts, each with its degrees of freedom."""
     variance = sum(v for v, _ in parts)
     error, freedom = variance**0.5, variance**2 / sum(v**2 / max(f, 1.0) for v, f in parts)
-    from scipy import stats  # not at the top, since a recipe names a comparison whether or not scipy is there
-
     reach = float(stats.t.ppf(1 - ALPHA / 2, freedom)) * error
     p = 2 * float(stats.t.sf(abs(difference) / error, freedom))
     equal_p = float(stats.t.sf((margin - abs(difference)) / error, freedom))
@@ -136,8 +134,6 @@ def judged(found: Sequence[Difference]) -> list[Difference]:
 def _judged(one: Difference, p: float | None, equal: float | None, pairs: int) -> Difference:
     if p is None or equal is None:
         return replace(one, verdict="one seed")
-    from scipy import stats
-
     reach = stats.t.ppf(1 - ALPHA / 2 / pairs, one.freedom) + stats.t.ppf(POWER, one.freedom)
     found = replace(one, corrected=p, equal_corrected=equal, detectable=float(reach * one.error))
     if p < ALPHA:
