@@ -24,7 +24,20 @@ CONVERSATIONS = ("messages", "conversations", "conversation")
 INSTRUCTIONS = (("instruction", "input"), ("instruction", "context"))
 PROMPTS = ("prompt", "question", "input", "instruction", "query", "source")
 ANSWERS = ("output", "completion", "answer", "response", "chosen", "target")
-LABELS = "label labels class category sentiment intent topic team queue department score rating".split()
+LABELS = (
+    "label",
+    "labels",
+    "class",
+    "category",
+    "sentiment",
+    "intent",
+    "topic",
+    "team",
+    "queue",
+    "department",
+    "score",
+    "rating",
+)
 PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence"))
 
 
