@@ -22,6 +22,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -256,8 +257,9 @@ def main() -> None:
         for engine in (plain, edited, lora):
             engine.close()
     if args.out:
+        about = {**described_machine(), "vllm": version("vllm"), "model": args.model}
         shown = {key: value for key, value in options.items() if key != "model"}
-        write_json(args.out, {**described_machine(), "model": args.model, "options": shown, "act": act, "found": rows})
+        write_json(args.out, {**about, "options": shown, "act": act, "found": rows})
 
 
 if __name__ == "__main__":
