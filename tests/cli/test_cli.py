@@ -235,6 +235,8 @@ def test_an_adapter_of_another_base_model_is_refused(trimtab: Command, runs: Pat
         (["train", "{runs}/recipe.yaml", "--task", "plurals"], "not in the recipe"),
         (["eval", "{runs}/recipe.yaml", "--split", "tset"], "must be one of train, validation, test"),
         (["generate", "cat", "-a", "{runs}"], "no adapter there"),
+        (["generate", "cat", "-a", "{runs}/out/plurl"], "out/plural?"),
+        (["show", "{runs}/out/plurl"], "out/plural?"),
         (["generate", "cat"], "give an adapter's folder with --adapter, or a --model"),
         (["init", MODEL, "-o", "{runs}/recipe.yaml/new.yaml"], "recipe.yaml: "),
         (["init", "models/none-such", "-o", "{runs}/new.yaml"], "models/none-such"),

@@ -9,7 +9,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from trimtab.adapter.folder import inspect_adapter, why_not_asked
+from trimtab.adapter.folder import did_you_mean, inspect_adapter, why_not_asked
 from trimtab.adapter.forward import BASE
 from trimtab.adapter.hub import local
 from trimtab.errors import AdapterError, RunError
@@ -44,7 +44,9 @@ def find_adapters(folders: Sequence[str], left_out: Callable[[str], None] | None
             else sorted(path.parent for path in folder.glob("*/adapter_config.json"))
         )
         if not inside:
-            raise AdapterError(f"{folder}: no adapter there, nor in a folder inside it (no adapter_config.json).")
+            raise AdapterError(
+                f"{folder}: no adapter there, nor in a folder inside it (no adapter_config.json){did_you_mean(folder)}"
+            )
         if named and (len(inside) > 1 or not own):
             raise AdapterError(f"{asked}: give one name and the folder of one adapter; there are {len(inside)}.")
         for path in inside:
