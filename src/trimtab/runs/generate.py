@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from trimtab.adapter.folder import did_you_mean, inspect_adapter, why_not_asked
 from trimtab.adapter.forward import BASE
 from trimtab.adapter.hub import local
-from trimtab.errors import AdapterError, RunError
+from trimtab.errors import AdapterError, ModelError, RunError
 from trimtab.runs.folder import RunFolder
 from trimtab.runs.models import ModelSource, load_model, load_tokenizer
 from trimtab.runs.predict import check_context, context_of, predict
@@ -71,6 +71,7 @@ class Answerer:
 
         Raises:
             AdapterError: an adapter is damaged, is of another base model, or does not generate text.
+            ModelError: the base model cannot be loaded.
         """
         infos = {name: inspect_adapter(path) for name, path in adapters.items()}
         bases = {info.base_model for info in infos.values()}
@@ -85,7 +86,14 @@ class Answerer:
                 remedy = f"On a file: trimtab predict FILE -a {path}; here name only adapters that generate."
                 raise AdapterError(f"{path}: {reason}. {remedy}")
         self.base_name = model if model is not None else str(bases.pop())
-        self.tokenizer = load_tokenizer(self.base_name)
+        try:
+            self.tokenizer = load_tokenizer(self.base_name)
+        except ModelError as error:
+            if model is not None:
+                raise
+            raise ModelError(
+                f"{error}\nThat is the base that the adapter was trained on; say where it is: --model"
+            ) from None
         self.prompts = {name: _prompting(path) for name, path in adapters.items()}
         self.turns: dict[str, Turns] = {name: info.config.edit_turns for name, info in infos.items()}
         loaded = load_model(ModelSource(self.base_name, _dtype(list(adapters.values()))))
