@@ -239,7 +239,7 @@ def measure_load(args: argparse.Namespace, counts: Sequence[int], in_flight: Seq
         folder = Path(name)
         save(args, folder, max(counts))
         pin(server_core)  # which the server inherits
-        found["engine_alone_tokens_per_second"] = engine_alone(args)
+        found["engine_alone"] = engine_alone(args, in_flight)
         with server(folder) as (process, url):
             pin(own_core)
             found |= asyncio.run(drive(args, process.pid, url, counts, in_flight))
@@ -267,11 +267,15 @@ def pin(*cores: int | None) -> None:
         os.sched_setaffinity(0, cores)  # type: ignore[arg-type]
 
 
-def engine_alone(args: argparse.Namespace) -> float:
+def engine_alone(args: argparse.Namespace, in_flight: Sequence[int]) -> list[dict[str, Any]]:
     """Tokens a second of the engine in this process, by such requests of the base model, all there at once."""
-    load, model = ASKED._replace(requests=2 * ASKED.running), load_model(args)
-    took = by_slots(model, find_sites(model, "block", "all"), load, prompts_of(load, model.config.vocab_size), ())
-    return round(load.requests * load.new / took, 1)
+    model, rows = load_model(args), []
+    for running in in_flight:
+        load = ASKED._replace(requests=max(16, 2 * running), running=running)
+        took = by_slots(model, find_sites(model, "block", "all"), load, prompts_of(load, model.config.vocab_size), ())
+        rows.append({"in_flight": running, "tokens_per_cpu_second": round(load.requests * load.new / took, 1)})
+        print(rows[-1], flush=True)
+    return rows
 
 
 @contextmanager
@@ -302,17 +306,18 @@ async def drive(
     clients: list[dict[str, Any]] = []
     arrivals: list[dict[str, Any]] = []
     async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600) as client:
-        new = partial(Asking, client, vocabulary, process, args.seconds)
+        draw = random.Random(0)  # one for all rows: a prompt that came before would be in the prefix store
+        new = partial(Asking, client, draw, vocabulary, process, args.seconds)
         await new(0).clients(1)  # warms up
         for count in (0, *counts):
             for running in in_flight:
-                row = {"adapters": count, "in_flight": running}
+                row: dict[str, Any] = {"adapters": count, "in_flight": running}
                 clients.append(row | await new(count).clients(running))
                 print(clients[-1], flush=True)
         most = max(row["tokens_per_second"] for row in clients if not row["adapters"]) / ASKED.new
         for count in (0, *counts):
             for rate in RATES:
-                row: dict[str, Any] = {"adapters": count, "rate": rate, "requests_per_second": round(rate * most, 2)}
+                row = {"adapters": count, "rate": rate, "requests_per_second": round(rate * most, 2)}
                 arrivals.append(row | await new(count).arrivals(rate * most))
                 print(arrivals[-1], flush=True)
     return {"clients": clients, "arrivals": arrivals}
@@ -321,10 +326,17 @@ async def drive(
 class Asking:
     """Requests to a server for some seconds, each for one of so many adapters by chance, or for the base model."""
 
-    def __init__(self, client: AsyncOpenAI, vocabulary: int, process: int, seconds: float, adapters: int) -> None:
-        self.client, self.vocabulary, self.process, self.adapters = client, vocabulary, process, adapters
-        self.seconds, self.draw = seconds, random.Random(0)
-        self.refused = 0
+    def __init__(
+        self,
+        client: AsyncOpenAI,
+        draw: random.Random,
+        vocabulary: int,
+        process: int,
+        seconds: float,
+        adapters: int,
+    ) -> None:
+        self.client, self.draw, self.vocabulary, self.process = client, draw, vocabulary, process
+        self.seconds, self.adapters, self.refused = seconds, adapters, 0
         self.first: list[float] = []
         """From when each was due to its first token."""
         self.times: list[list[float]] = []
