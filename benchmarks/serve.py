@@ -1,11 +1,14 @@
-"""What the slots engine serves: tokens a second, waiting times, what sharing a prefix saves, what memory does.
+"""What the server and its engine do: tokens a second, waiting times, what sharing a prefix saves, what memory does.
 
     python benchmarks/serve.py --out benchmarks/results/serve.json
 
 - throughput: requests that are all there at once, so many running at a time, by the engine for the base model and for
   1 to 1,000 adapters mixed; beside `generate` on batches sorted by length and padded, and beside LoRA adapters mixed by
   `adapter_names` in such batches. Interleaved; ratios are of the same round;
-- latency: so many clients, each of which asks again when it has its answer;
+- load: `trimtab serve` as a process, asked by this one through the openai client, for the base model and for one of
+  1 to 1,000 adapters by chance, which the server reads from a folder when they are first asked for. So many clients
+  that each ask again when answered; then requests that come by chance over time, as many a second as a part of what
+  the base gave with the most clients, or more than that. The server on one core, this process on another;
 - prefix: suffix-only adapters on one long prompt, with the prefix store and without;
 - memory: of the process, while 1,000 adapters go through a table of 64.
 
@@ -16,8 +19,14 @@ A result file keeps the parts that a later run leaves out. With another model an
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
+import os
 import random
+import socket
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,12 +35,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import httpx
 import torch
 from common import described_machine, spread, write_json
 from inference import llama, resident_bytes
+from openai import APIStatusError, AsyncOpenAI
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from soak import until_ready
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from trimtab import ReftConfig
 from trimtab.edits import LoReFT
 from trimtab.serve.engine import Applied, Event, Request, Sampling
 from trimtab.serve.registry import Adapter
@@ -209,28 +222,184 @@ def measure_throughput(args: argparse.Namespace, loads: Sequence[Load], counts: 
     return rows
 
 
-def measure_latency(args: argparse.Namespace, counts: Sequence[int], in_flight: Sequence[int]) -> list[dict[str, Any]]:
-    """Time to the first token and between tokens, in ms, of clients that each ask again when answered."""
+ASKED = Load(0, 30, 200, 64)
+"""What the server is asked: as many at a time as it has rows."""
+QUEUE = 64
+"""Requests that may wait beside them; who comes then is refused."""
+RATES = (0.5, 0.8, 2.0)
+
+
+def measure_load(args: argparse.Namespace, counts: Sequence[int], in_flight: Sequence[int]) -> dict[str, Any]:
+    """Rows of clients that each ask again when answered, and of requests that come over time."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    server_core, own_core = (cores[0], cores[1]) if len(cores) > 1 else (None, None)
+    found: dict[str, Any] = {"seconds": args.seconds, "slots": ASKED.running, "max_queue": QUEUE, "resident": 64}
+    found |= {"server_core": server_core, "client_core": own_core}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        save(args, folder, max(counts))
+        pin(server_core)  # which the server inherits
+        found["engine_alone"] = engine_alone(args, in_flight)
+        with server(folder) as (process, url):
+            pin(own_core)
+            found |= asyncio.run(drive(args, process.pid, url, counts, in_flight))
+        pin(*cores)
+    return found
+
+
+def save(args: argparse.Namespace, folder: Path, count: int) -> None:
+    """The model in `base`, and in `adapters` random edits of every block, each in a folder by its number."""
     model = load_model(args)
-    sites = find_sites(model, "block", "all")
-    every, rows = adapters(Layout(sites, RANK), max(counts)), []
-    for count in (0, *counts):
-        for running in in_flight:
-            prompts = prompts_of(Load(max(2 * running, 16), 30, 200, running), model.config.vocab_size)
-            with serving(model, sites, slots=running) as engine:
-                clients = Clients(engine, 32)
-                start = time.perf_counter()
-                for i, prompt in enumerate(prompts):
-                    clients.wait(running)
-                    clients.ask(prompt, every[i % count] if count else None)
-                clients.wait()
-                took = time.perf_counter() - start
-            first = [clients.first(id) for id in clients.times]
-            gaps = [b - a for own in clients.times.values() for a, b in pairwise(own)]
-            row = {"adapters": count, "in_flight": running, "tokens_per_second": len(prompts) * 32 / took}
-            rows.append({**row, "first_token_ms": percentiles(first), "between_tokens_ms": percentiles(gaps)})
-            print(rows[-1], flush=True)
+    model.save_pretrained(folder / "base")
+    AutoTokenizer.from_pretrained(args.model).save_pretrained(folder / "base")
+    config = ReftConfig(task_type="CAUSAL_LM", init_weights="paper", r=RANK, positions="f7+l7")
+    adapted = get_peft_model(model, config)
+    edits = [parameter for name, parameter in adapted.named_parameters() if ".reft." in name]
+    for i in range(count):
+        for parameter in edits:
+            torch.nn.init.normal_(parameter, std=0.02)
+        adapted.save_pretrained(str(folder / "adapters" / str(i)))
+
+
+def pin(*cores: int | None) -> None:
+    """This process to these cores, where the system can."""
+    if cores and None not in cores:
+        os.sched_setaffinity(0, cores)  # type: ignore[arg-type]
+
+
+def engine_alone(args: argparse.Namespace, in_flight: Sequence[int]) -> list[dict[str, Any]]:
+    """Tokens a second of the engine in this process, by such requests of the base model, all there at once."""
+    model, rows = load_model(args), []
+    for running in in_flight:
+        load = ASKED._replace(requests=max(16, 2 * running), running=running)
+        took = by_slots(model, find_sites(model, "block", "all"), load, prompts_of(load, model.config.vocab_size), ())
+        rows.append({"in_flight": running, "tokens_per_cpu_second": round(load.requests * load.new / took, 1)})
+        print(rows[-1], flush=True)
     return rows
+
+
+@contextmanager
+def server(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """`trimtab serve` as a process of one thread for the model, ready; and its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    words = ["serve", str(folder / "base"), "--adapters", str(folder / "adapters"), "--port", port]
+    words += ["--max-rank", str(RANK), "--slots", str(ASKED.running), "--max-queue", str(QUEUE)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-m", "trimtab.cli", *words], env=environment)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        with httpx.Client(base_url=url) as client:
+            until_ready(process, client)
+        yield process, url
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+async def drive(
+    args: argparse.Namespace, process: int, url: str, counts: Sequence[int], in_flight: Sequence[int]
+) -> dict[str, list[dict[str, Any]]]:
+    """The rows of `measure_load`."""
+    vocabulary = len(AutoTokenizer.from_pretrained(args.model))
+    clients: list[dict[str, Any]] = []
+    arrivals: list[dict[str, Any]] = []
+    async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600) as client:
+        draw = random.Random(0)  # one for all rows: a prompt that came before would be in the prefix store
+        new = partial(Asking, client, draw, vocabulary, process, args.seconds)
+        await new(0).clients(1)  # warms up
+        for count in (0, *counts):
+            for running in in_flight:
+                row: dict[str, Any] = {"adapters": count, "in_flight": running}
+                clients.append(row | await new(count).clients(running))
+                print(clients[-1], flush=True)
+        most = max(row["tokens_per_second"] for row in clients if not row["adapters"]) / ASKED.new
+        for count in (0, *counts):
+            for rate in RATES:
+                row = {"adapters": count, "rate": rate, "requests_per_second": round(rate * most, 2)}
+                arrivals.append(row | await new(count).arrivals(rate * most))
+                print(arrivals[-1], flush=True)
+    return {"clients": clients, "arrivals": arrivals}
+
+
+class Asking:
+    """Requests to a server for some seconds, each for one of so many adapters by chance, or for the base model."""
+
+    def __init__(
+        self,
+        client: AsyncOpenAI,
+        draw: random.Random,
+        vocabulary: int,
+        process: int,
+        seconds: float,
+        adapters: int,
+    ) -> None:
+        self.client, self.draw, self.vocabulary, self.process = client, draw, vocabulary, process
+        self.seconds, self.adapters, self.refused = seconds, adapters, 0
+        self.first: list[float] = []
+        """From when each was due to its first token."""
+        self.times: list[list[float]] = []
+        """When each's tokens came."""
+
+    async def clients(self, running: int) -> dict[str, Any]:
+        """So many clients that each ask again when answered; what is under way at the end is waited for."""
+
+        async def one() -> None:
+            while (now := time.perf_counter()) < end:
+                await self._ask(now)
+
+        start, busy = time.perf_counter(), cpu_seconds(self.process)
+        end = start + self.seconds
+        await asyncio.gather(*(one() for _ in range(running)))
+        return self._found(start, busy)
+
+    async def arrivals(self, rate: float) -> dict[str, Any]:
+        """A Poisson process of so many a second, whatever is under way."""
+        start, busy = time.perf_counter(), cpu_seconds(self.process)
+        due, gaps = start, random.Random(1)
+        async with asyncio.TaskGroup() as group:
+            while (due := due + gaps.expovariate(rate)) < start + self.seconds:
+                await asyncio.sleep(due - time.perf_counter())
+                group.create_task(self._ask(due))
+        return self._found(start, busy)
+
+    async def _ask(self, due: float) -> None:
+        length, times = self.draw.randint(ASKED.shortest, ASKED.longest), []
+        sent: dict[str, Any] = {"model": str(self.draw.randrange(self.adapters)) if self.adapters else "base"}
+        sent["prompt"] = [self.draw.randrange(5, self.vocabulary) for _ in range(length)]
+        sent |= {"max_tokens": ASKED.new, "temperature": 0, "extra_body": {"ignore_eos": True}}
+        try:
+            async for _ in await self.client.completions.create(**sent, stream=True):
+                times.append(time.perf_counter())
+        except APIStatusError as error:
+            if error.status_code not in (429, 503):
+                raise
+            self.refused += 1
+            return
+        if len(times) != ASKED.new:
+            raise ValueError(f"{len(times)} parts of a stream of {ASKED.new} tokens")
+        self.first.append(times[0] - due)
+        self.times.append(times)
+
+    def _found(self, start: float, busy: float) -> dict[str, Any]:
+        took, busy = time.perf_counter() - start, cpu_seconds(self.process) - busy
+        tokens = sum(at < start + self.seconds for own in self.times for at in own)
+        return {
+            "tokens_per_second": round(tokens / self.seconds, 1),
+            "answered": len(self.times),
+            "refused": self.refused,
+            "first_token_ms": percentiles(self.first),
+            "between_tokens_ms": percentiles([b - a for own in self.times for a, b in pairwise(own)]),
+            "server_busy": round(busy / took, 2),
+            "tokens_per_server_cpu_second": round(len(self.times) * ASKED.new / busy, 1),
+        }
+
+
+def cpu_seconds(process: int) -> float:
+    """That all threads of a process have computed."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:
@@ -290,9 +459,10 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--loras", type=int, default=8)
-    parser.add_argument("--adapters", type=int, nargs="+", default=[1, 64, 1000])
+    parser.add_argument("--adapters", type=int, nargs="+", help="how many; by default 1 to 1,000")
     parser.add_argument("--in-flight", type=int, nargs="+", default=[1, 8, 64])
-    parser.add_argument("--parts", nargs="+", default=["throughput", "latency", "prefix", "memory"])
+    parser.add_argument("--seconds", type=float, default=15, help="of each row of the part load")
+    parser.add_argument("--parts", nargs="+", default=["throughput", "load", "prefix", "memory"])
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -301,10 +471,10 @@ def main() -> None:
         global clock
         clock = time.perf_counter
     parts: dict[str, Callable[[], Any]] = {
-        "throughput": lambda: measure_throughput(args, LOADS, args.adapters),
-        "latency": lambda: measure_latency(args, args.adapters, args.in_flight),
+        "throughput": lambda: measure_throughput(args, LOADS, args.adapters or [1, 64, 1000]),
+        "load": lambda: measure_load(args, args.adapters or [1, 10, 100, 1000], args.in_flight),
         "prefix": lambda: measure_prefix(args, 50, 1000),
-        "memory": lambda: measure_memory(args, max(args.adapters)),
+        "memory": lambda: measure_memory(args, max(args.adapters or [1000])),
     }
     result = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
     for part in args.parts:

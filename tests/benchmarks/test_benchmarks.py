@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,3 +118,24 @@ def test_a_worker_process_answers_and_reports_errors(scripts: Any) -> None:
         assert process.ask("load", shape="toy", device="cpu", names=[], plan={}, batches=[])["parameters"] > 0
     finally:
         process.close()
+
+
+@pytest.mark.slow
+def test_a_server_is_asked_from_another_process(tmp_path: Path) -> None:
+    """Clients that ask again, and arrivals; the parts that a result file holds already stay."""
+    out = tmp_path / "serve.json"
+    out.write_text('{"prefix": {"found": 1}}')
+    words = ["--parts", "load", "--adapters", "3", "--in-flight", "2", "--seconds", "3", "--out", str(out)]
+    subprocess.run([sys.executable, str(FOLDER / "serve.py"), *words], cwd=FOLDER.parent, check=True, timeout=300)
+    result = json.loads(out.read_text())
+    assert result["prefix"] == {"found": 1}
+    found = result["load"]["found"]
+    assert [(row["adapters"], row["in_flight"]) for row in found["clients"]] == [(0, 2), (3, 2)]
+    assert [(row["adapters"], row["rate"]) for row in found["arrivals"]] == [
+        (n, r) for n in (0, 3) for r in (0.5, 0.8, 2)
+    ]
+    assert all(row["answered"] >= 2 and row["refused"] == 0 for row in found["clients"])
+    for row in found["clients"]:
+        assert 0 < row["between_tokens_ms"]["p50"] <= row["between_tokens_ms"]["p99"]
+        assert 0 < row["first_token_ms"]["p50"] <= row["first_token_ms"]["p99"]
+        assert row["tokens_per_second"] > 0

@@ -144,10 +144,10 @@ def test_what_can_never_be_served_is_refused_at_once(served: Served) -> None:
 
 def test_the_queue_is_bounded_in_length_and_time(served: Served) -> None:
     engine, inbox = served.engine(slots=1, max_queue=2, queue_seconds=0.0), Inbox()
-    for id in ("a", "b"):
+    for id in ("a", "b", "c"):  # one for the row, which is given at a step, and two that wait
         engine.submit(served.request(id, EDITED), inbox.of(id))
-    with pytest.raises(QueueFull) as raised:
-        engine.submit(served.request("c", EDITED), inbox.of("c"))
+    with pytest.raises(QueueFull, match="3 requests run or wait") as raised:
+        engine.submit(served.request("d", EDITED), inbox.of("d"))
     assert raised.value.retry_after > 0
     time.sleep(0.01)
     engine.step()

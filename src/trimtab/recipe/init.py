@@ -76,9 +76,13 @@ def look_at(name: str) -> ModelFacts:
 
 
 def suggest(facts: ModelFacts) -> Suggestion:
-    """Starting values: the paper's for large models (tables 5 to 8), higher rates and lower ranks for small ones."""
+    """Starting values: the paper's for large models (tables 5 to 8), higher rates and lower ranks for small ones.
+
+    Of an encoder every token is edited, which costs nothing more as nothing is decoded: edits of the first few fall
+    behind as texts grow, below a new head alone (docs/loreft-vs-lora.md).
+    """
     if not facts.generates:
-        return Suggestion(r=1 if facts.width < 512 else 2, positions="f3", learning_rate=1e-3, epochs=20)
+        return Suggestion(r=4, positions="all", learning_rate=1e-3, epochs=20)
     if facts.width < 512:
         return Suggestion(r=4, positions="f1+l2", learning_rate=4e-3, epochs=20)
     if facts.width < 2048:

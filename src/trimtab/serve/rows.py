@@ -46,6 +46,10 @@ class Limits:
     queue_seconds: float = 60.0
     """That a request may wait for its row."""
 
+    def full(self, requests: int) -> bool:
+        """Whether so many, running or waiting, are all that may be; rows are given to those that wait by steps."""
+        return requests >= self.slots + self.max_queue
+
 
 class Row:
     """A request that runs."""

@@ -119,8 +119,8 @@ class SlotsEngine:
                 raise Unavailable(f"the engine is {self._health} and takes no requests.")
             if request.id in self._ids:
                 raise BadRequest("id", f"id={request.id!r}: a request of this id is running.")
-            if len(self._waiting) >= self.limits.max_queue:
-                raise QueueFull(f"{len(self._waiting)} requests are waiting, as many as may; try again later.")
+            if self.limits.full(len(self._ids)):
+                raise QueueFull(f"{len(self._ids)} requests run or wait, as many as may; try again later.")
             self._ids.add(request.id)
             self._waiting.append((request, emit, time.monotonic()))
             self._wake.notify_all()

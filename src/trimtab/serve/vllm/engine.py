@@ -147,8 +147,8 @@ class VllmEngine:
                 raise Unavailable(f"the engine is {self.health} and takes no requests.")
             if request.id in self._ids:
                 raise BadRequest("id", f"id={request.id!r}: a request of this id is running.")
-            if len(self._ids) - self._running >= self.limits.max_queue:
-                raise QueueFull(f"{len(self._ids) - self._running} requests are waiting, as many as may; try later.")
+            if self.limits.full(len(self._ids)):
+                raise QueueFull(f"{len(self._ids)} requests run or wait, as many as may; try again later.")
             self._ids[request.id] = None
         self._loop.call_soon_threadsafe(self._begin, _Answer(request, emit, self._tokenizer))
 
