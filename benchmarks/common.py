@@ -16,7 +16,18 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "trimtab", "pyreft", "pyvene", "adapters")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "bitsandbytes",
+    "torchao",
+    "trimtab",
+    "pyreft",
+    "pyvene",
+    "adapters",
+)
 
 
 def described_machine() -> dict[str, Any]:

@@ -89,7 +89,8 @@ def page(results: dict[str, dict[str, object]]) -> str:
 trimtab asks for Python 3.11, torch 2.6, transformers 5.22 or 5.23 and PEFT 0.21.2 or later. Before 5.22
 transformers does not project a mask of positions alone (`logits_to_keep`); 5.24 renames `past_key_values` to
 `cache`, and to load an adapter it asks for PEFT 0.22; before 0.21.2 PEFT does not generate with T5 on
-such a transformers. What `make matrix` found, on the CPU; a row that is not here was not run:
+such a transformers. torch 2.6 does not compile a PEFT model with `fullgraph=True`, of whatever method. What
+`make matrix` found, on the CPU; a row that is not here was not run:
 
 | | Python | torch | transformers | PEFT | passed | failed | skipped | on |
 |---|---|---|---|---|---|---|---|---|

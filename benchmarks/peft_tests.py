@@ -4,6 +4,9 @@
 
 PEFT's source distribution of the installed version is downloaded with pip, its lists of configurations are replaced in
 memory, and the hub models that it names are made here, tiny and random, in folders of those names.
+
+PEFT 0.21.2 on 2026-11-27: 242 pass, none fails but 62 by design (merging 19, dtypes 21, pickles 22), 93 are skipped by
+PEFT itself; one of those by design passes, dtypes of T5.
 """
 
 from __future__ import annotations
@@ -60,7 +63,7 @@ TASKS = {
 }
 
 BY_DESIGN = {
-    "test_merge": "an edit at some tokens is no change of the weights",
+    "test_merge": "an edit of a block's output is no change of a weight",
     "test_add_adapter_no_autocast_adapter_dtype": "edits stay in float32, in which alone R is orthonormal",
     "test_save_pretrained_pickle": "pickles are not opened",
     "test_save_pretrained_selected_adapters_pickle": "pickles are not opened",

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import command, described_machine, versions, write_json
+from common import described_machine, write_json
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TorchAoConfig
@@ -45,15 +45,18 @@ def four_bits() -> TorchAoConfig:
     return torchao("IntxWeightOnlyConfig", weight_dtype=torch.int4, granularity=PerGroup(32))
 
 
+NF4: dict[str, Any] = {
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,  # without it the weights are spoilt when a model that has run is saved
+    "bnb_4bit_compute_dtype": torch.bfloat16,
+}
 BASES: dict[str, tuple[torch.dtype, Callable[[], Any] | None]] = {
     "float32": (torch.float32, None),
     "bfloat16": (torch.bfloat16, None),
     "float16": (torch.float16, None),
     "bitsandbytes 8 bits": (torch.bfloat16, lambda: BitsAndBytesConfig(load_in_8bit=True)),
-    "bitsandbytes 4 bits (NF4)": (
-        torch.bfloat16,
-        lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16),
-    ),
+    "bitsandbytes 4 bits": (torch.bfloat16, lambda: BitsAndBytesConfig(**NF4)),
     "torchao int8, weights": (torch.bfloat16, lambda: torchao("Int8WeightOnlyConfig")),
     "torchao int8, weights and activations": (torch.bfloat16, lambda: torchao("Int8DynamicActivationInt8WeightConfig")),
     "torchao int4, weights": (torch.bfloat16, four_bits),
@@ -164,7 +167,7 @@ def measure(name: str, folder: Path, tokenizer: Any, exact: tuple[Tensor, Tensor
     batch = prompts(tokenizer)
     base = load(name)
     size, plain = bytes_of_blocks(base), next_tokens(base, batch)
-    moved = PeftModel.from_pretrained(base, folder / "float32").eval()
+    moved = PeftModel.from_pretrained(load(name), folder / "float32").eval()
     edits = {p.dtype for key, p in moved.named_parameters() if "reft_" in key}
     found = {
         "base": name,
@@ -176,10 +179,11 @@ def measure(name: str, folder: Path, tokenizer: Any, exact: tuple[Tensor, Tensor
         "score_of_the_float32_adapter": score(moved, tokenizer, batch),
     }
     own = trained(load(name), tokenizer)
+    said = next_tokens(own, batch)
+    found["score_trained_on_it"] = score(own, tokenizer, batch)
     own.save_pretrained(folder / name)
     again = PeftModel.from_pretrained(load(name), folder / name).eval()
-    changed = (next_tokens(own, batch) - next_tokens(again, batch)).abs().max()
-    return {**found, "score_trained_on_it": score(own, tokenizer, batch), "changed_by_a_reload": float(changed)}
+    return {**found, "changed_by_a_reload": float((said - next_tokens(again, batch)).abs().max())}
 
 
 def main() -> None:
@@ -199,8 +203,7 @@ def main() -> None:
             lines.append(measure(name, Path(folder), tokenizer, exact))
             print(json.dumps(lines[-1]), flush=True)
     if asked.out:
-        about = {"command": command(), "versions": versions(), "machine": described_machine()}
-        write_json(asked.out, {"lines": lines, **about})
+        write_json(asked.out, {**described_machine(), "lines": lines})
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def run(words: list[str], trimtab: Command) -> None:
 def test_the_table_of_precisions_is_the_committed_one() -> None:
     def cell(value: object) -> str:
         if isinstance(value, float):
-            return f"{value:.0e}" if 0 < value < 0.01 else f"{value:g}"
+            return f"{value:.0e}" if 0 < value < 0.01 else f"{value:.3g}"
         return "not run" if value is None else str(value)
 
     lines = json.loads((ROOT / "benchmarks/results/precisions.json").read_text())["lines"]
