@@ -229,6 +229,7 @@ DAMAGES |= {
     )
     for part in ("rotation", "weight", "bias")
     for name in ODD_TYPES
+    if hasattr(torch, name)  # torch 2.6 has not all of them
 }
 
 

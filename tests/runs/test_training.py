@@ -14,7 +14,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from trimtab.errors import DataError, RunError
 from trimtab.recipe.load import load_recipe
@@ -144,6 +144,14 @@ def test_no_task_starts_when_another_cannot(tmp_path: Path) -> None:
     recipe["tasks"]["long"]["training"] = {}
     path.write_text(json.dumps(recipe))
     assert train_recipe(load_recipe(path), ["plural"])["plural"]["steps"] == 6
+
+
+def test_a_base_in_four_bits_is_not_trained_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As transformers marks one; bitsandbytes itself is not installed."""
+    monkeypatch.setattr(LlamaForCausalLM, "is_loaded_in_4bit", True, raising=False)
+    with pytest.raises(RunError, match="4 bits is not trained on a CPU"):
+        train_recipe(load_recipe(write_recipe(tmp_path)))
+    assert not (tmp_path / "runs/plural/adapter_model.safetensors").exists()
 
 
 def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:

@@ -380,6 +380,12 @@ TOO_LARGE = (
 """What helps a training that memory does not hold."""
 
 
+FOUR_BITS = (
+    "a base in bitsandbytes' 4 bits is not trained on a CPU: there it passes no gradient back once it has been "
+    "evaluated (docs/guides/quantised.md). Take a GPU, 8 bits, or the model in floating point"
+)
+
+
 class Fit:
     """The training of one adapted model.
 
@@ -388,6 +394,8 @@ class Fit:
         look: takes the validation score, after the shares `looks` of the steps.
         checkpoints: where the training resumes from, and leaves some for others; None for none.
         measured: count the memory too.
+    Raises:
+        RunError: the base's gradients cannot be relied on.
     """
 
     def __init__(
@@ -406,6 +414,8 @@ class Fit:
         measured: bool = False,
     ) -> None:
         spec, way = trial.training, trial.way
+        if getattr(model, "is_loaded_in_4bit", False) and next(model.parameters()).device.type == "cpu":
+            raise RunError(FOUR_BITS)
         store = store_for(trial.experiment)
         found = way.reuse(model, store, spec.gradient_checkpointing) if spec.reuse else "reuse: false"
         self._reuse = found if isinstance(found, Reuse) else None
