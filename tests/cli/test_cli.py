@@ -228,6 +228,15 @@ def test_an_adapter_of_another_base_model_is_refused(trimtab: Command, runs: Pat
     assert code == 2 and "Traceback" not in text
 
 
+def test_a_base_model_that_was_moved_is_asked_for(trimtab: Command, runs: Path, tmp_path: Path) -> None:
+    adapter = shutil.copytree(runs / "out/plural", tmp_path / "plural")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "gone/base/model"}))
+    code, text = trimtab("generate", "cat", "-a", adapter)
+    assert code == 2 and "cannot load the model 'gone/base/model'" in text and "say where it is: --model" in text
+    assert trimtab("generate", "cat", "-a", adapter, "--model", MODEL)[0] == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -235,6 +244,9 @@ def test_an_adapter_of_another_base_model_is_refused(trimtab: Command, runs: Pat
         (["train", "{runs}/recipe.yaml", "--task", "plurals"], "not in the recipe"),
         (["eval", "{runs}/recipe.yaml", "--split", "tset"], "must be one of train, validation, test"),
         (["generate", "cat", "-a", "{runs}"], "no adapter there"),
+        (["generate", "cat", "-a", "{runs}/out/plurl"], "out/plural?"),
+        (["show", "{runs}/out/plurl"], "out/plural?"),
+        (["generate", " ", "-a", "{runs}/out/plural"], "the prompt is empty"),
         (["generate", "cat"], "give an adapter's folder with --adapter, or a --model"),
         (["init", MODEL, "-o", "{runs}/recipe.yaml/new.yaml"], "recipe.yaml: "),
         (["init", "models/none-such", "-o", "{runs}/new.yaml"], "models/none-such"),

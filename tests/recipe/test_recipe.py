@@ -272,7 +272,7 @@ def test_a_bad_recipe_is_told_where_and_what_to_do(folder: Path, old: str, new: 
         ("", "is empty; a recipe starts with model: and tasks:"),
         ("- a\n- b\n", "is not a mapping"),
         ("model: x\ntasks: {}\n", "line 2, tasks: has no task: give at least one"),
-        ("model: x\ntasks: 3\n", "line 2, tasks: must be a mapping"),
+        ("model: x\ntasks: 3\n", "line 2, tasks: must have a name for each task"),
         ("model: x\ntasks: {a: }\n", "line 2, tasks.a: must be a mapping"),
         ("model: &a [*a]\n", "an alias stands inside its own anchor"),
     ],

@@ -127,7 +127,12 @@ def test_given_splits_are_used_and_a_limit_counts_after_the_cut(make: Make) -> N
         ),
         (PLURAL, [*words(2), {"input": "a", "output": None}, *words(2)], r"row 3: the field 'output' is None; fill it"),
         (PLURAL, [{"input": "a", "output": math.nan}] * 3, r"row 1: the field 'output' is nan"),
-        (PLURAL, [{"input": " ", "output": "b"}] * 3, r"row 1: the prompt .* comes out empty"),
+        (PLURAL, [{"input": " ", "output": "b"}] * 3, r"row 1: the prompt .* comes out empty; fill .* the row$"),
+        (
+            PLURAL,
+            [*words(4), {"input": " ", "output": "b"}],
+            r"row 5: .* leave out such rows, 1 of 4: data: skip_bad_rows: true$",
+        ),
         (PLURAL | {"score": "number"}, words(2) + [{"input": "a", "output": "no"}] * 2, r"row 3: .*needs a number"),
         (PLURAL | {"score": "choice", "choices": ["yes", "no"]}, words(3), r"row 1: .*'out0' names none of choices"),
         (PLURAL, words(1), "one row cannot be split; give data: validation:"),

@@ -6,6 +6,7 @@ all a pickle, is refused.
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
@@ -205,6 +206,13 @@ def inspect_adapter(folder: str | Path) -> AdapterInfo:
     return AdapterInfo(saved.config, saved.shapes, size, norms, saved.extras)
 
 
+def did_you_mean(folder: Path) -> str:
+    """Adapters beside a folder that are called much like it, as the end of a message."""
+    beside = {path.parent.name: path.parent for path in folder.parent.glob(f"*/{CONFIG}")}
+    found = [str(beside[name]) for name in difflib.get_close_matches(folder.name, beside)]
+    return f"; did you mean {' or '.join(found)}?" if found else ""
+
+
 def why_not_asked(folder: Path) -> str | None:
     """Why an adapter answers no prompts, by a glance at its config; None where it does, or is damaged, which is told
     when it is read."""
@@ -224,9 +232,8 @@ def _read_config(folder: Path) -> ReftConfig:
     path = folder / CONFIG
     _check_kind(path)
     if not path.exists():
-        raise AdapterError(
-            f"{folder}: no adapter_config.json there; give the folder that save_pretrained or train wrote."
-        )
+        remedy = did_you_mean(folder) or "; give the folder that save_pretrained or train wrote."
+        raise AdapterError(f"{folder}: no adapter_config.json there{remedy}")
     try:
         kind = json.loads(path.read_text())["peft_type"]
     except (ValueError, KeyError, TypeError, RecursionError):

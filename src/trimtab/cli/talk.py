@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from trimtab.cli.common import Folders, ModelName, command, console, must_be_new, resumable
+from trimtab.errors import DataError
 
 
 @command()
@@ -23,6 +24,8 @@ def generate(
     """Answer one prompt with each adapter, and the base model, in a single batch."""
     from trimtab.runs.generate import BASE, Answerer, find_adapters
 
+    if not prompt.strip():
+        raise DataError("the prompt is empty; give one")
     adapters = find_adapters(adapter or [], console.print)
     answerer = Answerer(adapters, model)
     names = [*adapters, *([BASE] if base or not adapters else [])]

@@ -233,6 +233,8 @@ def _explain(error: ErrorDetails) -> str:
         return f"type must be {_any_of(ENTRIES)}{missing}"
     if kind == "invalid_key":
         return f"the key {loc[-1]} is a number: decimals take a point, as in 0.0015, and a comma ends an entry"
+    if kind == "dict_type" and loc == ("tasks",):
+        return "must have a name for each task, as in tasks: {NAME: {type: generation, …}}"
     if kind in ("model_type", "dict_type", "model_attributes_type"):
         return "must be a mapping of keys to values"
     if kind == "string_type" and isinstance(error["input"], dict):

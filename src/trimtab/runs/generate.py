@@ -9,10 +9,10 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from trimtab.adapter.folder import inspect_adapter, why_not_asked
+from trimtab.adapter.folder import did_you_mean, inspect_adapter, why_not_asked
 from trimtab.adapter.forward import BASE
 from trimtab.adapter.hub import local
-from trimtab.errors import AdapterError, RunError
+from trimtab.errors import AdapterError, ModelError, RunError
 from trimtab.runs.folder import RunFolder
 from trimtab.runs.models import ModelSource, load_model, load_tokenizer
 from trimtab.runs.predict import check_context, context_of, predict
@@ -44,7 +44,9 @@ def find_adapters(folders: Sequence[str], left_out: Callable[[str], None] | None
             else sorted(path.parent for path in folder.glob("*/adapter_config.json"))
         )
         if not inside:
-            raise AdapterError(f"{folder}: no adapter there, nor in a folder inside it (no adapter_config.json).")
+            raise AdapterError(
+                f"{folder}: no adapter there, nor in a folder inside it (no adapter_config.json){did_you_mean(folder)}"
+            )
         if named and (len(inside) > 1 or not own):
             raise AdapterError(f"{asked}: give one name and the folder of one adapter; there are {len(inside)}.")
         for path in inside:
@@ -69,6 +71,7 @@ class Answerer:
 
         Raises:
             AdapterError: an adapter is damaged, is of another base model, or does not generate text.
+            ModelError: the base model cannot be loaded.
         """
         infos = {name: inspect_adapter(path) for name, path in adapters.items()}
         bases = {info.base_model for info in infos.values()}
@@ -83,7 +86,14 @@ class Answerer:
                 remedy = f"On a file: trimtab predict FILE -a {path}; here name only adapters that generate."
                 raise AdapterError(f"{path}: {reason}. {remedy}")
         self.base_name = model if model is not None else str(bases.pop())
-        self.tokenizer = load_tokenizer(self.base_name)
+        try:
+            self.tokenizer = load_tokenizer(self.base_name)
+        except ModelError as error:
+            if model is not None:
+                raise
+            raise ModelError(
+                f"{error}\nThat is the base that the adapter was trained on; say where it is: --model"
+            ) from None
         self.prompts = {name: _prompting(path) for name, path in adapters.items()}
         self.turns: dict[str, Turns] = {name: info.config.edit_turns for name, info in infos.items()}
         loaded = load_model(ModelSource(self.base_name, _dtype(list(adapters.values()))))

@@ -309,10 +309,15 @@ def _model_of(experiment: Experiment) -> tuple[ModelSource, str | None]:
     return experiment.source, hash_of_model(experiment.source)
 
 
+@cache
+def _freeze_libraries() -> None:
+    """Once: the collection that accelerate asks for in each trial would go by their 400,000 objects."""
+    gc.freeze()
+
+
 def _base_for(experiment: Experiment) -> Base:
     """The base model, which is the caller's to change: it is kept for nobody else."""
-    if not gc.get_freeze_count():
-        gc.freeze()  # libraries, by whose 400,000 objects the collection that accelerate asks for would go each time
+    _freeze_libraries()
     kept = _bases.pop(_model_of(experiment), None)
     _bases.clear()
     return kept or Base(experiment.source)

@@ -104,8 +104,7 @@ class Task(ABC, Generic[SpecT]):
         if split == "test" and self.sets:
             return [replace(e, set=set_) for set_, one in self.sets.items() for e in one.examples("test")]
         if split not in self._examples:
-            of_train = split == "train" or (split == "validation" and self.validation_is_cut)
-            self._examples[split] = self._made(split, self.spec.data.skip_bad_rows and of_train)
+            self._examples[split] = self._made(split, self.spec.data.skip_bad_rows and self._of_train(split))
         return self._examples[split]
 
     @abstractmethod
@@ -286,19 +285,24 @@ class Task(ABC, Generic[SpecT]):
 
     # ---- rows --------------------------------------------------------------------------------------------------
 
+    def _of_train(self, split: str) -> bool:
+        return split == "train" or (split == "validation" and self.validation_is_cut)
+
     def _made(self, split: str, skip: bool) -> list[Example]:
         made: list[Example] = []
         bad: list[DataError] = []
-        for number, row in self._limited(split):
+        rows = self._limited(split)
+        for number, row in rows:
             try:
                 where = self._where(split, number)
                 made += self.examples_of(self.prepared(row, where), where)
             except DataError as error:
-                if not skip:
-                    raise
                 bad.append(error)
         if bad and not made:
             raise bad[0]
+        if bad and not skip:
+            remedy = f"; or leave out such rows, {len(bad)} of {len(rows)}: data: skip_bad_rows: true"
+            raise DataError(f"{bad[0]}{remedy if self._of_train(split) else ''}")
         self.skipped += len(bad)
         self.first_flaw = self.first_flaw or (str(bad[0]) if bad else None)
         return made

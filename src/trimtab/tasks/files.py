@@ -27,6 +27,8 @@ def locate(path: str | Path, folder: str | Path = ".") -> Path:
     for candidate in tried:
         if candidate.is_file():
             return candidate
+    if any(candidate.is_dir() for candidate in tried):
+        raise DataError(f"{str(path)!r} is a folder; name a file in it")
     near = [
         str(name.with_name(close))
         for parent in {p.parent for p in tried if p.parent.is_dir()}

@@ -98,6 +98,6 @@ def one_turn(row: Row, name: str, where: str) -> Row:
     if roles not in TURNS:
         raise DataError(
             f"{where}: the conversation goes {', '.join(roles) or 'nowhere'}; a generation takes one user turn and one "
-            "answer. Take type: conversation, or leave such rows out: data: skip_bad_rows: true"
+            "answer; take type: conversation"
         )
     return {"system": "", **{message["role"]: message["content"] for message in messages}}
