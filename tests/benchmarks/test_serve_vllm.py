@@ -13,6 +13,8 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "serve"]:  # the tests' folder of that name
+        monkeypatch.delitem(sys.modules, name)
     before = set(sys.modules)
     monkeypatch.syspath_prepend(str(FOLDER))
     for name in ("VLLM_WORKER_MULTIPROC_METHOD", "VLLM_USE_V2_MODEL_RUNNER"):
