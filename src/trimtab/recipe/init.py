@@ -113,7 +113,7 @@ dtype: {dtype}
 adapter:
   method: loreft        # {", ".join(METHODS)}
   r: {s.r}                  # rank; raise it if training loss stays high, lower it if data is scarce
-  positions: {s.positions}      # edited prompt tokens: fN first, lN last; or prompt, generated, all
+  positions: {s.positions:<10} # edited prompt tokens: fN first, lN last; or prompt, generated, all
   layers: all           # or a list such as [0, 4, -1]: fewer layers, fewer parameters
   # site: block         # or attention, mlp, heads (method red there is scale and shift by head), a module pattern
   # lora: {{r: 8}}        # a LoRA trained with the edits and saved in the same adapter
