@@ -23,9 +23,6 @@ import asyncio
 import json
 import os
 import random
-import socket
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,13 +32,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import httpx
+import soak
 import torch
 from common import described_machine, spread, write_json
 from inference import llama, resident_bytes
 from openai import APIStatusError, AsyncOpenAI
 from peft import LoraConfig, get_peft_model
-from soak import until_ready
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trimtab import ReftConfig
@@ -240,9 +236,11 @@ def measure_load(args: argparse.Namespace, counts: Sequence[int], in_flight: Seq
         save(args, folder, max(counts))
         pin(server_core)  # which the server inherits
         found["engine_alone"] = engine_alone(args, in_flight)
-        with server(folder) as (process, url):
+        words = ["--adapters", str(folder / "adapters"), "--max-rank", str(RANK)]
+        words += ["--slots", str(ASKED.running), "--max-queue", str(QUEUE)]
+        with soak.serving(str(folder / "base"), *words, OMP_NUM_THREADS="1") as (process, client):
             pin(own_core)
-            found |= asyncio.run(drive(args, process.pid, url, counts, in_flight))
+            found |= asyncio.run(drive(args, process.pid, f"{client.base_url}".rstrip("/"), counts, in_flight))
         pin(*cores)
     return found
 
@@ -276,26 +274,6 @@ def engine_alone(args: argparse.Namespace, in_flight: Sequence[int]) -> list[dic
         rows.append({"in_flight": running, "tokens_per_cpu_second": round(load.requests * load.new / took, 1)})
         print(rows[-1], flush=True)
     return rows
-
-
-@contextmanager
-def server(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """`trimtab serve` as a process of one thread for the model, ready; and its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    words = ["serve", str(folder / "base"), "--adapters", str(folder / "adapters"), "--port", port]
-    words += ["--max-rank", str(RANK), "--slots", str(ASKED.running), "--max-queue", str(QUEUE)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-m", "trimtab.cli", *words], env=environment)
-    try:
-        url = f"http://127.0.0.1:{port}"
-        with httpx.Client(base_url=url) as client:
-            until_ready(process, client)
-        yield process, url
-    finally:
-        process.terminate()
-        process.wait(60)
 
 
 async def drive(

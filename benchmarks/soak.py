@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
+import socket
 import subprocess
 import sys
 import tempfile
@@ -64,7 +66,8 @@ def soak(folder: Path, adapters: int, resident: int, minutes: float) -> dict[str
     """Run server and clients; what was asked and answered by minute."""
     names = [f"a{i}" for i in range(adapters)]
     said = make(folder, names)
-    with serving(folder, resident) as (server, client):
+    limits = ["--dtype", "float32", "--resident", str(resident), "--prefix-mb", "64"]
+    with serving(MODEL, "--adapters", str(folder), *limits) as (server, client):
         for name in names:  # into the host's memory, so that growth is not theirs
             body = {"lora_name": name, "lora_path": name}
             client.post("/v1/load_lora_adapter", json=body).raise_for_status()
@@ -133,12 +136,15 @@ def answers(model: Any, tokenizer: Any, names: list[str]) -> dict[tuple[str, int
 
 
 @contextmanager
-def serving(folder: Path, resident: int) -> Iterator[tuple[subprocess.Popen[bytes], httpx.Client]]:
-    """`trimtab serve` as a process, ready."""
-    command = [sys.executable, "-m", "trimtab.cli", "serve", MODEL, "--adapters", str(folder), "--port", "8917"]
-    server = subprocess.Popen([*command, "--dtype", "float32", "--resident", str(resident), "--prefix-mb", "64"])
+def serving(*words: str, **environment: str) -> Iterator[tuple[subprocess.Popen[bytes], httpx.Client]]:
+    """`trimtab serve` with these arguments as a process on a free port, ready."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "trimtab.cli", "serve", *words, "--port", port]
+    server = subprocess.Popen(command, env={**os.environ, **environment})
     try:
-        with httpx.Client(base_url="http://127.0.0.1:8917", timeout=120) as client:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
             until_ready(server, client)
             yield server, client
     finally:
