@@ -1,9 +1,11 @@
 """Every test runs offline, on one core, from the same seed."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -80,3 +82,22 @@ def inline(monkeypatch: pytest.MonkeyPatch) -> None:
         yield Inline()
 
     monkeypatch.setattr(compare, "workers", workers)
+
+
+@contextmanager
+def importable(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[None]:
+    """Has scripts of a folder find each other as they do when run; they are forgotten afterwards.
+
+    What was imported from elsewhere under the name of one, as the tests' folder `serve` is, is put aside.
+    """
+    own = {path.stem for path in folder.glob("*.py")}
+    for name in [name for name in sys.modules if name.partition(".")[0] in own]:
+        monkeypatch.delitem(sys.modules, name)
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(str(folder))
+    try:
+        yield
+    finally:
+        for name in set(sys.modules) - before:
+            if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == folder:
+                del sys.modules[name]

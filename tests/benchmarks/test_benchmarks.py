@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import importable
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 METHODS = ["floor", "base-forward", "trimtab", "trimtab-all-logits", "peft-lora", "peft-lora-supervised"]
@@ -19,15 +20,11 @@ METHODS = ["floor", "base-forward", "trimtab", "trimtab-all-logits", "peft-lora"
 @pytest.fixture
 def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The benchmark scripts as modules, which find each other as they do when run."""
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(str(FOLDER))
-    import train
-    import worker
+    with importable(monkeypatch, FOLDER):
+        import train
+        import worker
 
-    yield argparse.Namespace(train=train, worker=worker)
-    for name in set(sys.modules) - before:
-        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == FOLDER:
-            del sys.modules[name]
+        yield argparse.Namespace(train=train, worker=worker)
 
 
 @pytest.fixture

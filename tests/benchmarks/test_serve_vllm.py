@@ -1,31 +1,25 @@
 """What benchmarks/serve_vllm.py makes of answers; the engines are faked, so that no vLLM is needed."""
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from threading import Lock, Thread
 from typing import Any
 
 import pytest
+from conftest import importable
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    for name in [name for name in sys.modules if name.partition(".")[0] == "serve"]:  # the tests' folder of that name
-        monkeypatch.delitem(sys.modules, name)
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(str(FOLDER))
     for name in ("VLLM_WORKER_MULTIPROC_METHOD", "VLLM_USE_V2_MODEL_RUNNER"):
         monkeypatch.setenv(name, "")  # which the script sets
-    import serve_vllm
+    with importable(monkeypatch, FOLDER):
+        import serve_vllm
 
-    monkeypatch.setattr(serve_vllm, "REST", 0)
-    yield serve_vllm
-    for name in set(sys.modules) - before:
-        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == FOLDER:
-            del sys.modules[name]
+        monkeypatch.setattr(serve_vllm, "REST", 0)
+        yield serve_vllm
 
 
 class Engine:
