@@ -125,13 +125,10 @@ class ServedModel:
         return {kind: self._mask(place, width, window if kind != "full_attention" else None) for kind in kinds}
 
     def _mask(self, place: Tensor, width: int, window: int | None) -> Tensor:
-        """(B, 1, Q, W): bool, or what eager attention adds."""
+        """(B, 1, Q, W), to be added to scores; of a bool one attention would make such a one in every layer."""
         columns = torch.arange(width, device=self.device)
-        seen = columns <= place.unsqueeze(-1)
+        hidden = columns > place.unsqueeze(-1)
         if window is not None and width > window:
-            seen &= columns > place.unsqueeze(-1) - window
-        seen = seen.unsqueeze(1)
-        if self.model.config._attn_implementation != "eager":
-            return seen
-        lowest = torch.finfo(self.dtype).min
-        return torch.zeros(seen.shape, dtype=self.dtype, device=self.device).masked_fill(~seen, lowest)
+            hidden |= columns <= place.unsqueeze(-1) - window
+        mask = torch.zeros(hidden.shape, dtype=self.dtype, device=self.device)
+        return mask.masked_fill_(hidden, torch.finfo(self.dtype).min).unsqueeze(1)
