@@ -8,6 +8,7 @@ import json
 import shutil
 import time
 import uuid
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -59,6 +60,7 @@ class Service:
         self.engine, self.registry, self.base = engine, registry, base
         self.tokens, self.takes_adapters, self.choices = Tokens(tokenizer), takes_adapters, choices
         self.metrics, self.created = Metrics(engine), int(time.time())
+        self._post: _Post | None = None
 
     def applied(self, model: str, scale: float) -> tuple[Applied, ...]:
         """The edit that a request's `model` and `reft_scale` ask for; reads files.
@@ -181,6 +183,11 @@ class Service:
             reft_moves=self.engine.tells_moves,
         )
 
+    def _post_of(self, loop: asyncio.AbstractEventLoop) -> _Post:
+        if self._post is None or self._post.loop is not loop:
+            self._post = _Post(loop)
+        return self._post
+
     async def events(self, requests: Sequence[EngineRequest], http: Request, parts: bool) -> Events:
         """Run requests; each event with the place of its request. Leaving early cancels what is left.
 
@@ -190,7 +197,7 @@ class Service:
         Raises:
             ApiError: a request was not taken or failed. ClientGone: nobody listens.
         """
-        loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event] | None]()
+        queue, post = asyncio.Queue[tuple[int, Event] | None](), self._post_of(asyncio.get_running_loop())
         watch = asyncio.create_task(_until_gone(http))
         watch.add_done_callback(lambda _: queue.put_nowait(None))
         left: dict[int, EngineRequest] = {}
@@ -202,7 +209,7 @@ class Service:
                 clock.count(event)
                 held.append(event)
                 if parts or event.finish_reason is not None:
-                    loop.call_soon_threadsafe(queue.put_nowait, (index, merged(held)))
+                    post(queue, (index, merged(held)))
                     held.clear()
 
             return emit
@@ -249,6 +256,27 @@ def _as_brought(folder: str) -> Iterator[None]:
         raise
     except AdapterError as error:
         raise ApiError(400, str(error).replace(folder, FIELD), "invalid_adapter", FIELD) from None
+
+
+class _Post:
+    """What the engine's thread has for queues of a loop, which is woken once for all that comes until it runs."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._items: deque[tuple[asyncio.Queue[Any], Any]] = deque()
+        self._woken = False
+
+    def __call__(self, queue: asyncio.Queue[Any], item: Any) -> None:
+        self._items.append((queue, item))
+        if not self._woken:
+            self._woken = True
+            self.loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        self._woken = False  # before the last look: what comes after it wakes the loop again
+        while self._items:
+            queue, item = self._items.popleft()
+            queue.put_nowait(item)
 
 
 class _Clock:
