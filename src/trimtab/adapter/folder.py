@@ -328,8 +328,7 @@ def as_edit(config: ReftConfig, tensors: dict[str, Tensor]) -> Edit:
 
 def _edit(config: ReftConfig, tensors: dict[str, Tensor], activation: str | None) -> Edit:
     method = METHODS[config.method]
-    with torch.random.fork_rng(devices=[]):  # whose start is thrown away at once
-        edit = method(method.width_of(tensors, config.r), config.r, activation=activation, init_weights="paper")
+    edit = method(method.width_of(tensors, config.r), config.r, activation=activation, init_weights=None)
     edit.load_state_dict(tensors)
     return edit.eval()
 

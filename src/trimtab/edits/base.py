@@ -43,7 +43,11 @@ class Term(NamedTuple):
 
 
 class Edit(nn.Module):
-    """One edit. A method is a subclass that gives `shapes`, `start` and `delta`, and names the fields it `takes`."""
+    """One edit. A method is a subclass that gives `shapes`, `start` and `delta`, and names the fields it `takes`.
+
+    Args:
+        init_weights: as in `ReftConfig`; None where saved tensors are about to be loaded.
+    """
 
     takes: ClassVar[frozenset[str]] = frozenset({"r", "activation"})
     """Which of the fields that only some methods have a use for."""
@@ -55,7 +59,7 @@ class Edit(nn.Module):
         *,
         dropout: float = 0.0,
         activation: str | None = None,
-        init_weights: InitWeights = True,
+        init_weights: InitWeights | None = True,
     ) -> None:
         super().__init__()
         self.width, self.r = width, r
@@ -63,7 +67,8 @@ class Edit(nn.Module):
         self.dropout = nn.Dropout(dropout)
         shapes = self.shapes(width, r)
         if "rotation" in shapes:
-            self.rotation = Rotation(*shapes["rotation"])
+            rank, columns = shapes["rotation"]
+            self.rotation = Rotation(rank, columns, start=init_weights is not None)
         identity = init_weights is True
         if identity and not self.starts_at_identity:
             warnings.warn(
@@ -71,7 +76,7 @@ class Edit(nn.Module):
                 "the model unchanged: an untrained adapter already edits. init_weights='paper' starts as pyreft's.",
                 stacklevel=2,
             )
-        start = self.start(identity)
+        start = {name: torch.zeros(shapes[name]) for name in shapes} if init_weights is None else self.start(identity)
         for name, shape in shapes.items():
             if name != "rotation":
                 self.register_parameter(name, nn.Parameter(start[name].detach().reshape(shape)))

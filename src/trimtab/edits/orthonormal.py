@@ -89,11 +89,17 @@ class _TangentGradient(torch.autograd.Function):
 
 
 class Rotation(nn.Module):
-    """R of shape (r, d) with orthonormal rows, as the module's output; saved in files under the key `rotation`."""
+    """R of shape (r, d) with orthonormal rows, as the module's output; saved in files under the key `rotation`.
 
-    def __init__(self, r: int, width: int) -> None:
+    Args:
+        start: at a random R; else at zeros, which a saved one takes the place of.
+    """
+
+    def __init__(self, r: int, width: int, start: bool = True) -> None:
         super().__init__()
-        rows = retract(nn.init.orthogonal_(torch.empty(r, width, device="cpu", dtype=torch.float32)))
+        rows = torch.zeros(r, width, device="cpu", dtype=torch.float32)
+        if start:
+            rows = retract(nn.init.orthogonal_(rows))
         self.halved = nn.Parameter(rows / 2)
         self._checked_version = -1
         self._drift: Tensor | None = None

@@ -267,17 +267,19 @@ class Registry:
         return folder
 
 
-def places_in(model: Any, layout: Layout) -> Callable[[ReftConfig], set[str]]:
+def places_in(model: Any, layout: Layout) -> Callable[[ReftConfig], frozenset[str]]:
     """For `Registry.meant`: the modules of a model that a config means."""
+    served = {site.name: site for site in layout.sites}
 
-    def meant(config: ReftConfig) -> set[str]:
-        sites, served = find_sites(model, config.site, config.layers), {site.name: site for site in layout.sites}
-        for site in sites:
-            if served.get(site.name, site) != site:
-                raise ValueError(f"site={config.site!r}: {site.name} is served for edits of its other side.")
-        return {site.name for site in sites}
+    @lru_cache(maxsize=1024)
+    def found(site: str, layers: str | tuple[int, ...]) -> frozenset[str]:
+        sites = find_sites(model, site, layers if isinstance(layers, str) else list(layers))
+        for one in sites:
+            if served.get(one.name, one) != one:
+                raise ValueError(f"site={site!r}: {one.name} is served for edits of its other side.")
+        return frozenset(one.name for one in sites)
 
-    return meant
+    return lambda config: found(config.site, config.layers if config.layers == "all" else tuple(config.layers))
 
 
 def _vectors(layout: Layout, saved: SavedAdapter) -> dict[Part, Tensor]:
