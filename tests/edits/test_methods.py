@@ -192,9 +192,13 @@ def test_parameters_are_float32_whatever_the_default(default: torch.dtype) -> No
     torch.set_default_dtype(default)
     try:
         edits = [random_edit(method) for method in NAMES]
+        empty = [METHODS[method](D, R, init_weights=None) for method in NAMES]
     finally:
         torch.set_default_dtype(torch.float32)
-    assert {p.dtype for edit in edits for p in edit.parameters()} == {torch.float32}
+    assert {p.dtype for edit in (*edits, *empty) for p in edit.parameters()} == {torch.float32}
+    for edit, filled in zip(edits, empty, strict=True):
+        filled.load_state_dict(edit.state_dict())
+        assert all(torch.equal(a, b) for a, b in zip(edit.parameters(), filled.parameters(), strict=True))
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,10 @@ class Edit(nn.Module):
                 "the model unchanged: an untrained adapter already edits. init_weights='paper' starts as pyreft's.",
                 stacklevel=2,
             )
-        start = {name: torch.zeros(shapes[name]) for name in shapes} if init_weights is None else self.start(identity)
+        if init_weights is None:
+            start = {name: torch.zeros(shape, dtype=torch.float32, device="cpu") for name, shape in shapes.items()}
+        else:
+            start = self.start(identity)
         for name, shape in shapes.items():
             if name != "rotation":
                 self.register_parameter(name, nn.Parameter(start[name].detach().reshape(shape)))
