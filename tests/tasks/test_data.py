@@ -71,6 +71,19 @@ def test_tsv_keeps_stray_quotes_and_columns_name_a_file_without_a_header(tmp_pat
     ]
 
 
+def test_a_header_line_that_columns_repeat_is_none_of_the_rows(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("input,output\ncat,cats\nox,oxen\n")
+    assert read_rows(tmp_path / "a.csv", columns=["input", "output"]) == ROWS
+
+
+def test_the_index_that_pandas_writes_has_its_name(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(",input,output\n0,cat,cats\n1,ox,oxen\n")
+    assert read_rows(tmp_path / "a.csv") == [{"Unnamed: 0": str(i), **row} for i, row in enumerate(ROWS)]
+    (tmp_path / "a.csv").write_text("input,,output\ncat,,cats\n")
+    with pytest.raises(DataError, match="empty or repeated name"):
+        read_rows(tmp_path / "a.csv")
+
+
 @once
 @given(st.lists(st.fixed_dictionaries({"a": text, "b": st.none() | st.integers() | text}), min_size=1, max_size=5))
 def test_jsonl_round_trip(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
@@ -151,7 +164,7 @@ BAD: list[tuple[str, bytes, list[str]]] = [
     ("a.tsv", b"a\tb\n1\n", ["a.tsv, line 2", "1 cells", "2 columns"]),
     ("a.csv", b'a,b\n1,"2\n', ["a.csv, line 2", "quotes"]),
     ("a.csv", b"a,a\n1,2\n", ["a.csv, line 1", "repeated", "columns:"]),
-    ("a.txt", b"hello", ["a.txt", "unknown suffix", ".jsonl, .csv"]),
+    ("a.txt", b"hello", ["a.txt", "unknown suffix", ".jsonl, .csv", "a copy called a.csv"]),
     ("a.parquet", b"PAR1 but not whole", ["a.parquet", "not a whole parquet"]),
 ]
 

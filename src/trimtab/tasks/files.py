@@ -78,9 +78,12 @@ def read_rows(
     path = locate(source)
     reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise DataError(f"{path}: unknown suffix {path.suffix!r}; use one of {', '.join(READERS)}")
+        raise DataError(
+            f"{path}: unknown suffix {path.suffix!r}; use one of {', '.join(READERS)}. Cells with a separator between "
+            f"them are read from a copy called {path.stem}.csv; for what has none see docs/your-own-file.md"
+        )
     for name, given in (("columns", columns), ("separator", separator)):
-        if given and path.suffix.lower() not in (".csv", ".tsv"):
+        if given and path.suffix.lower() not in SEPARATED:
             raise DataError(f"{path}: {name}: is for .csv and .tsv files; this one names its own fields, remove it")
     rows = reader(path, columns, skip_bad_rows, separator)
     if not rows:
@@ -202,6 +205,8 @@ def find_separator(text: str) -> str:
 
 
 SEPARATORS, LOOKED_AT = ",;\t|", 50
+SEPARATED = (".csv", ".tsv")
+"""Suffixes of files whose cells have a separator between them."""
 
 
 def _read_tsv(path: Path, columns: Sequence[str] | None, skip: bool, separator: str | None) -> list[Row]:
@@ -214,6 +219,10 @@ def _read_tsv(path: Path, columns: Sequence[str] | None, skip: bool, separator: 
 
 def _table(path: Path, lines: list[tuple[int, list[str]]], columns: Sequence[str] | None, skip: bool) -> list[Row]:
     header = list(columns) if columns else lines.pop(0)[1]
+    if columns and lines and lines[0][1] == header:  # there is a header line after all
+        lines = lines[1:]
+    if not header[0]:
+        header[0] = "Unnamed: 0"  # pandas writes its index so, and calls it this
     if len(set(header)) < len(header) or "" in header:
         raise DataError(f"{path}, line 1: the header {header} has an empty or repeated name; {NO_HEADER}")
     if skip:
