@@ -65,6 +65,7 @@ def test_rows_are_counted_and_told_from_where(make: Make) -> None:
     ("task", "train", "sections", "remark"),
     [
         (MOOD, rows(*["Refund", "refund", "late"] * 8), {}, "'Refund' and 'refund' are classes apart"),
+        (MOOD, rows(*[0, 1, -1] * 8), {}, "'-1' is a class too; if it marks rows without a label, remove them"),
         (
             MOOD,
             rows(*["a", "b"] * 8),
@@ -91,6 +92,10 @@ def test_what_is_odd_is_remarked(make: Make, task: Any, train: Rows, sections: A
         ({"test": "train.jsonl"}, ["15 of 16 rows of test are in train too", "1 of 16 rows of test are in validation"]),
         ({"validation": "train.jsonl"}, ["all 16 rows of validation are in train too, so their score is partly"]),
         ({"test": "other.jsonl", "group": "who"}, ["1 of test's whos are in train too"]),
+        (
+            {"test": "turned.jsonl"},
+            ["15 of 16 rows of test are in train too", "1 of 16 rows of test are in validation"],
+        ),
         ({"test": "other.jsonl"}, []),
     ],
 )
@@ -100,9 +105,16 @@ def test_rows_of_train_that_are_scored_too_are_counted(
     train = [{**row, "who": i % 8 + 1} for i, row in enumerate(rows(*["a", "b"] * 8))]
     other = [{**row, "who": i + 8} for i, row in enumerate(rows(*"ab", text="another day"))]
     (tmp_path / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in other))
+    turned = [{**row, "label": "ba"[i % 2]} for i, row in enumerate(train)]
+    (tmp_path / "turned.jsonl").write_text("".join(json.dumps(row) + "\n" for row in turned))
     _, *found = said(make(MOOD, train, data)).split("  ! ")
     assert len(found) >= len(remarks) and all(any(one in text for text in found) for one in remarks)
     assert bool(found) == bool(remarks)
+
+
+def test_classes_that_are_numbers_are_not_spellings_of_one(make: Make) -> None:
+    assert "!" not in said(make(MOOD, rows(*[1, -1] * 8)))
+    assert "-> warm" in said(make(MOOD | {"labels": ["warm", "cold"]}, rows(*[0, 0] * 8, 1, 1)))
 
 
 def test_rows_left_out_say_why(make: Make) -> None:

@@ -176,6 +176,18 @@ def test_labels_are_names_or_numbers(make: Make) -> None:
     assert make(MOOD, train=[{"text": "a", "label": v} for v in (True, False)]).labels == ["false", "true"]
 
 
+def test_numbers_of_named_labels_count_from_one_where_train_does(make: Make) -> None:
+    named = MOOD | {"labels": ["world", "sports", "tech"]}
+    rows = [{"text": "a", "label": v} for v in (3, "1", 2)]
+    task = make(named, train=rows, validation=rows[:1], test=rows[1:])
+    assert [e.label for split in ("train", "validation", "test") for e in task.examples(split)] == [2, 0, 1, 2, 0, 1]
+    with pytest.raises(DataError, match="label is '0', not one of the labels world, sports, tech; mend the row, or"):
+        task.place("0", "row 1")
+    rows = [{"text": "a", "label": v} for v in (1, 2, 0, None)]
+    fewer = make(named, {"skip_bad_rows": True}, train=rows, validation=rows[:2])
+    assert [e.label for e in fewer.examples("train")] == [1, 2, 0]
+
+
 def test_scores_of_each_type(make: Make) -> None:
     task = make(PLURAL, train=words(4), validation=words(2))
     assert task.scores(["out0\n", "out"], task.examples("validation")) == {"exact_match": 0.5}

@@ -162,9 +162,11 @@ def _left_out(experiment: Experiment, trained: Trained) -> list[str]:
 
 
 def _first(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> str:
-    example = experiment.task.examples("train")[0]
+    task = experiment.task
+    example = task.examples("train")[0]
     (encoded,), _ = experiment.encode(tokenizer, [example], training=False)
-    answer = example.answer if len(example.answer) < 200 else f"{example.answer[:200]} ..."
+    answer = str(task.readable(task.truth([example]).wanted[0]))  # of a class that the file numbers, the name
+    answer = answer if len(answer) < 200 else f"{answer[:200]} ..."
     return f"{marked(tokenizer, encoded, experiment.adapter.positions)} -> {answer}".replace("\n", "\\n")
 
 

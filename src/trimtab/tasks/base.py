@@ -346,8 +346,12 @@ class Task(ABC, Generic[SpecT]):
 
     def shared(self, one: str, other: str) -> int:
         """How many examples of the other split stand in this one word for word."""
-        seen = {_said(e) for e in self.examples(one)}
-        return sum(_said(e) in seen for e in self.examples(other))
+        seen = {self.told_apart(e) for e in self.examples(one)}
+        return sum(self.told_apart(e) in seen for e in self.examples(other))
+
+    def told_apart(self, example: Example) -> Hashable:
+        """What two examples that are the same have in common."""
+        return (example.texts, example.answer, example.label)
 
     def shared_groups(self, one: str, other: str) -> int:
         """How many groups of the other split are in this one too. Raises DataError."""
@@ -374,10 +378,6 @@ class Task(ABC, Generic[SpecT]):
     def _where(self, split: str, number: int) -> str:
         source = self.source("train" if split == "validation" and self.validation_is_cut else split)
         return f"{source}, row {number}"
-
-
-def _said(example: Example) -> Hashable:
-    return (example.texts, example.answer, example.label)
 
 
 def crossed(pairs: Iterable[tuple[str, str]]) -> dict[str, dict[str, int]]:

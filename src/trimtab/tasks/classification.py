@@ -6,7 +6,7 @@ import math
 import re
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -70,6 +70,9 @@ class TextTask(Task[TextSpecT]):
         """Tokenise, labels included; texts longer than `max_length` are cut to it, in evaluation too, and counted."""
         pairs = [encode_texts(tokenizer, e.texts, e.label, max_length) for e in examples]
         return [encoded for encoded, _ in pairs], sum(was_cut for _, was_cut in pairs)
+
+    def told_apart(self, example: Example) -> Hashable:
+        return example.texts  # a text that is scored is not new where it was trained on with another label
 
     @property
     def shown(self) -> tuple[Score, ...]:
@@ -151,14 +154,22 @@ class LabelledTask(TextTask[LabelledSpecT]):
         return ", ".join(names)
 
     def place(self, name: str, where: str) -> int:
-        """The class of a name or, where no class is named by a number, of a number counting from 0."""
+        """The class of a name or, where no class is named by a number, of a number that counts from `first`."""
         if name in self.labels:
             return self.labels.index(name)
-        if name.isdecimal() and int(name) < len(self.labels) and not any(n.isdecimal() for n in self.labels):
-            return int(name)
+        is_number = name.isdecimal() and not any(n.isdecimal() for n in self.labels)
+        if is_number and 0 <= int(name) - self.first < len(self.labels):
+            return int(name) - self.first
         raise DataError(
-            f"{where}: {self.spec.label} is {name[:60]!r}, not one of the labels {', '.join(self.labels[:20])}"
+            f"{where}: {self.spec.label} is {name[:60]!r}, not one of the labels {', '.join(self.labels[:20])}; mend "
+            "the row, or name every class in labels:, in quotes, as the file spells it"
         )
+
+    @cached_property
+    def first(self) -> int:
+        """The number of the first class: 1 where train has no 0 but the number of classes, as AG News has; else 0."""
+        found = {label_name(row.get(self.spec.label)) for row in self._read("train")}
+        return int("0" not in found and str(len(self.labels)) in found)
 
     def truth(self, examples: Sequence[Example]) -> Truth:
         return Truth([e.label for e in examples], classes=len(self.labels), choices=self.labels)
@@ -173,12 +184,15 @@ class LabelledTask(TextTask[LabelledSpecT]):
         more = [f"and {len(counts) - SHOWN} more"] if len(counts) > SHOWN else []
         alike: dict[str, list[str]] = {}
         for name in self.labels:
-            alike.setdefault(re.sub(r"[\W_]+", "", name.casefold()) or name, []).append(name)
+            plain = "" if name.lstrip("-").isdecimal() else re.sub(r"[\W_]+", "", name.casefold())
+            alike.setdefault(plain or name, []).append(name)
         odd = [
             f"{' and '.join(map(repr, names))} are classes apart; if they are one, spell them alike"
             for names in alike.values()
             if len(names) > 1
         ]
+        if {"-1", "0"} <= counts.keys():
+            odd.append("'-1' is a class too; if it marks rows without a label, remove them")
         return ", ".join([*most, *more]), odd + ([f"all rows are {next(iter(counts))!r}"] if len(counts) == 1 else [])
 
 
