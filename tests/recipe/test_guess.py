@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from conftest import Command
 from trimtab.errors import DataError
 from trimtab.recipe.guess import guess
 from trimtab.recipe.load import load_recipe
+from trimtab.tasks.files import read_rows
 
 MODEL = Path(__file__).parents[2] / "models/tiny-llama"
+PAGE = MODEL.parents[1] / "docs/your-own-file.md"
 Rows = list[dict[str, Any]]
 
 
@@ -76,6 +79,22 @@ FILES: dict[str, tuple[Rows, str, dict[str, Any]]] = {
         {"text": ["text_a", "text_b"]},
     ),
     "numbers": (of(text=sentence, score=lambda i: f"{i / 7:.3f}"), "regression", {"text": "text", "label": "score"}),
+    "many numbered classes": (
+        of(300, text=sentence, label=lambda i: i * 5 % 77),
+        "classification",
+        {"text": "text", "label": "label"},
+    ),
+    "many whole numbers": (
+        of(300, text=sentence, label=lambda i: i * 5 % 77 * 2),
+        "regression",
+        {"text": "text", "label": "label"},
+    ),
+    "points": (of(300, text=sentence, score=lambda i: i * 5 % 77), "regression", {"text": "text", "label": "score"}),
+    "sorted by class": (
+        of(4400, text=lambda i: f"{chr(97 + i % 26)} text of its own, {i}", label=lambda i: i // 2200),
+        "classification",
+        {"text": "text", "label": "label"},
+    ),
     "two texts": (of(id=lambda i: i, french=sentence, english=sentence), "generation", {"prompt": "{french}"}),
     "words and tags": (
         of(id=lambda i: str(i), tokens=lambda i: ["Al", "met", f"Bo{i}"], ner_tags=["B-PER", "O", "B-PER"]),
@@ -138,10 +157,41 @@ def test_columns_that_a_prompt_leaves_out_are_named(tmp_path: Path) -> None:
     assert guess(write(tmp_path, seeds), True).said == "instances: lists or objects, which are not used"
 
 
+def test_fields_that_could_be_read_too_are_named(tmp_path: Path) -> None:
+    news = of(title=lambda i: f"{sentence(i)[:9]} {chr(97 + i)}", body=sentence, label=lambda i: ["a", "b"][i % 2])
+    assert guess(write(tmp_path, news), False).said == "title could be read too: text: [title, body]"
+    numbered = of(text=sentence, label=lambda i: i % 2, label_text=lambda i: ["no", "yes"][i % 2])
+    assert guess(write(tmp_path, numbered), False).said == "label_text could stand at label: instead of label"
+
+
+@pytest.mark.parametrize(
+    ("name", "lines", "columns"),
+    [
+        ("news.csv", ['"{n}","A title {i}","A story that is told at length, {i}"'], ["label", "title", "text"]),
+        ("moods.csv", ["i feel this or that, {i} times over;joy", "i feel it {i} times;fear"], ["text", "label"]),
+        ("moods.TSV", ["joy\ti feel this or that, {i} times over", "fear\ti feel it {i} times"], ["label", "text"]),
+    ],
+)
+def test_a_first_line_that_is_a_row_is_no_header(
+    tmp_path: Path, name: str, lines: list[str], columns: list[str]
+) -> None:
+    rows = [lines[i % len(lines)].format(i=i, n=i % 4 + 1) for i in range(24)]
+    (tmp_path / name).write_text("\n".join(rows))
+    with pytest.raises(DataError, match=r"line 1: '(1|joy)' heads a column and is a value in it too.*init --columns"):
+        guess(str(tmp_path / name), False)
+    found = guess(str(tmp_path / name), False, columns)
+    assert (found.type, found.keys["text"], found.keys["label"]) == ("classification", "text", "label")
+
+
 @pytest.mark.parametrize(
     ("rows", "generates", "said"),
     [
         (of(a=lambda i: i, b="x"), True, "no columns look like a prompt and an answer, or a text and a label"),
+        (
+            of(excerpt=sentence, ease=lambda i: f"{i / 7:.3f}"),
+            False,
+            "Call them text and label, or write the task by hand",
+        ),
         (
             of(question=sentence, answer=sentence),
             False,
@@ -181,3 +231,21 @@ def test_a_file_without_a_header_is_given_one(trimtab: Command, tmp_path: Path) 
     (task,) = load_recipe(out).tasks.values()
     assert (task.text, task.label) == (["sentence"], "acceptable")
     assert task.data.columns == ["source", "acceptable", "mark", "sentence"]
+
+
+def test_files_that_are_no_table_become_rows_as_the_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("quote.tok.gt9.5000", "plot.tok.gt9.5000"):
+        Path(name).write_bytes("".join(f"a clich\u00e9 of {name} , {i} times\n" for i in range(20)).encode("latin-1"))
+    questions = [f"{'DESC:manner' if i % 2 else 'HUM:ind'} What did Pel\u00e9 do : {i} ?\n" for i in range(24)]
+    Path("train_5500.label").write_bytes("".join(questions).encode("latin-1"))
+    with pytest.raises(DataError, match=r"a copy called train_5500\.csv; for what has none see docs"):
+        guess("train_5500.label", False)
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    exec(code, {})
+    assert read_rows("subj.jsonl")[0] == {
+        "text": "a clich\u00e9 of quote.tok.gt9.5000 , 0 times",
+        "label": "subjective",
+    }
+    assert read_rows("trec.jsonl")[1] == {"label": "DESC:manner", "text": "What did Pel\u00e9 do : 1 ?"}
+    assert {guess(f"{name}.jsonl", True).keys["label"] for name in ("subj", "trec")} == {"label"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -10,7 +11,7 @@ from typing import Any
 
 from trimtab.errors import DataError
 from trimtab.tasks.classification import label_name
-from trimtab.tasks.files import Row, is_missing, locate, read_rows
+from trimtab.tasks.files import NO_HEADER, SEPARATED, Row, is_missing, locate, read_rows
 from trimtab.tasks.messages import Message, answers, messages_of, one_turn
 from trimtab.tasks.scores import BIO, NUMBER
 
@@ -38,6 +39,8 @@ LABELS = (
     "score",
     "rating",
 )
+AMOUNTS = ("score", "rating")
+"""Labels whose whole numbers are amounts, where they are many."""
 PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence"))
 
 
@@ -69,11 +72,14 @@ def guess(path: str, generates: bool, columns: Sequence[str] | None = None) -> G
     Raises:
         DataError: the file cannot be read, or no task can be made of it.
     """
-    rows = read_rows(locate(path), columns=columns)[:LOOKED_AT]
+    rows = read_rows(locate(path), columns=columns)
     if talk := next((name for name in CONVERSATIONS if isinstance(rows[0].get(name), list)), None):
-        found: Guess | None = _conversation(path, rows, talk)
+        found: Guess | None = _conversation(path, rows[:LOOKED_AT], talk)
     else:
+        rows = _some(rows)
         fields, lists = _columns(rows), _lists(rows)
+        if columns is None and path.lower().endswith(SEPARATED):
+            _check_header(path, fields)
         found = _tagged(lists) or _several(lists, fields)
         if found is None and generates:
             found = _asked(fields) or _labelled(fields) or _two_texts(fields)
@@ -84,11 +90,30 @@ def guess(path: str, generates: bool, columns: Sequence[str] | None = None) -> G
     if found is None or (found.type == "generation" and not generates):
         kind = "a prompt and an answer, or a text and a label" if generates else "a text and a label"
         model = "" if generates else "the model writes no text, and "
-        raise DataError(f"{path}: {model}no columns look like {kind}; the fields are {', '.join(map(str, rows[0]))}")
+        raise DataError(
+            f"{path}: {model}no columns look like {kind}; the fields are {', '.join(map(str, rows[0]))}. Call them "
+            "text and label, or write the task by hand: trimtab init --example classification, say, shows one"
+        )
     for name in _fields_of(found):
         if found.type == "generation" and set(name) & set("{}!:"):
             raise DataError(f"{path}: the field {name!r} cannot stand in a template; rename it, without {{ }} ! and :")
     return found if columns is None else replace(found, data={**found.data, "columns": list(columns)})
+
+
+def _some(rows: list[Row]) -> list[Row]:
+    """As many as are looked at, from all over the file, which may be sorted by class."""
+    drawn = random.Random(0).sample(range(len(rows)), min(LOOKED_AT, len(rows)))
+    return [rows[i] for i in sorted(drawn)]
+
+
+def _check_header(path: str, columns: dict[str, Column]) -> None:
+    """Raises DataError where the first line is a row: what heads a column of repeated values is one of them."""
+    for name, column in columns.items():
+        if name in column.texts and 2 * column.distinct <= column.rows:
+            raise DataError(
+                f"{path}, line 1: {name[:60]!r} heads a column and is a value in it too, so that the line looks like a "
+                f"row; {NO_HEADER}; where it is a field's name, rename the field"
+            )
 
 
 def _with_unused(found: Guess, columns: dict[str, Column]) -> Guess:
@@ -124,6 +149,13 @@ class Column:
     @cached_property
     def is_text(self) -> bool:
         return not (self.nested or self.is_number or self.is_name_of_row)
+
+    @cached_property
+    def numbers_classes(self) -> bool:
+        """Whole numbers without a gap from 0 or 1, with several rows each: names of many classes, not amounts."""
+        found = {int(text) for text in self.texts if text.isdecimal()}
+        without_gap = found in (set(range(self.distinct)), set(range(1, self.distinct + 1)))
+        return without_gap and 2 * self.distinct <= self.rows and self.name.lower() not in AMOUNTS
 
     @property
     def length(self) -> float:
@@ -223,12 +255,14 @@ def _labelled(columns: dict[str, Column]) -> Guess | None:
     pair = _pair([c.name for c in texts])
     longest = max(texts, key=lambda c: c.length).name
     keys = {"text": pair or longest, "label": label.name}
-    if label.is_number and not label.names_classes:
+    if label.is_number and not (label.names_classes or label.numbers_classes):
         return Guess("regression", {**keys, "score": "correlation"})
     others = [c for c in others if c is not label and c.name not in (pair or [longest])]
     names = ", ".join(c.name for c in others)
-    said = f"{names} could stand at label: instead of {label.name}" if names and not named else ""
-    return Guess("classification", {**keys, "score": "accuracy"}, {}, said)
+    said = f"{names} could stand at label: instead of {label.name}" if names and (not named or label.is_number) else ""
+    unread = [c.name for c in texts if c.name not in (pair or [longest]) and not c.names_classes]
+    more = f"{', '.join(unread)} could be read too: text: [{unread[0]}, {longest}]" if unread and not pair else ""
+    return Guess("classification", {**keys, "score": "accuracy"}, {}, "; ".join(filter(None, [said, more])))
 
 
 def _pair(names: Sequence[str]) -> list[str] | None:
