@@ -79,6 +79,8 @@ def test_a_header_line_that_columns_repeat_is_none_of_the_rows(tmp_path: Path) -
 def test_the_index_that_pandas_writes_has_its_name(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text(",input,output\n0,cat,cats\n1,ox,oxen\n")
     assert read_rows(tmp_path / "a.csv") == [{"Unnamed: 0": str(i), **row} for i, row in enumerate(ROWS)]
+    with pytest.raises(DataError, match="empty or repeated name"):
+        read_rows(tmp_path / "a.csv", columns=["", "input", "output"])  # which nobody's program wrote
     (tmp_path / "a.csv").write_text("input,,output\ncat,,cats\n")
     with pytest.raises(DataError, match="empty or repeated name"):
         read_rows(tmp_path / "a.csv")

@@ -218,11 +218,12 @@ def _read_tsv(path: Path, columns: Sequence[str] | None, skip: bool, separator: 
 
 
 def _table(path: Path, lines: list[tuple[int, list[str]]], columns: Sequence[str] | None, skip: bool) -> list[Row]:
-    header = list(columns) if columns else lines.pop(0)[1]
-    if columns and lines and lines[0][1] == header:  # there is a header line after all
-        lines = lines[1:]
-    if not header[0]:
-        header[0] = "Unnamed: 0"  # pandas writes its index so, and calls it this
+    first = lines[0][1] if lines else []
+    if columns:
+        header = list(columns)
+        lines = lines[1:] if first == header else lines  # a header line that is there after all is no row
+    else:
+        header, lines = [first[0] or "Unnamed: 0", *first[1:]], lines[1:]  # as pandas calls its index, written without
     if len(set(header)) < len(header) or "" in header:
         raise DataError(f"{path}, line 1: the header {header} has an empty or repeated name; {NO_HEADER}")
     if skip:
