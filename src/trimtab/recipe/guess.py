@@ -72,13 +72,14 @@ def guess(path: str, generates: bool, columns: Sequence[str] | None = None) -> G
     Raises:
         DataError: the file cannot be read, or no task can be made of it.
     """
-    rows = read_rows(locate(path), columns=columns)
+    source = locate(path)
+    rows = read_rows(source, columns=columns)
     if talk := next((name for name in CONVERSATIONS if isinstance(rows[0].get(name), list)), None):
         found: Guess | None = _conversation(path, rows[:LOOKED_AT], talk)
     else:
         rows = _some(rows)
         fields, lists = _columns(rows), _lists(rows)
-        if columns is None and path.lower().endswith(SEPARATED):
+        if columns is None and source.suffix.lower() in SEPARATED:
             _check_header(path, fields)
         found = _tagged(lists) or _several(lists, fields)
         if found is None and generates:
