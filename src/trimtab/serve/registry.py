@@ -271,7 +271,7 @@ def places_in(model: Any, layout: Layout) -> Callable[[ReftConfig], frozenset[st
     """For `Registry.meant`: the modules of a model that a config means."""
     served = {site.name: site for site in layout.sites}
 
-    @lru_cache(maxsize=1024)
+    @lru_cache(maxsize=64)  # a config may come from a client
     def found(site: str, layers: str | tuple[int, ...]) -> frozenset[str]:
         sites = find_sites(model, site, layers if isinstance(layers, str) else list(layers))
         for one in sites:
