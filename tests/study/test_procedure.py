@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import importable
 
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "benchmarks/results/verdict/simulation.json"
@@ -17,11 +17,10 @@ TABLE = ROOT / "benchmarks/results/verdict/simulation.json"
 
 @pytest.fixture
 def simulation(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks/verdict"))
-    import simulation
+    with importable(monkeypatch, ROOT / "benchmarks/verdict"):
+        import simulation
 
-    yield simulation
-    del sys.modules["simulation"]
+        yield simulation
 
 
 def test_identical_methods_whose_rates_differ_in_worth_are_rarely_told_apart(simulation: Any) -> None:
