@@ -91,6 +91,12 @@ def test_what_changes_nothing_is_taken(served: Served) -> None:
         assert answer.status_code == 200, answer.text
 
 
+def test_a_whole_number_is_an_integer_however_json_writes_it(served: Served) -> None:
+    path, body = text(max_tokens=3.0, seed=7.0, temperature=1.0)
+    answer = served.client.post(path, json=body)
+    assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 3, answer.text
+
+
 TOOLS = [{"type": "function", "function": {"name": "f"}}]
 WRONG: dict[str, tuple[tuple[str, Any], str | None, str]] = {
     "unknown": (text(temprature=1), "temprature", "unknown_parameter"),
@@ -108,6 +114,7 @@ WRONG: dict[str, tuple[tuple[str, Any], str | None, str]] = {
     "a text for a number": (text(temperature="1"), "temperature", "invalid_value"),
     "too hot": (text(temperature=3), "temperature", "invalid_value"),
     "no top_p": (text(top_p=0), "top_p", "invalid_value"),
+    "half a token": (text(max_tokens=1.5), "max_tokens", "invalid_value"),
     "no tokens": (text(max_tokens=0), "max_tokens", "invalid_value"),
     "too many tokens": (text(max_tokens=64), "prompt", "context_length_exceeded"),
     "too long": (text(prompt=[5] * 65), "prompt", "context_length_exceeded"),

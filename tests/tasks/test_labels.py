@@ -157,6 +157,16 @@ def test_tags_come_as_lists_or_as_texts(make: Make, tokenizer: PreTrainedTokeniz
     assert numbers.examples("train")[0].label == (0, 1)
 
 
+def test_a_text_with_two_labels_is_told(make: Make) -> None:
+    fields = {"type": "classification", "text": "text", "label": "label"}
+    rows = [{"text": t, "label": x} for t, x in (("so so", "good"), ("fine", "good"), ("so so", "bad"), ("bad", "bad"))]
+    task = make(fields, rows)
+    _, odd = task.census(task.examples("train"))
+    assert odd == ["a text has more than one label; 'so so' has 'bad' and 'good'; keep the right one"]
+    first, second, _, fourth = task.examples("train")
+    assert task.census([first, second, first, fourth])[1] == []  # the same twice is no contradiction
+
+
 def test_several_classes_come_as_lists_or_as_texts(make: Make, tokenizer: PreTrainedTokenizerBase) -> None:
     about: list[Any] = [["war", "art"], "art, war", [], "", ["tax"], "art", ["art", "art"]]
     task = make(SEVERAL, [{"text": "a", "about": value} for value in about])

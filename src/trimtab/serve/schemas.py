@@ -64,8 +64,13 @@ def _nullable(schema: dict[str, Any]) -> None:
             schema["properties"][name] = {"anyOf": [field, {"type": "null"}]}
 
 
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 class _Body(BaseModel):
-    """A JSON object of a request. Null is as good as leaving a field out; no value is read as another type."""
+    """A JSON object of a request. Null is as good as leaving a field out; no value is read as another type, though 1.0 is
+    an integer to JSON."""
 
     model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=_nullable)
 
@@ -74,7 +79,7 @@ class _Body(BaseModel):
     def _sift(cls, data: Any) -> Any:
         if not isinstance(data, Mapping):
             return data
-        given = {name: value for name, value in data.items() if value is not None and name not in _DROPPED}
+        given = {name: _whole(value) for name, value in data.items() if value is not None and name not in _DROPPED}
         for name in given.keys() & _NOT_DONE.keys() - cls.model_fields.keys():
             if given.pop(name) not in _NOT_DONE[name]:
                 raise PydanticCustomError("unsupported_parameter", "not supported by this server", {"param": name})

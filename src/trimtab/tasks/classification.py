@@ -178,7 +178,7 @@ class LabelledTask(TextTask[LabelledSpecT]):
         return self.joined([self.labels[place] for place in self.places(prediction)])
 
     def census(self, examples: Sequence[Example]) -> tuple[str, list[str]]:
-        """The classes with their counts; names that differ by case or punctuation alone."""
+        """The classes with their counts; names that differ by case or punctuation alone; texts that contradict."""
         counts = Counter(self.labels[place] for e in examples for place in self.places(e.label))
         most = [f"{name} ({count})" for name, count in counts.most_common(SHOWN)]
         more = [f"and {len(counts) - SHOWN} more"] if len(counts) > SHOWN else []
@@ -193,6 +193,13 @@ class LabelledTask(TextTask[LabelledSpecT]):
         ]
         if {"-1", "0"} <= counts.keys():
             odd.append("'-1' is a class too; if it marks rows without a label, remove them")
+        labels: dict[tuple[str, ...], set[Label]] = {}
+        for e in examples:
+            labels.setdefault(e.texts, set()).add(e.label)
+        if torn := [texts for texts, found in labels.items() if len(found) > 1]:
+            both = " and ".join(sorted(repr(self.readable(one)) for one in labels[torn[0]])[:2])
+            said = f"{len(torn)} texts have" if len(torn) > 1 else "a text has"
+            odd.append(f"{said} more than one label; {torn[0][0][:40]!r} has {both}; keep the right one")
         return ", ".join([*most, *more]), odd + ([f"all rows are {next(iter(counts))!r}"] if len(counts) == 1 else [])
 
 
