@@ -63,6 +63,23 @@ def test_parquet(tmp_path: Path) -> None:
     assert read_rows(tmp_path / "a.parquet") == ROWS
 
 
+def test_classes_of_a_data_set_come_by_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    label = datasets.ClassLabel(names=["neg", "pos"])
+    tags = datasets.Sequence(datasets.ClassLabel(names=["O", "B-P"]))
+    features = {"text": datasets.Value("string"), "label": label, "tags": tags, "count": datasets.Value("int64")}
+    columns = {"text": ["a", "b"], "label": [1, -1], "tags": [[0, 1], []], "count": [1, 0]}
+    data = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    wanted = [
+        {"text": "a", "label": "pos", "tags": ["O", "B-P"], "count": 1},
+        {"text": "b", "label": -1, "tags": [], "count": 0},
+    ]
+    data.to_parquet(tmp_path / "a.parquet")
+    assert read_rows(tmp_path / "a.parquet") == wanted
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: data)
+    assert read_rows("some", "train") == wanted
+
+
 def test_tsv_keeps_stray_quotes_and_columns_name_a_file_without_a_header(tmp_path: Path) -> None:
     (tmp_path / "a.tsv").write_text('1\t" It \'s" good\n0\t"bad\n')
     assert read_rows(tmp_path / "a.tsv", columns=["label", "text"]) == [

@@ -69,8 +69,10 @@ def _whole(value: Any) -> Any:
 
 
 class _Body(BaseModel):
-    """A JSON object of a request. Null is as good as leaving a field out; no value is read as another type, though 1.0 is
-    an integer to JSON."""
+    """A JSON object of a request.
+
+    Null is as good as leaving a field out. No value is read as another type, but 1.0 is an integer to JSON.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=_nullable)
 

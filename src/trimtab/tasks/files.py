@@ -7,7 +7,7 @@ import difflib
 import io
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,9 @@ def _read_hub(name: str, config: str | None, split: str) -> list[Row]:
     from datasets import load_dataset
 
     try:
-        return [dict(row) for row in load_dataset(name, config, split=split)]
+        loaded = load_dataset(name, config, split=split)
+        features = getattr(loaded, "features", None)
+        return _with_names([dict(row) for row in loaded], features.to_dict() if features else {})
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0]
         raise DataError(
@@ -242,12 +244,39 @@ def _read_parquet(path: Path, *_: Any) -> list[Row]:
     import pyarrow.parquet
 
     try:
-        rows: list[Row] = pyarrow.parquet.read_table(path).to_pylist()
+        table = pyarrow.parquet.read_table(path)
+        rows: list[Row] = table.to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(
             f"{path}: not a whole parquet file ({str(error).splitlines()[0]}); write or fetch it again"
         ) from None
+    try:
+        features = json.loads((table.schema.metadata or {})[b"huggingface"])["info"]["features"]
+    except (KeyError, TypeError, ValueError):  # not written by `datasets`
+        return rows
+    return _with_names(rows, features)
+
+
+def _with_names(rows: list[Row], features: Mapping[str, Any]) -> list[Row]:
+    """The rows with the names of classes instead of their numbers, in columns of which `datasets` knows those."""
+    for column, names in ((column, _class_names(kind)) for column, kind in features.items()):
+        for row in rows if names else ():
+            row[column] = _named(row.get(column), names)
     return rows
+
+
+def _class_names(kind: Any) -> list[str]:
+    """Of a column of classes, or of lists of classes; none for any other."""
+    inner = kind[0] if isinstance(kind, list) and kind else kind
+    inner = inner.get("feature", inner) if isinstance(inner, Mapping) else {}
+    return inner.get("names") or [] if isinstance(inner, Mapping) and inner.get("_type") == "ClassLabel" else []
+
+
+def _named(value: Any, names: Sequence[str]) -> Any:
+    """A class's name; what is no class, as the -1 of a row without a label, stays as it is."""
+    if isinstance(value, list):
+        return [_named(one, names) for one in value]
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
 
 
 READERS: dict[str, Callable[[Path, Sequence[str] | None, bool, str | None], list[Row]]] = {
