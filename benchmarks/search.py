@@ -3,9 +3,9 @@
     python benchmarks/search.py [--trials 20] [--prompt 1000] [--width 2] [--out benchmarks/results/search.json]
 
 The model is the bundled one, wider and with random weights and a longer context, the prompts are random words, the
-adapters edit suffixes: other ranks, rates, seeds and positions (l1 to l4). Some trials are also run by themselves, for
-their time and losses, with and without reuse. Seconds are the processor's, which other work on the machine does not
-lengthen much.
+adapters edit suffixes: other ranks, rates, seeds and positions (l1 to l4). All are trained in one batch, and also one
+after another; some are run by themselves too, for their time and losses, with and without reuse. Seconds are the
+processor's, which other work on the machine does not lengthen much.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import os
 import random
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from trimtab.runs.models import ModelSource, quiet
+from trimtab.runs.together import run_trials
 from trimtab.runs.trainer import TrainingSpec
 from trimtab.runs.trial import Experiment, Outcome, Trial, close_stores, run_trial
 from trimtab.runs.ways import AdapterSpec, ReftWay
@@ -56,36 +59,35 @@ def measure(folder: Path, trials: int, prompt: int, epochs: int, width: int) -> 
     """Seconds of one trial by itself and of all together, and how far their losses are from those by themselves."""
     model(folder, prompt, width)
     asked = [trial(folder, prompt, epochs, i) for i in range(trials)]
-    start = time.process_time()
-    together = [run_trial(one, folder / "together") for one in asked]
-    seconds = time.process_time() - start
-    close_stores()
+    together, seconds = timed(lambda: run_trials(asked, folder / "together"))
+    in_turn, seconds_in_turn = timed(lambda: [run_trial(one, folder / "in-turn") for one in asked])
     alone, apart, plain = [], [], []
     few = range(0, trials, max(1, trials // BY_THEMSELVES))
     for one in (asked[i] for i in few):
-        start = time.process_time()
-        apart.append(run_trial(one, folder / "apart"))
-        alone.append(time.process_time() - start)
-        close_stores()
-        start = time.process_time()
+        found, spent = timed(lambda one=one: run_trial(one, folder / "apart"))
+        apart.append(found)
+        alone.append(spent)
         training = one.experiment.training.model_copy(update={"reuse": False})
-        run_trial(replace(one, experiment=replace(one.experiment, training=training)), folder / "plain")
-        plain.append(time.process_time() - start)
-    alone, plain = sorted(alone), sorted(plain)
-    one, without = alone[len(alone) // 2], plain[len(plain) // 2]
+        without = replace(one, experiment=replace(one.experiment, training=training))
+        plain.append(timed(lambda without=without: run_trial(without, folder / "plain"))[1])
+    one, without = median(alone), median(plain)
     return {
         "trials": trials,
         "width": width,
         "prompt_tokens": prompt,
         "examples": EXAMPLES,
         "epochs": epochs,
+        "trained_in_one_batch": sum(one.seconds is None for one in together),
         "seconds_of_one": round(one, 2),
         "seconds_of_one_without_reuse": round(without, 2),
         "seconds_together": round(seconds, 2),
+        "seconds_one_after_another": round(seconds_in_turn, 2),
         "times_one": round(seconds / one, 2),
+        "times_one_after_another": round(seconds_in_turn / one, 2),
         "times_one_without_reuse": round(seconds / without, 2),
-        "largest_difference_of_a_loss": max(apart_by(together[i], one) for i, one in zip(few, apart, strict=True)),
-        "same_scores": all(together[i].validation == one.validation for i, one in zip(few, apart, strict=True)),
+        "largest_relative_difference_of_a_loss": max(map(apart_by, together, in_turn)),
+        "of_one_by_itself": max(apart_by(in_turn[i], one) for i, one in zip(few, apart, strict=True)),
+        "same_scores": all(one.validation == other.validation for one, other in zip(together, in_turn, strict=True)),
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
         "torch": torch.__version__,
@@ -93,11 +95,21 @@ def measure(folder: Path, trials: int, prompt: int, epochs: int, width: int) -> 
     }
 
 
+def timed(work: Callable[[], Any]) -> tuple[Any, float]:
+    """What comes of it, and the processor's seconds; what is kept for others is dropped."""
+    start = time.process_time()
+    found = work()
+    seconds = time.process_time() - start
+    close_stores()
+    return found, seconds
+
+
 def apart_by(one: Outcome, other: Outcome) -> float:
-    """The largest difference between two curves of losses."""
+    """The largest relative difference between two curves of losses, or the losses on validation."""
     if one.failed or other.failed:
         raise RuntimeError(one.failed or other.failed)
-    return max(abs(a - b) for (_, a), (_, b) in zip(one.curve, other.curve, strict=True))
+    curves, ends = zip(one.curve, other.curve, strict=True), (one.validation_loss, other.validation_loss)
+    return max(abs(a - b) / b for a, b in [*((a, b) for (_, a), (_, b) in curves), ends])  # type: ignore[operator]
 
 
 def trial(folder: Path, prompt: int, epochs: int, number: int) -> Trial:

@@ -21,7 +21,7 @@ import argparse
 import itertools
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -76,8 +76,12 @@ class World:
         """Chance that is the same whenever the same is asked."""
         return np.random.default_rng([self.seed, *map(ord, repr(of))])
 
-    def run(self, trial: Trial, folder: Path, content: Any) -> Outcome:
-        """In place of `run_trial`."""
+    def run_all(self, trials: Sequence[Trial], *_: Any) -> list[Outcome]:
+        """In place of `run_trials`."""
+        return [self.run(trial) for trial in trials]
+
+    def run(self, trial: Trial) -> Outcome:
+        """What one scores."""
         rate, method = trial.learning_rate or 0.0, trial.way.name
         luck = self.draw(method, rate, trial.seed)
         skill = stats.norm.ppf(self.right(trial, luck)) * (1 + HARDNESS**2) ** 0.5
@@ -147,7 +151,7 @@ def verdicts(cell: Cell, times: int, seed: int = 0) -> Iterator[str]:
         ):
             patched.enter_context(patch.object(module, name, instead))
         for number in range(times):
-            with patch.object(compare, "run_trial", World(cell, task, seed + number).run):
+            with patch.object(compare, "run_trials", World(cell, task, seed + number).run_all):
                 study = compare.Study({task.name: task}, {task.name: ways}, settings, Path(folder))
                 lines = report.summarise(study.run(1), settings).tasks[task.name].methods
             yield next(line.against_reference.verdict for line in lines if line.against_reference)
@@ -167,9 +171,9 @@ def before(cell: Cell, times: int) -> float:
         for number in range(times):
             world, samples = World(cell, task, number), []
             for way in ways:
-                first = {rate: world.run(Trial(task, way, rate, 0), Path(), None) for rate in RATES}
+                first = {rate: world.run(Trial(task, way, rate, 0)) for rate in RATES}
                 rate = compare.by_worth(first)[0].learning_rate
-                runs = [world.run(Trial(task, way, rate, seed), Path(), None) for seed in range(SEEDS)]
+                runs = [world.run(Trial(task, way, rate, seed)) for seed in range(SEEDS)]
                 right = np.array([run.predictions for run in runs]) == world.wanted["test"]
                 samples.append(Sample(right @ weights.T / TEST, TEST))
             found += judged([difference(*samples)])[0].verdict in ("better", "worse")

@@ -170,6 +170,16 @@ def test_lower_blocks_reuse_gives_the_plain_gradients(name: str, site: str) -> N
     assert not any("forward" in block.__dict__ for block in reuse.blocks)
 
 
+def test_another_adapter_reads_the_hidden_states_that_one_kept() -> None:
+    """Of a store that has all of them, so that nothing is computed."""
+    store = Store(10**9)
+    for positions in ("f2+l3", "all"):
+        model, config = adapted("llama", positions, layers=[1])
+        reuse = choose_reuse(model, config, store, checkpointing=False)
+        assert isinstance(reuse, LowerBlocksReuse)
+        assert_same(model, reuse, Collator(TOKENIZER)(examples()))
+
+
 def test_where_nothing_is_frozen_it_says_why() -> None:
     store = Store(1)
     model, config = adapted("llama", "f1+l2")

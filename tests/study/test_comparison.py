@@ -280,11 +280,11 @@ def test_a_seed_takes_the_rate_best_on_validation(trials: list[Outcome], chosen:
 def test_a_seed_goes_on_past_an_edge_that_is_best(
     best: float, reach: int, tried: list[float], models: Path, tmp_path: Path, inline: None, monkeypatch: Any
 ) -> None:
-    def run(trial: Trial, *_: Any) -> Outcome:
+    def run(trial: Trial) -> Outcome:
         rate = trial.learning_rate or 0.0
         return outcome(rate, -abs(np.log(rate / best)), 0.0, test={"exact_match": 0.5}, predictions=["x"] * 8)
 
-    monkeypatch.setattr(comparison, "run_trial", run)
+    monkeypatch.setattr(comparison, "run_trials", lambda some, *_: [run(one) for one in some])
     recipe = load_recipe(
         write_recipe(models, tmp_path, methods=["loreft", "full"], learning_rates=[1.6e-2, 1e-3, 4e-3], reach=reach)
     )
@@ -411,14 +411,14 @@ def test_a_report_is_whole(models: Path, tmp_path: Path, inline: None, monkeypat
 def answering(monkeypatch: pytest.MonkeyPatch, answers: dict[str, Any]) -> None:
     """Trials that answer the eight test items as told by the method's name."""
 
-    def run(trial: Trial, *_: Any) -> Outcome:
+    def run(trial: Trial) -> Outcome:
         said = answers[trial.way.name]
         right = [a == e.answer for a, e in zip(said, trial.experiment.task.examples("test"), strict=True)]
         return outcome(
             trial.learning_rate or 0.0, 0.5, 0.1, test={"exact_match": float(np.mean(right))}, predictions=said
         )
 
-    monkeypatch.setattr(comparison, "run_trial", run)
+    monkeypatch.setattr(comparison, "run_trials", lambda some, *_: [run(one) for one in some])
 
 
 def test_a_task_on_which_nothing_beats_one_answer_tells_nothing(
@@ -648,7 +648,8 @@ def test_processes_give_what_one_process_gives(models: Path, tmp_path: Path) -> 
     for group in far:
         for found in group.seeds:
             here = run_trial(Trial(group.experiment, group.way, found.learning_rate, found.seed), tmp_path / "near")
-            assert here.predictions == found.predictions and here.curve == found.curve
+            assert here.predictions == found.predictions
+            assert np.allclose(here.curve, found.curve, rtol=1e-5)  # some of them in one batch
 
 
 @pytest.mark.parametrize("positions", ["f1+l2", "l2"])

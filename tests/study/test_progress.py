@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from trimtab.runs.trial import run_trial
+from trimtab.runs.together import run_trials
 from trimtab.study import progress
 from trimtab.study.progress import Counted, Standing
 
@@ -44,10 +44,13 @@ def test_only_trials_that_came_to_an_end_are_counted(monkeypatch: pytest.MonkeyP
     pool, standing = Later(), Standing(4)
     trials: list[Any] = ["read", "made", "cancelled", "broken"]
     for trial in trials:
-        Counted(pool, standing).submit(run_trial, trial, tmp_path, {})
+        Counted(pool, standing).submit(run_trials, [trial], tmp_path, {})
     read, made, cancelled, broken = pool.futures
     read.set_result(None)
     made.set_result(None)
     cancelled.cancel()
     broken.set_exception(OSError())
     assert (standing.done, standing.made) == (2, 1)
+    Counted(pool, standing).submit(run_trials, ["read", "made"], tmp_path, {})  # type: ignore[list-item]
+    pool.futures[-1].set_result([])
+    assert (standing.done, standing.made) == (4, 2)

@@ -133,25 +133,34 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         names = [n for n in dict.fromkeys(names) if n in self.positions and self.scaling[n] != 0]
         if names and running is None:
             raise RuntimeError(OUTSIDE.format(self.site.name))
-        for name in names:
-            hidden = self._edited(hidden, name, cast(Pass, running))
+        # Adapters that each have rows of their own edit all of them at once; others go on from one another's edits.
+        apart = [names] if running is not None and running.adapter_names is not None else [[name] for name in names]
+        for together in apart if names else ():
+            hidden = self._edited(hidden, together, cast(Pass, running))
         return hidden
 
-    def _edited(self, hidden: Tensor, adapter: str, running: Pass) -> Tensor:
+    def _edited(self, hidden: Tensor, adapters: list[str], running: Pass) -> Tensor:
+        """Hidden states (B, T, d) with the edits of adapters of which no two edit the same token."""
         check_states(self.site, hidden)
-        positions = self.positions[adapter]
-        apart: tuple[Part, ...] = ("prefix", "suffix") if adapter in self.reft_prefix else ("edit",)
-        rows = running.rows(adapter, positions, hidden, apart)
-        if rows is None:
+        edits, places, kept = [], [], []
+        for adapter in adapters:
+            positions = self.positions[adapter]
+            apart: tuple[Part, ...] = ("prefix", "suffix") if adapter in self.reft_prefix else ("edit",)
+            rows = running.rows(adapter, positions, hidden, apart)
+            if rows is None:
+                continue
+            parts = {"edit": slice(None), "prefix": slice(positions.first), "suffix": slice(positions.first, None)}
+            for name, edit in self.edits(adapter).items():
+                edits.append((edit, self.scaling[adapter]))
+                places.append(rows.flat[:, parts[name]].reshape(-1))
+                kept.append(rows.valid[:, parts[name]].reshape(-1, 1))
+        if not edits:
             return hidden
-        parts = {"edit": slice(None), "prefix": slice(positions.first), "suffix": slice(positions.first, None)}
-        states = hidden.reshape(-1, hidden.shape[-1])
-        for name, edit in self.edits(adapter).items():
-            index = rows.flat[:, parts[name]].reshape(-1)
-            change = edit(states.index_select(0, index)) * self.scaling[adapter]
-            change = torch.where(rows.valid[:, parts[name]].reshape(-1, 1), change, 0).to(states.dtype)
-            states = states.index_add(0, index, change)
-        return states.view_as(hidden)
+        states, index = hidden.reshape(-1, hidden.shape[-1]), _joined(places)
+        before = states.index_select(0, index).split([len(place) for place in places])
+        changes = [edit(own) * scale for (edit, scale), own in zip(edits, before, strict=True)]
+        change = torch.where(_joined(kept), _joined(changes), 0).to(states.dtype)
+        return states.index_add(0, index, change).view_as(hidden)
 
     def _replicate_for_data_parallel(self) -> NoReturn:
         raise RuntimeError(
@@ -169,6 +178,10 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
     def merge(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise NotImplementedError(_NO_MERGE)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def check_states(site: Site, hidden: Tensor) -> None:

@@ -43,5 +43,5 @@ def completed_task(task: Mapping[str, Any]) -> dict[str, Any]:
     beside = {key: task[key] for key in task.keys() & {*SECTIONS, "sets"}}
     spec = {key: value for key, value in task.items() if key not in beside}
     whole = TASKS[spec["type"]].spec_class.model_validate({"data": _NO_DATA, **spec}).model_dump(mode="json")
-    parts = {key: one.model_validate(task[key]).model_dump(mode="json") for key, one in SECTIONS.items() if key in task}
+    parts = {key: one.model_validate(task[key]).deciding() for key, one in SECTIONS.items() if key in task}
     return {key: value for key, value in {**whole, **beside, **parts}.items() if key in task or key != "data"}

@@ -49,7 +49,7 @@ def thinned(curve: Sequence[float]) -> list[tuple[int, float]]:
     """(step, loss) at no more than `CURVE` places, each the mean since the last."""
     stride = max(1, -(-len(curve) // CURVE))
     parts = [curve[i : i + stride] for i in range(0, len(curve), stride)]
-    return [(min((n + 1) * stride, len(curve)), round(sum(p) / len(p), 5)) for n, p in enumerate(parts)]
+    return [(min((n + 1) * stride, len(curve)), round(sum(p) / len(p), 7)) for n, p in enumerate(parts)]
 
 
 def windows(path: str | None, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

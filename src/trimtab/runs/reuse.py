@@ -18,9 +18,10 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from itertools import groupby
 from typing import IO, Any
 
 import torch
@@ -46,6 +47,8 @@ class Store:
         self.budget, self.used, self.on_disk = budget, 0, 0
         self.checked: dict[str, bool] = {}
         """The kinds of reuse that were seen to give the plain loss, and whether the leanest way of it did."""
+        self.forms: dict[str, Callable[[Tensor], Any]] = {}
+        """By kind, what makes of a kept part what the model's own module returns."""
         self._kept: dict[str, Tensor] = {}
         self._on_disk: dict[str, tuple[int, torch.Size, torch.dtype]] = {}
         """Where in the file each starts, its shape and its type."""
@@ -110,7 +113,8 @@ class Reuse(ABC):
         """The batch to call the model with, within the context.
 
         Args:
-            batch: input_ids, attention_mask, labels (B, T), padded on the right, and prompt_lengths (B,).
+            batch: input_ids, attention_mask, labels (B, T), padded on the right, and prompt_lengths (B,); what else
+                is in it stays there.
         """
 
     def started(self, ids: Tensor, mask: Tensor) -> dict[str, Any]:
@@ -145,18 +149,27 @@ class PrefixReuse(Reuse):
     """Keys and values of the tokens before the first edited one, as (layers, 2, heads, tokens, head size).
 
     Those of all of the prompt but its last token are kept, since the first edited one depends on the positions.
+
+    Args:
+        positions: of each adapter of the model.
     """
 
     kind = "prefix"
 
-    def __init__(self, model: PeftModel, store: Store, positions: Positions) -> None:
+    def __init__(self, model: PeftModel, store: Store, *positions: Positions) -> None:
         super().__init__(model, store)
         self.positions = positions
         self.lean = next(model.parameters()).device.type == "cpu"  # row by row, which many small kernels would not be
 
     @property
     def what(self) -> str:
-        return f"keys and values of the tokens before the edited ones ({self.positions.text})"
+        texts = ", ".join(one.text for one in self.positions)
+        return f"keys and values of the tokens before the edited ones ({texts})"
+
+    def beside(self, others: Sequence[PrefixReuse]) -> PrefixReuse:
+        """One that holds for its adapter and for those of the others."""
+        positions = (one for reuse in (self, *others) for one in reuse.positions)
+        return PrefixReuse(self.model, self.store, *dict.fromkeys(positions))
 
     def compute(self, ids: Tensor) -> Tensor:
         base: Any = self.model.get_base_model()
@@ -165,8 +178,9 @@ class PrefixReuse(Reuse):
 
     def _first(self, prompts: Tensor) -> Tensor:
         """(B,) tokens before the first edited one, for prompts of so many."""
-        ordinals, valid = self.positions.slots(prompts)
-        return torch.where(valid, ordinals, int(prompts.max())).amin(1)
+        slots = [positions.slots(prompts) for positions in self.positions]
+        longest = int(prompts.max())
+        return torch.cat([torch.where(valid, ordinals, longest) for ordinals, valid in slots], 1).amin(1)
 
     def _before(self, prompt: Tensor, start: int) -> Tensor | None:
         """Of the first `start` tokens of a prompt (1, n)."""
@@ -200,6 +214,7 @@ class PrefixReuse(Reuse):
         lean = self.lean and any(starts)
         with _attending_to(self.model.get_base_model(), parts) if lean else nullcontext():
             yield {
+                **batch,
                 "input_ids": ids.gather(1, taken),
                 "labels": batch["labels"].gather(1, taken).masked_fill(~real, IGNORED),
                 "attention_mask": torch.cat([before, real], 1).long(),
@@ -253,8 +268,9 @@ class UnlikeAttention(NotImplementedError):
     """The model's attention is asked for more than `_attend` does."""
 
 
-_parts: ContextVar[Sequence[Tensor | None]] = ContextVar("parts")
-"""Of each row of the batch, the keys and values (layers, 2, heads, tokens, head size) of what comes before it."""
+_parts: ContextVar[Sequence[tuple[int, Tensor | None]]] = ContextVar("parts")
+"""The keys and values (layers, 2, heads, tokens, head size) of what comes before so many rows of the batch, one after
+another: those of one example, of which there are several where trials are trained together."""
 ATTENTION = "trimtab_kept"
 """The name of `_attend` among transformers' attention functions."""
 OF_NO_MATTER = {"position_ids", "is_causal", "use_cache", "cache_position", "num_items_in_batch", "shift_labels"}
@@ -265,13 +281,19 @@ OF_NO_MATTER = {"position_ids", "is_causal", "use_cache", "cache_position", "num
 def _attending_to(base: Any, parts: Sequence[Tensor | None]) -> Iterator[None]:
     """Have the model's attention read these parts before the batch's own tokens."""
     config = base.config.get_text_config()
-    usual, token = config._attn_implementation, _parts.set(parts)
+    usual, token = config._attn_implementation, _parts.set(_runs(parts))
     config._attn_implementation = ATTENTION
     try:
         yield
     finally:
         config._attn_implementation = usual
         _parts.reset(token)
+
+
+def _runs(parts: Sequence[Tensor | None]) -> list[tuple[int, Tensor | None]]:
+    """Neighbours that have the same part, as (rows, part)."""
+    found = (list(same) for _, same in groupby(parts, lambda part: part if part is None else part.data_ptr()))
+    return [(len(same), same[0]) for same in found]
 
 
 def _attend(
@@ -303,13 +325,18 @@ def _attend(
     if attention_mask is not None:
         seen = attention_mask[..., -length:].repeat(1, 1, groups, 1)
         near = near.masked_fill(~seen, -torch.inf) if seen.dtype == torch.bool else near + seen
-    read = []
-    for row, part in enumerate(_parts.get()):
+    runs, read = _parts.get(), []
+    sizes = [many for many, _ in runs]
+    asked = zip(query.split(sizes), near.split(sizes), value.split(sizes), runs, strict=True)
+    for queries, own, values, (many, part) in asked:
         kept = part[module.layer_idx] if part is not None else key.new_zeros(2, *key.shape[1:2], 0, size)
-        scores = torch.cat([query[row] @ kept[0].transpose(1, 2), near[row]], 2)
-        shares = scores.float().softmax(2).to(value.dtype).split([kept.shape[2], length], 2)
-        read.append(shares[0] @ kept[1] + shares[1] @ value[row])
-    return torch.stack(read).reshape(rows, heads, length, size).transpose(1, 2), None
+        # Of all the rows at once, which read the kept ones a single time: (heads of keys, rows groups T, before).
+        before = queries.transpose(0, 1).flatten(1, 2) @ kept[0].transpose(1, 2)
+        scores = torch.cat([before.unflatten(1, (many, -1)).transpose(0, 1), own], 3)
+        shares = scores.float().softmax(3).to(value.dtype).split([kept.shape[2], length], 3)
+        found = shares[0].transpose(0, 1).flatten(1, 2) @ kept[1]
+        read.append(found.unflatten(1, (many, -1)).transpose(0, 1) + shares[1] @ values)
+    return torch.cat(read).reshape(rows, heads, length, size).transpose(1, 2), None
 
 
 AttentionInterface.register(ATTENTION, _attend)
@@ -324,7 +351,6 @@ class LowerBlocksReuse(Reuse):
         self.blocks = blocks
         """Those below the lowest edited one."""
         self.share = len(blocks) / len(find_blocks(model.get_base_model()))
-        self._as_output: Any = None
 
     @property
     def kind(self) -> str:
@@ -340,7 +366,7 @@ class LowerBlocksReuse(Reuse):
 
         def capture(*args: Any, **kwargs: Any) -> Any:
             output = original(*args, **kwargs)
-            self._as_output = (lambda h: h) if isinstance(output, Tensor) else (lambda h: (h, *output[1:]))
+            self.store.forms[self.kind] = (lambda h: h) if isinstance(output, Tensor) else (lambda h: (h, *output[1:]))
             captured.append(output if isinstance(output, Tensor) else output[0])
             raise _Captured
 
@@ -361,7 +387,7 @@ class LowerBlocksReuse(Reuse):
         self.tokens_saved += self.share * sum(lengths)
         hidden = nn.utils.rnn.pad_sequence(parts, batch_first=True)
         hidden = nn.functional.pad(hidden, (0, 0, 0, ids.shape[1] - hidden.shape[1]))
-        with _forward_of(self.blocks, lambda *args, **kwargs: self._as_output(hidden)):
+        with _forward_of(self.blocks, lambda *args, **kwargs: self.store.forms[self.kind](hidden)):
             yield {**batch, "use_cache": False}
 
 

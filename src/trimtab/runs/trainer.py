@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
@@ -69,6 +69,9 @@ class TrainingSpec(Section):
     """Compute once what the frozen model makes the same at every step, where the adapter leaves any such part."""
     reuse_memory_gb: NonNegativeFloat = 4.0
     """What is kept for reuse beyond this goes to disk, to the folder for temporary files (TMPDIR)."""
+    together: PositiveInt = 8
+    """Trials of `compare` and `tune` that are trained in one batch at most, where that is faster; 1 for none."""
+    IDLE: ClassVar[frozenset[str]] = frozenset({"together"})
 
     @model_validator(mode="before")
     @classmethod

@@ -93,7 +93,7 @@ class Experiment:
     def settings(self) -> dict[str, Any]:
         """The task's part of a recipe, as JSON has it."""
         parts = {"adapter": self.adapter, "training": self.training}
-        return {**self.spec.model_dump(mode="json"), **{k: part.model_dump(mode="json") for k, part in parts.items()}}
+        return {**self.spec.model_dump(mode="json"), **{k: part.deciding() for k, part in parts.items()}}
 
     def encode(
         self, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], training: bool
@@ -134,6 +134,11 @@ class Trial:
     """What is scored; a search looks at validation alone."""
     held_out: str | None = None
     """A text file, on which the loss is taken before and after."""
+
+    @property
+    def looks(self) -> bool:
+        """Whether validation is scored before the end too, to tell whether the training was enough."""
+        return "test" in self.splits and "validation" in self.splits  # a search does not report it
 
     @property
     def training(self) -> TrainingSpec:
@@ -224,9 +229,8 @@ def run_trial(trial: Trial, folder: Path, content: dict[str, str] | None = None)
         folder: where the outcomes lie, each in a file named by all that decides it.
         content: the task's `fingerprints`, where the caller has them; with them an outcome is found without the data.
     """
-    described = trial.described(content or fingerprints(trial.experiment, trial.held_out))
-    file = _file(trial, folder, described)
-    if found := _done(file, described):
+    content = content or fingerprints(trial.experiment, trial.held_out)
+    if found := outcome_of(trial, folder, content):
         return found
     try:
         with fitting("the trial", TOO_LARGE):
@@ -237,11 +241,20 @@ def run_trial(trial: Trial, folder: Path, content: dict[str, str] | None = None)
         outcome, lasting = Outcome(failed=str(error)), False
     except (RunError, FloatingPointError, DataError) as error:
         outcome, lasting = Outcome(failed=str(error)), True
-    outcome = replace(outcome, run=described, versions=versions())
-    if lasting:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, outcome.as_dict())
+    return keep(outcome, trial, folder, content) if lasting else _told(outcome, trial, content)
+
+
+def keep(outcome: Outcome, trial: Trial, folder: Path, content: dict[str, str]) -> Outcome:
+    """Write what came of a trial, for `outcome_of`."""
+    outcome = _told(outcome, trial, content)
+    file = _file(trial, folder, outcome.run)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, outcome.as_dict())
     return outcome
+
+
+def _told(outcome: Outcome, trial: Trial, content: dict[str, str]) -> Outcome:
+    return replace(outcome, run=trial.described(content), versions=versions())
 
 
 def outcome_of(trial: Trial, folder: Path, content: dict[str, str]) -> Outcome | None:
@@ -266,24 +279,58 @@ def _run(trial: Trial) -> Outcome:
     experiment, way, task = trial.experiment, trial.way, trial.experiment.task
     if way.shots and not task.takes_shots:
         raise NotPossible("the task takes no solved examples")
-    base = _base_for(experiment)
+    base = base_for(experiment)
     model, new = base.load(task.head, trial.seed)
-    texts = windows(trial.held_out, base.tokenizer) if task.generates else []
-    key = (experiment.source, str(trial.held_out))
-    if texts and key not in _base_losses:
-        _base_losses[key] = window_loss(model, texts)
+    texts = held_out(trial, base, model)
     size = sum(p.numel() for p in model.parameters())
     examples = drawn(task.examples("train"), trial.examples, trial.seed)
     shots = drawn(task.examples("train"), trial.examples or way.shots, trial.seed) if way.shots else []
     set_seed(trial.seed)
     adapted = way.build(model, task.task_type, new, trial.seed, task.edit_turns)
     reuse, trained = _trained(trial, adapted, base.tokenizer, examples) if way.trains else (None, {})
+    outcome = measured(trial, adapted, base.tokenizer, size, trained, reuse=reuse, shots=shots, texts=texts)
+    if way.leaves_base and not trial.training.gradient_checkpointing:  # which stays switched on
+        give_back(experiment, base, adapted)
+    return outcome
+
+
+def held_out(trial: Trial, base: Base, model: nn.Module) -> list[list[int]]:
+    """The stretches of the held-out text, of which the model's own loss is known from now on."""
+    texts = windows(trial.held_out, base.tokenizer) if trial.experiment.task.generates else []
+    key = (trial.experiment.source, str(trial.held_out))
+    if texts and key not in _base_losses:
+        _base_losses[key] = window_loss(model, texts)
+    return texts
+
+
+def measured(
+    trial: Trial,
+    adapted: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    size: int,
+    trained: dict[str, Any],
+    *,
+    reuse: Reuse | None = None,
+    shots: Sequence[Example] = (),
+    texts: Sequence[list[int]] = (),
+) -> Outcome:
+    """What a trained model scores.
+
+    Args:
+        size: parameters of the model alone.
+        trained: what the training cost, by `Outcome`'s names, with the `late_score`.
+        texts: stretches of the held-out text.
+    """
+    way, task = trial.way, trial.experiment.task
     if way.trains and "validation" in trial.splits:
-        trained["validation_loss"] = _validation_loss(trial, adapted, base.tokenizer, reuse)
-    found = {split: _scored(trial, adapted, base.tokenizer, split, shots, reuse) for split in trial.splits}
+        trained["validation_loss"] = _validation_loss(trial, adapted, tokenizer, reuse)
+    found = {split: _scored(trial, adapted, tokenizer, split, shots, reuse) for split in trial.splits}
     late = trained.pop("late_score", None)
-    lost = window_loss(adapted, texts, takes_prompts=way.takes_prompts) - _base_losses[key] if texts else None
-    outcome = Outcome(
+    lost = None
+    if texts:
+        before = _base_losses[trial.experiment.source, str(trial.held_out)]
+        lost = window_loss(adapted, texts, takes_prompts=way.takes_prompts) - before
+    return Outcome(
         validation=found["validation"].main if "validation" in found else None,
         test=found["test"].scores if "test" in found else {},
         predictions=found["test"].predictions if "test" in found else [],
@@ -294,11 +341,6 @@ def _run(trial: Trial) -> Outcome:
         late_move=None if late is None else _some_score(task, found["validation"].predictions) - late,
         **trained,
     )
-    if way.leaves_base and not trial.training.gradient_checkpointing:  # which stays switched on
-        unload(adapted)
-        model.eval()
-        _bases[_model_of(experiment)] = base
-    return outcome
 
 
 _bases: dict[Any, Base] = {}
@@ -315,12 +357,19 @@ def _freeze_libraries() -> None:
     gc.freeze()
 
 
-def _base_for(experiment: Experiment) -> Base:
+def base_for(experiment: Experiment) -> Base:
     """The base model, which is the caller's to change: it is kept for nobody else."""
     _freeze_libraries()
     kept = _bases.pop(_model_of(experiment), None)
     _bases.clear()
     return kept or Base(experiment.source)
+
+
+def give_back(experiment: Experiment, base: Base, adapted: Any) -> None:
+    """Keep the base model, without its adapters, for the next trial."""
+    unload(adapted)
+    adapted.base_model.model.eval()
+    _bases[_model_of(experiment)] = base
 
 
 def _trained(
@@ -329,15 +378,13 @@ def _trained(
     """Train in a folder that is thrown away; what is kept of the frozen model's work, and what the training cost."""
     encoded, _ = trial.experiment.encode(tokenizer, examples, training=True)
     progress = Progress(trial.experiment.name)
-    measured = "test" in trial.splits  # a search does not report what training takes, nor whether it was enough
-
-    some = trial.experiment.task.examples("validation")[:LOOKED_AT] if measured and "validation" in trial.splits else []
+    some = trial.experiment.task.examples("validation")[:LOOKED_AT] if trial.looks else []
 
     def look() -> float:
         how = {"examples": some, "equal_lengths": trial.way.adds_tokens, "reuse": fit.reuse}
         return trial.experiment.evaluate(model, tokenizer, "validation", **how).main
 
-    how: Any = {"measured": measured, "look": look if some else None}
+    how: Any = {"measured": "test" in trial.splits, "look": look if some else None}  # a search does not report memory
     with tempfile.TemporaryDirectory() as folder:
         fit = Fit(trial, model, tokenizer, encoded, Path(folder), progress, looks=(LATE,), **how)
         fit.run()
@@ -386,6 +433,12 @@ FOUR_BITS = (
 )
 
 
+def check_trainable(model: Any) -> None:
+    """Raises RunError where the base's gradients cannot be relied on."""
+    if getattr(model, "is_loaded_in_4bit", False) and next(model.parameters()).device.type == "cpu":
+        raise RunError(FOUR_BITS)
+
+
 class Fit:
     """The training of one adapted model.
 
@@ -414,15 +467,14 @@ class Fit:
         measured: bool = False,
     ) -> None:
         spec, way = trial.training, trial.way
-        if getattr(model, "is_loaded_in_4bit", False) and next(model.parameters()).device.type == "cpu":
-            raise RunError(FOUR_BITS)
+        check_trainable(model)
         store = store_for(trial.experiment)
         found = way.reuse(model, store, spec.gradient_checkpointing) if spec.reuse else "reuse: false"
         self._reuse = found if isinstance(found, Reuse) else None
         self._no_reuse = None if isinstance(found, Reuse) else found
         collate = NumberedCollator(tokenizer)
         # What is kept for reuse belongs to an example of its own row.
-        collate.packed = trial.experiment.task.generates and self._reuse is None and _packs(spec, model, way)
+        collate.packed = trial.experiment.task.generates and self._reuse is None and packs(spec, model, way)
         arguments = training_arguments(spec, checkpoints or folder, trial.seed, len(encoded))
         if checkpoints is None:
             arguments.save_strategy = "no"
@@ -508,7 +560,8 @@ def _is_of_writing(error: Exception, folder: Path) -> bool:
     return not folder.parent.exists() or shutil.disk_usage(folder.parent).free < ROOM
 
 
-def _packs(spec: TrainingSpec, model: Any, way: Way) -> bool:
+def packs(spec: TrainingSpec, model: Any, way: Way) -> bool:
+    """Whether batches are packed into a row."""
     if not way.takes_prompts:
         return False
     if spec.packing != "auto":

@@ -26,7 +26,7 @@ from trimtab.errors import NotPossible
 from trimtab.runs.models import heads_beyond_peft
 from trimtab.runs.reuse import Reuse, Store, choose_reuse
 from trimtab.tasks.spec import Section
-from trimtab.where.positions import Turns
+from trimtab.where.positions import Turns, parse_positions
 
 _LINEAR = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 WAYS: dict[str, dict[str, Any]] = {
@@ -97,6 +97,15 @@ class Way(ABC):
     """Whether `unload` gives the base model back as it was before `build`, whatever was trained."""
 
     @property
+    def joins(self) -> bool:
+        """Whether several are trained sooner on one model, each in rows of its own, and come out as they do alone."""
+        return False
+
+    def join(self, adapted: Any, name: str, task_type: str, edit_turns: Turns = "each") -> None:
+        """Put parameters of this way beside those that are there; needs `joins`. Raises NotPossible."""
+        raise NotPossible(f"{self.name} is the only one on its model")
+
+    @property
     def size_field(self) -> str | None:
         """The setting that says how many parameters there are, in equal steps; None where none does."""
         return None
@@ -162,6 +171,21 @@ class ReftWay(Way):
         except ValueError as error:
             raise NotPossible(_first_line(error)) from error
         return adapted
+
+    @property
+    def joins(self) -> bool:
+        """Where only the ends of prompts are edited: whole rows fill the processor by themselves, and gain nothing."""
+        positions = parse_positions(self.settings["positions"])
+        ends = positions.last > 0 and not positions.first
+        return ends and not self.settings.get("lora") and not self.settings.get("dropout")  # drawn for a whole batch
+
+    def join(self, adapted: Any, name: str, task_type: str, edit_turns: Turns = "each") -> None:
+        try:
+            config = self.config(task_type, edit_turns=edit_turns)
+            config.pool = pool_of(adapted.get_base_model())
+            adapted.add_adapter(name, config)
+        except ValueError as error:
+            raise NotPossible(_first_line(error)) from error
 
     def reuse(self, model: Any, store: Store, checkpointing: bool) -> Reuse | str:
         config = model.peft_config[model.active_adapter]

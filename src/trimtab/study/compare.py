@@ -20,7 +20,8 @@ from typing import Annotated, Any
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from trimtab.errors import DataError
-from trimtab.runs.trial import Experiment, Outcome, Trial, fingerprints, outcome_of, run_trial
+from trimtab.runs.together import run_trials
+from trimtab.runs.trial import Experiment, Outcome, Trial, fingerprints, outcome_of
 from trimtab.runs.ways import Way, applicable, as_way
 from trimtab.study.progress import Counted, Standing
 from trimtab.study.workers import workers
@@ -73,6 +74,11 @@ class Group:
     @property
     def task(self) -> str:
         return self.experiment.name
+
+    @property
+    def first_seed(self) -> int:
+        own = self.way.first_seed
+        return self.experiment.seed if own is None else own
 
     @property
     def random(self) -> bool:
@@ -204,14 +210,14 @@ class Study:
         """
         with workers(jobs) as processes:
             pool = Counted(processes, standing or Standing(len(self.groups)))
-            waiting: dict[Future[Outcome], tuple[Group, Trial]] = {}
+            waiting: dict[Future[list[Outcome]], tuple[Group, list[Trial]]] = {}
             asked: dict[Group, set[tuple[int, float | None]]] = {group: set() for group in self.groups}
 
             def submit(group: Group) -> None:
-                for trial in self.wanted(group):
-                    if (trial.seed, trial.learning_rate) not in asked[group]:
-                        asked[group].add((trial.seed, trial.learning_rate))
-                        waiting[pool.submit(run_trial, trial, self.folder, self.content[group.task])] = (group, trial)
+                new = [one for one in self.wanted(group) if (one.seed, one.learning_rate) not in asked[group]]
+                asked[group] |= {(one.seed, one.learning_rate) for one in new}
+                for trials in self._jobs(group, new, jobs):
+                    waiting[pool.submit(run_trials, trials, self.folder, self.content[group.task])] = (group, trials)
                 if not any(one is group for one, _ in waiting.values()):
                     watch(group)
 
@@ -220,10 +226,18 @@ class Study:
             while waiting:
                 done, _ = wait(waiting, return_when=FIRST_COMPLETED)
                 for future in done:
-                    group, trial = waiting.pop(future)
-                    self._take(group, trial, future.result())
+                    group, trials = waiting.pop(future)
+                    for trial, outcome in zip(trials, future.result(), strict=True):
+                        self._take(group, trial, outcome)
                     submit(group)
         return self.groups
+
+    def _jobs(self, group: Group, trials: list[Trial], jobs: int) -> list[list[Trial]]:
+        """What one process runs at a time: the first seed's trials each by itself, to be timed, the others together."""
+        first = [[trial] for trial in trials if trial.seed == group.first_seed]
+        rest = [trial for trial in trials if trial.seed != group.first_seed]
+        size = min(group.experiment.training.together, -(-len(rest) // jobs)) or 1
+        return [*first, *(rest[at : at + size] for at in range(0, len(rest), size))]
 
     def plan(self) -> Plan:
         """What `run` would do; nothing is run."""
@@ -242,8 +256,7 @@ class Study:
         """
         if group.impossible:
             return []
-        own, count = group.way.first_seed, seeds or (self.settings.seeds if group.tried else 1)
-        first = group.experiment.seed if own is None else own
+        first, count = group.first_seed, seeds or (self.settings.seeds if group.tried else 1)
         held_out = self.settings.held_out
         return [
             Trial(group.experiment, group.way, rate, seed, group.examples, held_out=held_out)

@@ -28,17 +28,18 @@ def draw(report: TaskReport, task: str, narrow: bool = False) -> bytes:
     """Score against parameters, time and memory, and the learning curves."""
     figure = Figure(figsize=(4.4, 15) if narrow else (11, 8), layout="constrained")
     axes = figure.subplots(4, 1).ravel() if narrow else figure.subplots(2, 2).ravel()
-    lines = [line for line in report.methods if line.seconds is not None]
+    lines = [line for line in report.methods if line.memory is not None]  # those that train
     names = sorted(line.name for line in lines)
     looks = {name: (f"C{i % 10}", "os^"[i // 10 % 3], i // 10 % 3) for i, name in enumerate(names)}
-    unit: Callable[[Line], float]
+    unit: Callable[[Line], float | None]
     for place, label, unit in (
         (axes[0], "trainable parameters", lambda line: line.parameters),
         (axes[1], "training time, seconds", lambda line: line.seconds),
-        (axes[2], "memory of training above the model, MiB", lambda line: line.memory / 2**20),
+        (axes[2], "memory of training above the model, MiB", lambda line: (line.memory or 0) / 2**20),
     ):
         place.set(xlabel=label, ylabel=f"test {report.score}", xscale="log")
-        _dots(place, [unit(line) for line in lines], lines, looks)
+        known = [(line, x) for line in lines if (x := unit(line)) is not None]
+        _dots(place, [x for _, x in known], [line for line, _ in known], looks)
         Magnitude.label(place.xaxis)
         for line in report.methods:
             if line.name in ("untuned", "few-shot") and line.mean is not None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from trimtab.runs.trial import Outcome, Trial, outcome_of
 
-Run = Callable[[Trial, Path, dict[str, str]], Outcome]
+Run = Callable[[Sequence[Trial], Path, dict[str, str]], list[Outcome]]
 
 
 @dataclass
@@ -42,14 +42,15 @@ class Counted:
     pool: Executor
     standing: Standing
 
-    def submit(self, run: Run, trial: Trial, folder: Path, content: dict[str, str]) -> Future[Outcome]:
-        """Have a trial run, or its outcome read."""
-        read = outcome_of(trial, folder, content) is not None
-        future = self.pool.submit(run, trial, folder, content)
+    def submit(self, run: Run, trials: Sequence[Trial], folder: Path, content: dict[str, str]) -> Future[list[Outcome]]:
+        """Have trials run in one process, or their outcomes read."""
+        read = [outcome_of(trial, folder, content) is not None for trial in trials]
+        future = self.pool.submit(run, trials, folder, content)
 
-        def ended(one: Future[Outcome]) -> None:
+        def ended(one: Future[list[Outcome]]) -> None:
             if not one.cancelled() and one.exception() is None:
-                self.standing.ended(read)
+                for there in read:
+                    self.standing.ended(there)
 
         future.add_done_callback(ended)
         return future

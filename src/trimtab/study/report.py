@@ -326,13 +326,15 @@ def _line(group: Group, margin: float) -> Line:
     )
     if not group.way.trains:
         return line
+    # Of those trained by themselves, as the first seed's are: the others have no time of their own, nor count memory.
+    timed = [run.seconds for run in chosen if run.seconds is not None]
     return replace(
         line,
         learning_rates=[run.learning_rate for run in chosen],
         at_edge=sum(group.at_edge(seed) for seed in group.tried),
         rates=_rates(group),
-        seconds=plain.median(run.seconds or 0.0 for run in chosen),
-        memory=first.memory,
+        seconds=plain.median(timed) if timed else None,
+        memory=max(run.memory for run in chosen),
         steps=first.steps,
         tokens=first.tokens,
         curve=first.curve,

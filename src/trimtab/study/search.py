@@ -7,7 +7,7 @@ where the last search stopped.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from trimtab.errors import RunError
+from trimtab.runs.together import run_together
 from trimtab.runs.trial import Experiment, Trial, digest, fingerprints, run_trial
 from trimtab.runs.ways import as_way
 from trimtab.tasks.spec import Section
@@ -46,6 +47,8 @@ class Found:
     """They are the recipe's."""
 
 
+STARTUP = 10
+"""Trials that are drawn at random, whatever others found, before the sampler goes by what was found."""
 Watch = Callable[[int, Found], None]
 
 
@@ -91,6 +94,20 @@ class Search:
             raise optuna.TrialPruned(outcome.failed or outcome.impossible)
         return Found(settings, rate, outcome.validation)
 
+    def sampler(self, number: int) -> Any:
+        """Seeded by the trial's number, so that a resumed search draws the same."""
+        import optuna
+
+        return optuna.samplers.TPESampler(seed=self.experiment.seed + number - 1, n_startup_trials=STARTUP)
+
+    def run_ahead(self, numbers: Sequence[int]) -> None:
+        """Train trials that are drawn at random together, where that can be, before they come up one by one."""
+        import optuna
+
+        drawn = (optuna.create_study(sampler=self.sampler(number)).ask() for number in numbers)
+        trials = [self._trial(*suggested(trial, self.space, self.blocks)) for trial in drawn]
+        run_together(trials, self.folder / "trials", [self.content] * len(trials))
+
     def _trial(self, settings: dict[str, Any], rate: float | None) -> Trial:
         way = as_way({"tuned": settings}, self.experiment.adapter)
         return Trial(self.experiment, way, rate, self.experiment.seed, splits=("validation",))
@@ -124,6 +141,7 @@ def tune(
         watch(0, own)
     study, states = search.study(), optuna.trial.TrialState
     done = len(study.get_trials(deepcopy=False, states=(states.COMPLETE, states.PRUNED)))
+    search.run_ahead(range(done + 1, min(trials, STARTUP + 1)))
     for number in range(done + 1, trials):
 
         def objective(trial: Any, number: int = number) -> float:
@@ -131,8 +149,7 @@ def tune(
             watch(number, found)
             return found.validation
 
-        # Seeded by its number, so that a resumed search draws the same.
-        study.sampler = optuna.samplers.TPESampler(seed=experiment.seed + number - 1)
+        study.sampler = search.sampler(number)
         study.optimize(objective, n_trials=1)
     found = study.get_trials(deepcopy=False, states=(states.COMPLETE,))
     if own is not None and (not found or study.best_value <= own.validation):

@@ -30,6 +30,12 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+    IDLE: ClassVar[frozenset[str]] = frozenset()
+    """Keys that change nothing of what comes of a run, by which runs are not told apart."""
+
+    def deciding(self) -> dict[str, Any]:
+        """What decides a run, as JSON has it."""
+        return self.model_dump(mode="json", exclude=set(self.IDLE))
 
 
 def _as_text(value: Any) -> Any:
