@@ -32,7 +32,7 @@ from trimtab.adapter.running import Forwards
 from trimtab.edits import METHODS, Edit, as_parameters, check_dtype
 from trimtab.edits.orthonormal import Rotation
 from trimtab.where.plan import Part
-from trimtab.where.positions import Positions
+from trimtab.where.positions import Positions, parse_positions
 from trimtab.where.sites import Site, find_sites, host
 
 _NO_MERGE = (
@@ -124,13 +124,18 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         """The edits of all adapters here."""
         return {name: getattr(self, f"reft_{name}") for name in get_args(Part)}
 
+    def made(self, names: list[str] | None) -> list[tuple[str, Positions, float]]:
+        """Which of these adapters' edits, or the active ones', are made here, where and at what scale."""
+        names = [] if self.disable_adapters else self.active_adapters if names is None else names
+        told = [n for n in dict.fromkeys(names) if n in self.positions and self.scaling[n] != 0]
+        return [(n, parse_positions("all") if self.loras[n] else self.positions[n], self.scaling[n]) for n in told]
+
     def edited(self, hidden: Tensor) -> Tensor:
         """Hidden states (B, T, d) with the rows of this pass edited; themselves where there are none."""
         if self.disable_adapters or not self.positions:
             return hidden
         running = self._passes.current()
-        names = self.active_adapters if running is None or running.adapter_names is None else running.adapter_names
-        names = [n for n in dict.fromkeys(names) if n in self.positions and self.scaling[n] != 0]
+        names = [name for name, _, _ in self.made(running.adapter_names if running is not None else None)]
         if names and running is None:
             raise RuntimeError(OUTSIDE.format(self.site.name))
         for name in names:
