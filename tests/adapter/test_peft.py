@@ -187,6 +187,26 @@ def test_deleting_every_adapter_leaves_the_base() -> None:
     assert torch.equal(outputs_of(model.base_model.model, "llama"), outputs_of(tiny("llama"), "llama"))
 
 
+@pytest.mark.parametrize("fields", [{"positions": "l2"}, {"method": "direft"}, {"activation": "relu"}])
+def test_other_edits_do_not_take_an_adapters_place(fields: dict[str, Any], tmp_path: Path) -> None:
+    """PEFT keeps the config of the adapter that is there: the new one's tensors would edit at its positions."""
+    model = randomized(peft_model("llama"))
+    model.save_pretrained(tmp_path / "same")
+    other = randomized(peft_model("llama", **fields))
+    other.save_pretrained(tmp_path / "other")
+    before = outputs_of(model, "llama")
+    (name, value), *_ = fields.items()
+    with pytest.raises(ValueError, match=f"saved with {name}='{value}'.* Load it under another name"):
+        model.load_adapter(str(tmp_path / "other"), "default")
+    randomized(model)
+    model.load_adapter(tmp_path / "same", "default")
+    assert torch.equal(outputs_of(model, "llama"), before)
+    model.delete_adapter("default")
+    model.load_adapter(tmp_path / "other", "default")
+    model.set_adapter("default")
+    assert torch.equal(outputs_of(model, "llama"), outputs_of(other, "llama"))
+
+
 def test_active_adapters_compose_in_order() -> None:
     model = peft_model("llama", adapter_name="a", layers=[1])
     model.add_adapter("b", config_for("llama", layers=[1], method="noreft"))
@@ -295,11 +315,12 @@ def test_the_whole_state_dict_survives_a_file(way: str, tmp_path: Path) -> None:
     assert torch.equal(outputs_of(other, "llama"), outputs_of(model, "llama"))
 
 
+@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 @pytest.mark.parametrize("name", ["llama", "bert_seq_cls", "t5"])
-def test_deepcopies_live_apart(name: str) -> None:
+def test_copies_live_apart(name: str, twin_of: Callable[[PeftModel], PeftModel]) -> None:
     model = peft_model(name)
     expected = outputs_of(model, name)
-    twin = copy.deepcopy(model)
+    twin = twin_of(model)
     assert torch.equal(outputs_of(twin, name), expected)
     one_step(twin, name)
     assert torch.equal(outputs_of(model, name), expected)

@@ -198,7 +198,8 @@ class Forwards:
         self._wrapped = {name: wrap for name, wrap in wraps.items() if callable(getattr(model, name, None))}
         for name, wrap in self._wrapped.items():
             original = getattr(model, name)
-            setattr(model, name, update_wrapper(partial(wrap, original), original))  # transformers reads the signature
+            # transformers reads the signature; annotations cannot be pickled
+            setattr(model, name, update_wrapper(partial(wrap, original), original, ("__name__", "__doc__")))
         model._reft_forwards = self  # type: ignore[assignment]
 
     def release(self) -> None:

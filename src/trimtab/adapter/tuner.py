@@ -25,7 +25,14 @@ from trimtab.adapter.forward import BASE, Pass
 from trimtab.adapter.hooks import hook
 from trimtab.adapter.identity import OtherBase, base_digest, differ
 from trimtab.adapter.joint import as_lora, check_lora, inject, lora_keys, loras, remove
-from trimtab.adapter.loading import as_saved, own_modules, resized_embeddings, saved_twice, take_over_loading
+from trimtab.adapter.loading import (
+    as_saved,
+    check_reloaded,
+    own_modules,
+    resized_embeddings,
+    saved_twice,
+    take_over_loading,
+)
 from trimtab.adapter.offloading import bring_back, execution_device
 from trimtab.adapter.readout import pool_of
 from trimtab.adapter.running import Forwards
@@ -366,6 +373,7 @@ class ReftModel(BaseTuner):
         Raises:
             ValueError: tensors are missing or left over; PEFT alone would load what fits and leave the rest random.
         """
+        check_reloaded(config, adapter_name)
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         edits = [
             (f"{module_name}.reft_{name}", edit, layer)
