@@ -512,14 +512,19 @@ class Forwards:
         lengths = kwargs.pop("prompt_lengths", None)
         kwargs.pop("decoder_prompt_lengths", None)  # a trainer's batch has them; here the decoder's input says it
         before, outer = _here.generations, self._generation()
-        if outer is not None and getattr(kwargs.get("generation_config"), "is_assistant", False):
-            generation = Generation(outer.prompt)  # the model proposes for itself
+        begun = None
+        if getattr(kwargs.get("generation_config"), "is_assistant", False):  # for itself, or again for another model
+            begun = outer.prompt if outer is not None else getattr(cache_in(kwargs), "_reft_prompt", None)
+        if begun is not None:
+            generation = Generation(begun)
         else:
             generation = self._start(args[0] if args else kwargs.get("inputs"), lengths, kwargs)
         _here.generations = (*before, (self, generation))
+        token = _told.set(tuple(told for told in _told.get() if told[0] is not self))  # not of guidance's forwards
         try:
             return original(*args, **kwargs)
         finally:
+            _told.reset(token)
             _here.generations = before
 
     def _start(self, inputs: Any, lengths: Any, kwargs: dict[str, Any]) -> Generation:
