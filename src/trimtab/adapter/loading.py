@@ -15,11 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, set_peft_model_state_dict
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from trimtab.adapter.config import REFT, ReftConfig
+from trimtab.adapter.config import REFT
 from trimtab.adapter.folder import read_tensors
 
 _FROM_PRETRAINED = inspect.unwrap(PeftModel.from_pretrained).__code__
@@ -34,7 +34,7 @@ def as_saved(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def check_reloaded(config: ReftConfig, adapter: str) -> None:
+def check_reloaded(config: PeftConfig, adapter: str) -> None:
     """Refuse a folder of other edits than those of the adapter, already on the model, that it is loaded into.
 
     PEFT reads the config of an adapter that is new to the model only, and tells nobody else which folder it loads; so
@@ -53,8 +53,8 @@ def check_reloaded(config: ReftConfig, adapter: str) -> None:
         saved = type(config).from_pretrained(folder, **found)
     except (OSError, ValueError):  # a folder of weights alone
         return
-    for name in ("method", "positions", "edit_turns", "activation", "site", "pool"):
-        own, other = getattr(config, name), getattr(saved, name)
+    for name in ("method", "positions", "edit_turns", "activation", "site", "pool", "lora_alpha", "use_rslora"):
+        own, other = (getattr(one, name, None) for one in (config, saved))
         if own != other:
             raise ValueError(
                 f"adapter {adapter!r}: {folder} was saved with {name}={other!r}, but the adapter of that name on this "

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from trimtab.adapter.config import REQUIRES, OwnFiles, extend_peft_types
 from trimtab.adapter.joint import FIELDS, loras
+from trimtab.adapter.loading import check_reloaded
 from trimtab.adapter.running import Forwards
 from trimtab.adapter.tuner import OUTSIDE
 from trimtab.where.positions import Positions, Turns, parse_positions
@@ -126,6 +127,7 @@ class LoraAtModel(LoraModel):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Raises ValueError unless the file holds this adapter: PEFT alone would leave at zero what is missing."""
+        check_reloaded(config, adapter_name)
         given = _renamed(state_dict, *((there, here) for here, there in _NAMES))
         plain = state_dict.keys() & given.keys()
         found: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, given)

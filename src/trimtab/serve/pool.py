@@ -137,7 +137,7 @@ class _Table(AdapterTable):
             raise RuntimeError(OUTSIDE.format(name))
         check_states(self._sites_by_name[name], hidden)
         times, rest = divmod(len(hidden), len(rows.adapters))
-        if rest or running.owner is not None:
+        if rest or (times > 1 and not running.repeats) or running.owner is not None:
             raise ValueError(
                 f"names: {len(rows.adapters)} for a batch of {len(hidden)} rows; give one a row, unpacked."
             )
