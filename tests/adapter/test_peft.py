@@ -416,6 +416,24 @@ def test_mixing_with_another_method_is_refused_or_apart() -> None:
     assert list(model.peft_config) == ["default"]
 
 
+@pytest.mark.parametrize("adapter_name", ["default", "other"])
+def test_on_top_of_a_lora(adapter_name: str, tmp_path: Path) -> None:
+    """Of the same name or not: what is trained and saved is the edits alone, and they load where they were."""
+
+    def lora() -> PeftModel:
+        torch.manual_seed(0)
+        config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)
+        return get_peft_model(tiny("llama"), config).eval()
+
+    model = randomized(get_peft_model(lora(), config_for("llama"), adapter_name=adapter_name)).eval()
+    assert all(".reft." in name for name, p in model.named_parameters() if p.requires_grad)
+    model.save_pretrained(tmp_path)
+    folder = tmp_path if adapter_name == "default" else tmp_path / adapter_name
+    assert all(".reft." in key for key in load_file(folder / "adapter_model.safetensors"))
+    again = PeftModel.from_pretrained(lora(), folder, adapter_name=adapter_name).eval()
+    assert torch.equal(outputs_of(again, "llama"), outputs_of(model, "llama"))
+
+
 @pytest.mark.parametrize("bad", ["a.b", "__base__"])
 def test_bad_names_of_a_second_adapter(bad: str) -> None:
     model = peft_model("llama")

@@ -242,6 +242,10 @@ class ReftModel(BaseTuner):
             self.tuner_layer_cls = kinds
             self._sites = self._checked_sites(model, config, adapter_name)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        below = () if self.has_loras else tuple(_other_tuners(model))
+        for name, parameter in model.named_parameters():  # PEFT leaves in training what this adapter's file will lack
+            if name.startswith(below) and ".reft.reft_" not in name:
+                parameter.requires_grad = False
 
     def _checked_sites(self, model: nn.Module, config: Any, adapter_name: str) -> dict[str, Site]:
         """The config's sites by name; refuses what does not fit, before anything is touched."""
@@ -356,9 +360,12 @@ class ReftModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(cls, model: Any, config: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """What is saved; PEFT asks before it writes the config."""
+        """What is saved; PEFT asks before it writes the config. It finds the layers of an adapter below as well, say a
+        LoRA of the same name."""
         config.base_digest = _digest_of(model) or config.base_digest
-        return as_saved(super()._get_adapter_state_dict(model, config, *args, **kwargs))
+        found = super()._get_adapter_state_dict(model, config, *args, **kwargs)
+        below = () if config.lora is not None else tuple(_other_tuners(model))
+        return as_saved({key: t for key, t in found.items() if ".reft.reft_" in key or not key.startswith(below)})
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -414,6 +421,12 @@ class ReftModel(BaseTuner):
         for layer in self._passes.layers:
             while layer.loaded:
                 bring_back(*layer.loaded.popitem())
+
+
+def _other_tuners(model: nn.Module) -> list[str]:
+    """Prefixes of the keys of other methods' layers."""
+    named = model.named_modules()
+    return [f"{name}." for name, m in named if isinstance(m, BaseTunerLayer) and not isinstance(m, ReftLayer)]
 
 
 def _digest_of(model: nn.Module) -> str | None:
