@@ -181,6 +181,8 @@ class Forwards:
         self.looks = 0
         self.guests = 0
         """Edits of a `with` that is open somewhere."""
+        self.editors: list[Callable[[], Edits]] = [self._own_edits]
+        """Whoever edits what outlives a forward in a cache."""
         self._checkpointing = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
         self._handles = [
             handle
@@ -247,6 +249,11 @@ class Forwards:
 
     def edits(self) -> Edits:
         """What a forward made now would edit: of all rows alike, or of each."""
+        told = [editor() for editor in self.editors]
+        rows = max(map(len, told))
+        return [frozenset().union(*(own[row * len(own) // rows] for own in told)) for row in range(rows)]
+
+    def _own_edits(self) -> Edits:
         names = self.adapter_names()
         rows = [None] if names is None else [[name] for name in names]
         return [frozenset(edit for layer in self.layers for edit in layer.made(row)) for row in rows]
