@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -503,6 +503,12 @@ def test_recurrent_models(positions: str) -> None:
     with model.disable_adapter():
         base = model.generate(ids, **search())
     assert (torch.stack(base.logits) - torch.stack(outs[0].logits)).abs().max() > TOLERANCE
+    more = {"cache_params": first.cache_params, **search(max_new_tokens=1, min_new_tokens=1)}
+    refused = pytest.raises(ValueError, match="how many tokens it has seen")
+    with nullcontext() if positions == "all" else refused:
+        model.generate(ids[:, -2:], **more)
+    with model.disable_adapter():
+        model.generate(ids[:, -2:], **more)
 
 
 # ---- encoder-decoders ------------------------------------------------------------------------------------------------

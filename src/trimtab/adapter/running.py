@@ -545,6 +545,11 @@ class Forwards:
         )
         prompt = Prompt(width, real, told, told=told is not None)
         past = cache_in(kwargs)
+        if past_length(past) is None and any(p.scope != "all" for row in self.edits() for _, p, _ in row):
+            raise ValueError(
+                "generate: the cache holds a recurrent state, which does not say how many tokens it has seen, so which "
+                "of those to come are edited is not known. Leave the cache out, and give the whole text."
+            )
         start = past_length(past) or 0
         earlier: Prompt | None = getattr(past, "_reft_prompt", None) if start else None
         earlier = earlier if earlier is None or earlier.fits(rows or 0) else None
