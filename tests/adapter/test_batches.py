@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from trimtab import ReftConfig, set_scale
+from trimtab import prompts as prompts_told
 from trimtab.adapter.tuner import ReftLayer
 
 LENGTHS = [21, 4, 13]  # beyond the sliding windows of 16, shorter than f3+l4, and in between
@@ -352,7 +353,30 @@ def test_prompt_lengths_in_generate() -> None:
                 assert (torch.stack(out.logits, 1)[i] - expected[-NEW - 1 : -1]).abs().max() < TOLERANCE
 
 
-@pytest.mark.parametrize("lengths", [[22, 4, 13], [-1, 4, 13], [1.0, 4.0, 13.0], [[1]]])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+@pytest.mark.parametrize("positions", ["l2", "f1+l3", "random3"])
+@torch.no_grad()
+def test_prompt_lengths_of_small_integers(positions: str, dtype: torch.dtype) -> None:
+    """In whose own arithmetic a prompt of one token less two would be 255."""
+    model, rows = adapted(a={"positions": positions}), prompts()
+    one = model(**padded(rows), prompt_lengths=[1, 3, 5]).logits
+    assert torch.equal(model(**padded(rows), prompt_lengths=torch.tensor([1, 3, 5], dtype=dtype)).logits, one)
+
+
+@pytest.mark.parametrize("lengths", [[4], [4, 4, 4, 4, 4, 4]])
+def test_prompt_lengths_of_another_number_of_rows(lengths: list[int]) -> None:
+    """Rows are repeated in place by `generate` alone: a loss may as well put all chosen before all rejected."""
+    model, batch = adapted(), padded(prompts())
+    message = f"prompt_lengths: {len(lengths)} given for a batch of 3 rows"
+    with pytest.raises(ValueError, match=message):
+        model(**batch, prompt_lengths=lengths)
+    with pytest.raises(ValueError, match=message), prompts_told(model, lengths):
+        model(**batch)
+    with pytest.raises(ValueError, match=message):
+        model.generate(**without_positions(batch), **search(prompt_lengths=lengths))
+
+
+@pytest.mark.parametrize("lengths", [[22, 4, 13], [-1, 4, 13], [1.0, 4.0, 13.0], [[1]], [21, 21, 21]])
 def test_impossible_prompt_lengths(lengths: list[Any]) -> None:
     model, rows = adapted(), prompts()
     with pytest.raises(ValueError, match="prompt_lengths"):
@@ -479,6 +503,12 @@ def test_recurrent_models(positions: str) -> None:
     with model.disable_adapter():
         base = model.generate(ids, **search())
     assert (torch.stack(base.logits) - torch.stack(outs[0].logits)).abs().max() > TOLERANCE
+    more = {"cache_params": first.cache_params, **search(max_new_tokens=1, min_new_tokens=1)}
+    refused = pytest.raises(ValueError, match="how many tokens it has seen")
+    with nullcontext() if positions == "all" else refused:
+        model.generate(ids[:, -2:], **more)
+    with model.disable_adapter():
+        model.generate(ids[:, -2:], **more)
 
 
 # ---- encoder-decoders ------------------------------------------------------------------------------------------------
@@ -593,6 +623,8 @@ def test_adapter_names_are_checked() -> None:
         model(**padded(rows), adapter_names=["a", "c", "b"])
     with pytest.raises(ValueError, match="2 names for a batch of 3"):
         model(**padded(rows), adapter_names=["a", "b"])
+    with pytest.raises(ValueError, match="3 names for a batch of 6"):  # not one after another, nor each twice
+        model(**padded(rows + rows), adapter_names=NAMES)
     assert torch.equal(forward_alone(model, rows[0], "a"), forward_alone(adapted(), rows[0], "a"))
 
 

@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import PAD, VOCAB
+from helpers import PAD, VOCAB, tiny
 from peft import PeftModel
 from test_batches import adapted, search
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 from transformers.generation.continuous_batching import PagedAttentionCache
 
+from trimtab import set_scale
 from trimtab.adapter.cache import CACHE, cache_of
 
 POSITIONS = ["f2+l2", "l1", "f3", "prompt", "generated", "all", "random3"]
@@ -188,3 +189,52 @@ def test_pages_of_continuous_batching_are_refused() -> None:
     ids, mask = torch.arange(5, 9)[None], torch.zeros(1, 1, 4, 4)
     with pytest.raises(ValueError, match="continuous batching"):
         adapted()(input_ids=ids, attention_mask=mask, position_ids=ids - 5, cache=Pages())
+
+
+@pytest.mark.parametrize("positions", ["f2", "prompt", "all"])
+@torch.no_grad()
+def test_a_cache_that_was_filled_under_other_edits_is_refused(positions: str) -> None:
+    """By the base model, another adapter or at another scale; none of it matters to what edits nothing in it."""
+    model = adapted(a={"r": 2, "positions": positions}, b={"r": 2, "positions": "generated"})
+    ids, base = torch.arange(5, 17)[None], model.get_base_model()
+
+    def goes_on(cache: Any) -> Any:
+        model(input_ids=ids[:, 9:], past_key_values=copy.deepcopy(cache))
+        return model.generate(ids, past_key_values=copy.deepcopy(cache), **search(max_new_tokens=1))
+
+    model.set_adapter("a")
+    filled = model(input_ids=ids[:, :9], prompt_lengths=[12]).past_key_values
+    goes_on(filled)
+    set_scale(model, "a", 0.5)
+    with pytest.raises(ValueError, match=r"adapter 'a' at scale 1 and is now .* 'a' at scale 0\.5"):
+        goes_on(filled)
+    with pytest.raises(ValueError, match="continued with no adapter"), model.disable_adapter():
+        goes_on(filled)
+    model.set_adapter("b")
+    with pytest.raises(ValueError, match="filled with adapter 'a' at scale 1 and is now continued with adapter 'b'"):
+        goes_on(filled)
+    with model.disable_adapter():
+        filled = base(input_ids=ids[:, :9], prompt_lengths=[12]).past_key_values
+    goes_on(filled)
+    model.set_adapter("a")
+    with pytest.raises(ValueError, match="filled with no adapter"):
+        goes_on(filled)
+
+
+@pytest.mark.parametrize("positions", ["f2", "all"])
+@torch.no_grad()
+def test_a_cache_without_a_record_is_refused(positions: str) -> None:
+    """Filled before there was an adapter, put together by hand, or with rows taken out."""
+    model, ids = adapted(a={"r": 2, "positions": positions}), torch.arange(5, 17)[None]
+    before = tiny("llama")(input_ids=ids[:, :9]).past_key_values
+    rows = model(input_ids=ids[:, :9].repeat(3, 1), prompt_lengths=[9, 9, 8]).past_key_values
+    rows.batch_select_indices(torch.tensor([0, 2]))
+    for cache, many in ((before, 1), (rows, 2)):
+        batch = ids.repeat(many, 1)
+        for call in (
+            lambda **told: model(input_ids=batch[:, 9:], past_key_values=copy.deepcopy(cache), **told),  # noqa: B023
+            lambda **told: model.generate(batch, past_key_values=copy.deepcopy(cache), **told, **search()),  # noqa: B023
+        ):
+            with pytest.raises(ValueError, match=r"not known what was edited in it.* Pass prompt_lengths"):
+                call()
+            assert call(prompt_lengths=[9, 8][:many]).logits is not None

@@ -178,12 +178,15 @@ def test_calls_within_generate(place: str, job: int, model: PeftModel) -> None:
     assert calls.seen and all(close(seen, inner) for seen in calls.seen)
 
 
+@pytest.mark.parametrize("within", [False, True])
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("negative", [None, OTHER])
-def test_guidance(model: PeftModel, negative: Tensor | None, use_cache: bool) -> None:
-    """The negative prompt is edited as it is alone, and what follows it as an answer to it."""
+def test_guidance(model: PeftModel, negative: Tensor | None, use_cache: bool, within: bool) -> None:
+    """The negative prompt is edited as it is alone, and what follows it as an answer to it, also `within` a block that
+    says where the other one ends."""
     away = {} if negative is None else {"negative_prompt_ids": negative[None]}
-    out = model.generate(ROW[None], guidance_scale=1.7, use_cache=use_cache, **away, **search())
+    with told(model, [len(ROW)]) if within and layers_of(model) else nullcontext():
+        out = model.generate(ROW[None], guidance_scale=1.7, use_cache=use_cache, **away, **search())
     sides = [ROW, ROW[-1:] if negative is None else negative]
     new = out.sequences[0, len(ROW) :]
     for step, scores in enumerate(out.scores):
@@ -196,6 +199,17 @@ def test_guidance(model: PeftModel, negative: Tensor | None, use_cache: bool) ->
 
 def test_the_model_assists_itself(model: PeftModel) -> None:
     assert close(generated(model, assistant_model=model.get_base_model()), generated(model))
+
+
+def test_the_model_assists_another(model: PeftModel) -> None:
+    """It is given all that was accepted again and again; its prompt is that of the first time."""
+    other = tiny("llama", num_hidden_layers=1)
+    assert close(generated(other, assistant_model=model), generated(other))
+    proposed = []
+    handle = model.get_base_model().lm_head.register_forward_hook(lambda _, args, out: proposed.append(out[0, -1]))
+    generated(other, assistant_model=model, max_new_tokens=3, min_new_tokens=3)
+    handle.remove()
+    assert close(proposed[0], logits(model, ROW, **ends(model, len(ROW)))[-1])
 
 
 # ---- within one another, and interrupted -----------------------------------------------------------------------------

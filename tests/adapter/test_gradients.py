@@ -345,6 +345,38 @@ def test_several_rows_of_packed_sequences() -> None:
         assert (base[:1] - logits[:1]).abs().max() < TOLERANCE and (base[1] - logits[1]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("how", ["cu_seq_lens_q", "of_four_axes"])
+@torch.no_grad()
+def test_packed_rows_that_say_it_otherwise(how: str) -> None:
+    """As collators for flash attention do without positions, and models of images with text's positions first."""
+    model, batch = adapted(), packed(examples())
+    expected = model(**batch, use_cache=False).logits
+    position_ids = batch.pop("position_ids")
+    base = model.get_base_model()
+    if how == "cu_seq_lens_q":
+        ends = [*(position_ids[0] == 0).nonzero()[:, 0].tolist(), position_ids.shape[1]]
+        batch["cu_seq_lens_q"] = torch.tensor(ends, dtype=torch.int32)
+    else:
+        batch["position_ids"] = position_ids.expand(4, 1, -1)
+    base.model.register_forward_pre_hook(
+        lambda _, args, kwargs: (args, {**kwargs, "position_ids": position_ids}), with_kwargs=True
+    )
+    assert torch.equal(model(**batch, use_cache=False).logits, expected)
+
+
+@pytest.mark.parametrize("dims", [2, 4])
+def test_masks_and_positions_that_do_not_agree(dims: int) -> None:
+    model, batch = adapted(), packed(examples())
+    if dims == 2:
+        mask, said = torch.ones_like(batch["input_ids"]), "Leave attention_mask out"
+    else:
+        number = (batch.pop("position_ids") == 0).cumsum(1)[0]
+        mask, said = (number[:, None] == number).tril()[None, None], "Pass position_ids"
+    for positions in (None, torch.arange(mask.shape[-1])[None]) if dims == 4 else (batch["position_ids"],):
+        with pytest.raises(ValueError, match=said):
+            model(**{**batch, "position_ids": positions}, attention_mask=mask)
+
+
 @pytest.mark.parametrize("change", ["no_labels", "plain_text"])
 def test_packed_rows_without_prompts(change: str) -> None:
     model, batch = adapted(), packed(examples())

@@ -182,6 +182,22 @@ def test_saved_and_loaded_bit_for_bit(tmp_path: Path) -> None:
     assert torch.equal(outputs_of(again, "llama"), outputs_of(model, "llama"))
 
 
+@torch.no_grad()
+def test_a_cache_of_the_base_model_is_refused() -> None:
+    model, ids = trained(positions="f2"), torch.arange(5, 17)[None]
+    with model.disable_adapter():
+        cache = model(input_ids=ids[:, :9]).past_key_values
+    with pytest.raises(ValueError, match="filled with no adapter"):
+        model.generate(ids, past_key_values=cache, max_new_tokens=1)
+
+
+@pytest.mark.parametrize("fields", [{"positions": "l2"}, {"lora_alpha": 3}])
+def test_others_do_not_take_its_place(fields: dict[str, Any], tmp_path: Path) -> None:
+    trained(**fields).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"saved with {next(iter(fields))}=.* Load it under another name"):
+        trained().load_adapter(tmp_path, "default")
+
+
 def test_a_file_is_never_taken_for_a_plain_lora(tmp_path: Path) -> None:
     """Neither by its config, nor by its tensors where another program does not look at the method; nor one for it."""
     model = trained()

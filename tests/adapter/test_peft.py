@@ -187,6 +187,26 @@ def test_deleting_every_adapter_leaves_the_base() -> None:
     assert torch.equal(outputs_of(model.base_model.model, "llama"), outputs_of(tiny("llama"), "llama"))
 
 
+@pytest.mark.parametrize("fields", [{"positions": "l2"}, {"method": "direft"}, {"activation": "relu"}])
+def test_other_edits_do_not_take_an_adapters_place(fields: dict[str, Any], tmp_path: Path) -> None:
+    """PEFT keeps the config of the adapter that is there: the new one's tensors would edit at its positions."""
+    model = randomized(peft_model("llama"))
+    model.save_pretrained(tmp_path / "same")
+    other = randomized(peft_model("llama", **fields))
+    other.save_pretrained(tmp_path / "other")
+    before = outputs_of(model, "llama")
+    (name, value), *_ = fields.items()
+    with pytest.raises(ValueError, match=f"saved with {name}='{value}'.* Load it under another name"):
+        model.load_adapter(str(tmp_path / "other"), "default")
+    randomized(model)
+    model.load_adapter(tmp_path / "same", "default")
+    assert torch.equal(outputs_of(model, "llama"), before)
+    model.delete_adapter("default")
+    model.load_adapter(tmp_path / "other", "default")
+    model.set_adapter("default")
+    assert torch.equal(outputs_of(model, "llama"), outputs_of(other, "llama"))
+
+
 def test_active_adapters_compose_in_order() -> None:
     model = peft_model("llama", adapter_name="a", layers=[1])
     model.add_adapter("b", config_for("llama", layers=[1], method="noreft"))
@@ -295,11 +315,12 @@ def test_the_whole_state_dict_survives_a_file(way: str, tmp_path: Path) -> None:
     assert torch.equal(outputs_of(other, "llama"), outputs_of(model, "llama"))
 
 
+@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 @pytest.mark.parametrize("name", ["llama", "bert_seq_cls", "t5"])
-def test_deepcopies_live_apart(name: str) -> None:
+def test_copies_live_apart(name: str, twin_of: Callable[[PeftModel], PeftModel]) -> None:
     model = peft_model(name)
     expected = outputs_of(model, name)
-    twin = copy.deepcopy(model)
+    twin = twin_of(model)
     assert torch.equal(outputs_of(twin, name), expected)
     one_step(twin, name)
     assert torch.equal(outputs_of(model, name), expected)
@@ -393,6 +414,24 @@ def test_mixing_with_another_method_is_refused_or_apart() -> None:
     with pytest.raises(ValueError, match=r"(?i)lora"):
         model.add_adapter("lora", LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
     assert list(model.peft_config) == ["default"]
+
+
+@pytest.mark.parametrize("adapter_name", ["default", "other"])
+def test_on_top_of_a_lora(adapter_name: str, tmp_path: Path) -> None:
+    """Of the same name or not: what is trained and saved is the edits alone, and they load where they were."""
+
+    def lora() -> PeftModel:
+        torch.manual_seed(0)
+        config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)
+        return get_peft_model(tiny("llama"), config).eval()
+
+    model = randomized(get_peft_model(lora(), config_for("llama"), adapter_name=adapter_name)).eval()
+    assert all(".reft." in name for name, p in model.named_parameters() if p.requires_grad)
+    model.save_pretrained(tmp_path)
+    folder = tmp_path if adapter_name == "default" else tmp_path / adapter_name
+    assert all(".reft." in key for key in load_file(folder / "adapter_model.safetensors"))
+    again = PeftModel.from_pretrained(lora(), folder, adapter_name=adapter_name).eval()
+    assert torch.equal(outputs_of(again, "llama"), outputs_of(model, "llama"))
 
 
 @pytest.mark.parametrize("bad", ["a.b", "__base__"])

@@ -100,6 +100,17 @@ def test_outside_and_in_other_threads_nothing_is_edited(served: Served, pool: Ad
         assert torch.equal(served.model(input_ids=ids).logits, before) and torch.equal(others[0], before)
 
 
+@torch.no_grad()
+def test_a_cache_is_continued_by_the_adapters_that_filled_it(served: Served, pool: AdapterPool) -> None:
+    ids = torch.tensor([PROMPTS[0]])
+    with pool.rows(["prefix1"]):
+        cache = served.model(input_ids=ids[:, :-1], prompt_lengths=[ids.shape[1]]).past_key_values
+        served.model.generate(ids, past_key_values=copy.deepcopy(cache), max_new_tokens=1)
+    for names in ([None], ["prefix2"]):
+        with pool.rows(names), pytest.raises(ValueError, match="filled with adapter 'prefix1"):
+            served.model.generate(ids, past_key_values=copy.deepcopy(cache), max_new_tokens=1)
+
+
 def test_the_model_s_own_adapter_edits_first(served: Served, tmp_path: Path) -> None:
     both = get_peft_model(copy.deepcopy(served.model), ReftConfig(task_type="CAUSAL_LM", init_weights="paper", r=2))
     both.eval().save_pretrained(str(tmp_path))
@@ -136,5 +147,6 @@ def test_what_does_not_belong_in_the_pool_is_refused(served: Served, pool: Adapt
         pool.rows(served.names[4:]),
     ):
         pass
-    with pool.rows(["plain1", "all1"]), pytest.raises(ValueError, match="2 for a batch of 3 rows"):
-        served.model(input_ids=torch.randint(3, VOCAB, (3, 9)))
+    for rows in (3, 4):
+        with pool.rows(["plain1", "all1"]), pytest.raises(ValueError, match=f"2 for a batch of {rows} rows"):
+            served.model(input_ids=torch.randint(3, VOCAB, (rows, 9)))

@@ -34,6 +34,15 @@ def test_answers_are_those_of_generate(served: Served, chunk: int, share: bool) 
     engine.close()
 
 
+def test_a_prefix_that_another_prompt_has_as_suffix(served: Served) -> None:
+    """Of an untied adapter: both prompts are edited everywhere in their first block, but not by the same edits."""
+    engine = served.engine()
+    for start in range(3, 9):
+        for n in (4, 5):
+            assert mismatches(served, engine, [Asked(tuple(range(start, start + n)), (("untied1", 1.0),))]) == []
+    engine.close()
+
+
 def _whole(tokens: Any, edits: Any, prompt: int, block: int, salt: bytes, mark: Any) -> Iterator[bytes]:
     key = hashlib.sha256(salt).digest()
     for start in range(0, len(tokens) - block + 1, block):

@@ -49,7 +49,7 @@ def test_what_a_request_carries_is_read_again(request: Request) -> None:
         return
     assert carried is not None and carried.prompt == (request.prompt_end or len(request.tokens))
     for one, edit, entries in zip(request.adapters, carried.edits, carried.entries, strict=True):
-        assert edit == Edited(one.adapter.digest, one.scale, one.adapter.positions)
+        assert edit == Edited(one.adapter.digest, one.scale, one.adapter.positions, tuple(one.adapter.parts))
         assert [part for _, part in entries] == list(one.adapter.parts)
 
 
@@ -59,7 +59,8 @@ def test_blocks_are_told_apart_as_by_the_plan(first: Request, other: Request, bl
 
     def both(request: Request) -> list[tuple[Any, bytes]]:
         hashed = SimpleNamespace(sampling_params=SimpleNamespace(extra_args=_carried(request)))
-        edits = [Edited(one.adapter.digest, one.scale, one.adapter.positions) for one in request.adapters]
+        adapters = [(one.adapter, one.scale) for one in request.adapters]
+        edits = [Edited(a.digest, scale, a.positions, tuple(a.parts)) for a, scale in adapters]
         prompt = request.prompt_end or len(request.tokens)
         starts, chain = range(0, 40, block), block_keys(list(range(40)), edits, prompt, block)
         own = [keys.extra_keys(hashed, start, start + block) for start in starts]

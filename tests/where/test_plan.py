@@ -54,10 +54,15 @@ def test_a_plan_is_grouped_and_complete() -> None:
 
 def meaning(tokens: list[int], edits: list[Edited], prompt: int, end: int) -> Any:
     """All that the keys and values of the first `end` tokens depend on."""
-    own = [[(e.digest, e.scale) for e in edits if i in edited(e.positions, prompt, 0, end)] for i in range(end)]
+    own = [
+        [(e.digest, e.scale, p) for e in edits for p in e.parts if i in edited(e.positions, prompt, 0, end, p)]
+        for i in range(end)
+    ]
     return tuple(tokens[:end]), tuple(map(tuple, own))
 
 
+PARTS: Any = {"f7+l7": ("prefix", "suffix"), "f2+l5": ("prefix", "suffix")}
+"""Of adapters that are not tied."""
 REQUEST = st.tuples(
     st.lists(st.integers(0, 1), min_size=8, max_size=12),
     st.lists(st.tuples(st.sampled_from([b"a", b"b"]), st.sampled_from([0.5, 1.0]), st.sampled_from(TEXTS)), max_size=2),
@@ -73,12 +78,22 @@ def test_keys_are_equal_only_where_the_blocks_are_and_of_one_adapter_wherever_th
     keys, meanings = [], []
     for tokens, raw, prompt in (one, other):
         # A digest covers the positions too. In another order adapters may miss shared blocks: slower, not wrong.
-        edits = [Edited(digest + text.encode(), scale, parse_positions(text)) for digest, scale, text in raw]
+        edits = [
+            Edited(digest + text.encode(), scale, parse_positions(text), PARTS.get(text, ("edit",)))
+            for digest, scale, text in raw
+        ]
         keys.append(list(block_keys(tokens, edits, prompt, block)))
         meanings.append([meaning(tokens, edits, prompt, (k + 1) * block) for k in range(len(tokens) // block)])
     for (a, b), (c, d) in zip(zip(*keys, strict=False), zip(*meanings, strict=False), strict=True):
         assert c == d or a != b
         assert a == b or c != d or max(len(raw) for _, raw, _ in (one, other)) > 1
+
+
+def test_a_token_of_the_prefix_here_and_of_the_suffix_there() -> None:
+    """The same tokens are edited in the first block of both prompts, the third of them by another edit."""
+    edits = [Edited(b"a", 1.0, parse_positions("f3+l2"), ("prefix", "suffix"))]
+    four, five = (next(block_keys(list(range(8)), edits, prompt, 4)) for prompt in (4, 5))
+    assert four != five
 
 
 def test_salt_parts_tenants() -> None:

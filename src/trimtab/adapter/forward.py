@@ -7,13 +7,14 @@ and finds it again.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from trimtab.where.plan import Part
+from trimtab.where.plan import Part, edited
 from trimtab.where.positions import Positions
 from trimtab.where.prompts import (
     Prompt,
@@ -22,6 +23,10 @@ from trimtab.where.prompts import (
 
 BASE = "__base__"
 """PEFT's name, among `adapter_names`, for a row without an adapter."""
+
+
+Edits = Sequence[Set[tuple[str, Positions, float]]]
+"""Adapters by name, with their positions and scales: one set for all rows, or one for each."""
 
 
 class EditedRows(NamedTuple):
@@ -53,9 +58,13 @@ class Pass:
     earlier: Prompt | None = None
     """The prompt that the cache was filled under, if another: up to column `compared` both must edit alike."""
     compared: int = 0
+    unclear: str | None = None
+    """Why it is not known which sequences are packed into the rows."""
     paged: bool = False
     """The rows are chunks of many requests, as continuous batching lays them out."""
     adapter_names: list[str] | None = None
+    repeats: bool = False
+    """Rows may be repeated in place, as `generate` does for beams and returned sequences."""
     training: bool = False
     watched: bool = True
     """Whether the host may look at the prompts, which waits for an accelerator."""
@@ -125,11 +134,11 @@ class Pass:
         return prompt.lengths_of(sequences, device), self.start, self._real(sequences, self.start + length, device)
 
     def _rows_of(self, adapter: str | None, batch: int) -> list[int] | None:
-        """Which rows of the batch use the adapter; None for all. Beams and returned sequences repeat a row in place."""
+        """Which rows of the batch use the adapter; None for all."""
         if self.adapter_names is None or adapter is None:
             return None
         times, rest = divmod(batch, len(self.adapter_names))
-        if rest:
+        if rest or (times > 1 and not self.repeats):
             raise ValueError(
                 f"adapter_names: {len(self.adapter_names)} names for a batch of {batch} rows; give one a row."
             )
@@ -150,6 +159,14 @@ class Pass:
     def _check_prompt(self, positions: Positions, parts: tuple[Part, ...], batch: int, device: torch.device) -> None:
         if self.paged:
             raise ValueError(PAGED)
+        if self.unclear and positions.scope != "all":
+            raise ValueError(f"positions={positions.text!r}: {self.unclear}")
+        if self.prompt.foreign:
+            raise ValueError(
+                f"positions={positions.text!r}: the call continues a cache of which it is not known what was edited in "
+                "it, nor where its prompt ended: no forward of this model filled it as it is. Pass prompt_lengths (one "
+                "number of real prompt tokens a row) if it holds what this adapter would edit, or leave the cache out."
+            )
         if self.prompt.mid_sequence and positions.needs_prompt_end:
             raise ValueError(
                 f"positions={positions.text!r}: the call continues a cache of which it is not known where its prompt "
@@ -169,9 +186,7 @@ class Pass:
     def _check_cache(
         self, earlier: Prompt, positions: Positions, parts: tuple[Part, ...], batch: int, device: torch.device
     ) -> None:
-        real = self._real(batch, self.compared, device)
-        seen = real.sum(1) if real is not None else torch.full((batch,), self.compared, device=device)
-        if earlier.edits_as(self.prompt, positions, parts, seen):
+        if earlier.edits_as(self.prompt, positions, parts, self._compared(batch, device)):
             return
         before, now = (p.lengths_of(batch, device).tolist() for p in (earlier, self.prompt))
         raise ValueError(
@@ -180,6 +195,25 @@ class Pass:
             f"where the prompt ends: prompt_lengths={before} to go on with the cache's prompt (what follows it is the "
             f"answer), or prompt_lengths={now} already in the call that fills the cache."
         )
+
+    def _compared(self, batch: int, device: torch.device) -> Tensor:
+        """Real tokens (B,) of each row up to column `compared`."""
+        real = self._real(batch, self.compared, device)
+        return real.sum(1) if real is not None else torch.full((batch,), self.compared, device=device)
+
+    def check_filled(self, before: Edits, now: Edits) -> None:
+        """Raises ValueError if the cache was filled under other adapters or scales, and that changed what it holds."""
+        if before == now or self.earlier is None or not self.batch:
+            return
+        device = torch.device("cpu")
+        ends, seen = self.earlier.lengths_of(self.batch, device), self._compared(self.batch, device)
+        for row, (end, columns) in enumerate(zip(ends.tolist(), seen.tolist(), strict=True)):
+            old, new = (edits[row * len(edits) // self.batch] for edits in (before, now))
+            if any(edited(positions, end, 0, columns) for _, positions, _ in old ^ new):
+                raise ValueError(
+                    f"the cache was filled with {_told(old)} and is now continued with {_told(new)}, so a run without "
+                    "it would edit other tokens. Leave the cache out, or fill it under the adapters and scales of now."
+                )
 
     def _check_training(self, positions: Positions, batch: int, device: torch.device) -> None:
         prompt = self.prompt
@@ -209,6 +243,11 @@ class Pass:
             )
         if empty:
             say_once(self.notes, "empty", _EMPTY.format(positions.text, empty, batch))
+
+
+def _told(edits: Set[tuple[str, Positions, float]]) -> str:
+    named = sorted((name, scale) for name, _, scale in edits)
+    return ", ".join(f"adapter {name!r} at scale {scale:g}" for name, scale in named) or "no adapter"
 
 
 _GUESSED = (

@@ -5,21 +5,24 @@ Files hold R under `rotation`; parameters are called `rotation.halved` and hold 
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from peft import set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, set_peft_model_state_dict
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from trimtab.adapter.config import REFT
 from trimtab.adapter.folder import read_tensors
 
+_FROM_PRETRAINED = inspect.unwrap(PeftModel.from_pretrained).__code__
 _FILE, _PARAMETER = ".rotation", ".rotation.halved"
 
 
@@ -29,6 +32,35 @@ def as_saved(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
         key.removesuffix(".halved") if key.endswith(_PARAMETER) else key: t * 2 if key.endswith(_PARAMETER) else t
         for key, t in parameters.items()
     }
+
+
+def check_reloaded(config: PeftConfig, adapter: str) -> None:
+    """Refuse a folder of other edits than those of the adapter, already on the model, that it is loaded into.
+
+    PEFT reads the config of an adapter that is new to the model only, and tells nobody else which folder it loads; so
+    that is found in its own call. A config given to `from_pretrained` is what the caller wants.
+
+    Raises:
+        ValueError: naming the fields that differ.
+    """
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code is not PeftModel.load_adapter.__code__:
+        frame = frame.f_back  # type: ignore[assignment]
+    if frame is None or (frame.f_back and frame.f_back.f_code is _FROM_PRETRAINED):
+        return
+    folder, found = frame.f_locals["model_id"], frame.f_locals["hf_hub_download_kwargs"]
+    try:
+        saved = type(config).from_pretrained(folder, **found)
+    except (OSError, ValueError):  # a folder of weights alone
+        return
+    for name in ("method", "positions", "edit_turns", "activation", "site", "pool", "lora_alpha", "use_rslora"):
+        own, other = (getattr(one, name, None) for one in (config, saved))
+        if own != other:
+            raise ValueError(
+                f"adapter {adapter!r}: {folder} was saved with {name}={other!r}, but the adapter of that name on this "
+                f"model has {name}={own!r}, which PEFT would keep. Load it under another name, or first call "
+                f"model.delete_adapter({adapter!r})."
+            )
 
 
 def own_modules(model: nn.Module, adapter: str) -> set[str]:

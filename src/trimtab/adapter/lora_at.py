@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from trimtab.adapter.config import REQUIRES, OwnFiles, extend_peft_types
+from trimtab.adapter.forward import Edits
 from trimtab.adapter.joint import FIELDS, loras
+from trimtab.adapter.loading import check_reloaded
 from trimtab.adapter.running import Forwards
 from trimtab.adapter.tuner import OUTSIDE
 from trimtab.where.positions import Positions, Turns, parse_positions
@@ -96,13 +98,16 @@ class LoraAtModel(LoraModel):
             if held is None:
                 held = vars(layer)["forward"] = _Held(name, layer, forwards)
                 forwards.guests += 1
+                forwards.editors.append(held.edits)
             held.positions[adapter_name] = config.parsed_positions
 
     def unload(self) -> Any:
         """The base model as it was."""
         forwards, count = Forwards.of(self.model), len(loras(self.model))
+        held = [vars(layer).get("forward") for layer in loras(self.model).values()]
         base = super().unload()
         forwards.guests -= count
+        forwards.editors = [one for one in forwards.editors if getattr(one, "__self__", None) not in held]
         forwards.release()
         return base
 
@@ -126,6 +131,7 @@ class LoraAtModel(LoraModel):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Raises ValueError unless the file holds this adapter: PEFT alone would leave at zero what is missing."""
+        check_reloaded(config, adapter_name)
         given = _renamed(state_dict, *((there, here) for here, there in _NAMES))
         plain = state_dict.keys() & given.keys()
         found: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, given)
@@ -171,13 +177,19 @@ class _Held:
                 "adapter_names: a LoRA at positions is that of a whole batch; call once for each adapter."
             )
         result: Tensor = layer.base_layer(x, *args, **kwargs)
-        active = [] if layer.disable_adapters else [name for name in layer.active_adapters if name in self.positions]
-        running = self.forwards.current()
+        active, running = self.active(), self.forwards.current()
         if active and running is None:
             raise RuntimeError(OUTSIDE.format(self.name))
         for name in active:
             result = self._changed(x, result, name, running)
         return result
+
+    def active(self) -> list[str]:
+        layer = self.layer
+        return [] if layer.disable_adapters else [name for name in layer.active_adapters if name in self.positions]
+
+    def edits(self) -> Edits:
+        return [{(name, self.positions[name], float(self.layer.scaling[name])) for name in self.active()}]
 
     def _changed(self, x: Tensor, result: Tensor, adapter: str, running: Any) -> Tensor:
         if x.dim() != 3:

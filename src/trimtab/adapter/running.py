@@ -24,7 +24,7 @@ from peft.utils import TaskType
 from torch import Tensor, nn
 
 from trimtab.adapter.cache import cache_in, cache_of, is_paged, past_length
-from trimtab.adapter.forward import PAGED, WATCHED, Pass
+from trimtab.adapter.forward import PAGED, WATCHED, Edits, Pass
 from trimtab.adapter.sharding import keep_in_float32, refuse_zero_3
 from trimtab.edits.orthonormal import restore
 from trimtab.where.prompts import (
@@ -34,6 +34,8 @@ from trimtab.where.prompts import (
     find_packed,
     first_supervised,
     has_several_turns,
+    packed_otherwise,
+    positions_in,
 )
 
 GENERATION = "reft_generation"
@@ -179,6 +181,8 @@ class Forwards:
         self.looks = 0
         self.guests = 0
         """Edits of a `with` that is open somewhere."""
+        self.editors: list[Callable[[], Edits]] = [self._own_edits]
+        """Whoever edits what outlives a forward in a cache."""
         self._checkpointing = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
         self._handles = [
             handle
@@ -196,7 +200,8 @@ class Forwards:
         self._wrapped = {name: wrap for name, wrap in wraps.items() if callable(getattr(model, name, None))}
         for name, wrap in self._wrapped.items():
             original = getattr(model, name)
-            setattr(model, name, update_wrapper(partial(wrap, original), original))  # transformers reads the signature
+            # transformers reads the signature; annotations cannot be pickled
+            setattr(model, name, update_wrapper(partial(wrap, original), original, ("__name__", "__doc__")))
         model._reft_forwards = self  # type: ignore[assignment]
 
     def release(self) -> None:
@@ -241,6 +246,17 @@ class Forwards:
             if forwards is self:
                 return names
         return None
+
+    def edits(self) -> Edits:
+        """What a forward made now would edit: of all rows alike, or of each."""
+        told = [editor() for editor in self.editors]
+        rows = max(map(len, told))
+        return [frozenset().union(*(own[row * len(own) // rows] for own in told)) for row in range(rows)]
+
+    def _own_edits(self) -> Edits:
+        names = self.adapter_names()
+        rows = [None] if names is None else [[name] for name in names]
+        return [frozenset(edit for layer in self.layers for edit in layer.made(row)) for row in rows]
 
     @contextmanager
     def named(self, names: list[str] | None) -> Iterator[None]:
@@ -310,6 +326,7 @@ class Forwards:
         past = past if past is not None else cache_of(output)
         if hasattr(past, "__dict__") and getattr(past, "_reft_prompt", None) is not call.running.prompt:
             past._reft_prompt = call.running.prompt  # later steps with this cache know where its prompt ended
+            past._reft_edits = None if torch.compiler.is_compiling() else self.edits()
 
     def _take(self, role: Role, frame: FrameType | None) -> Call | None:
         """The call that ends, off the stack, with those above it that were interrupted. None if it never began."""
@@ -359,6 +376,7 @@ class Forwards:
             batch=batch,
             length=length,
             adapter_names=self.adapter_names(),
+            repeats=self._generation() is not None,
             training=self.model.training and torch.is_grad_enabled(),
             notes=self.notes,
         )
@@ -385,6 +403,9 @@ class Forwards:
                 self._look_at(running, call.labels)
             if role == "model" and not counts_tokens and isinstance(mask, Tensor) and running.prompt.lengths is None:
                 running.prompt.blurred = not bool(mask.all())
+        filled = getattr(past, "_reft_edits", None)
+        if running.earlier is not None and filled is not None and not torch.compiler.is_compiling():
+            running.check_filled(filled, self.edits())
         running.after_prompt = running.after_prompt or running.prompt.is_over(running.start, columns)
         return running
 
@@ -405,16 +426,21 @@ class Forwards:
         kept = self._kept(chunk)
         lengths = call.decoder_lengths if chunk.role == "decoder" else call.lengths
         around = self._generation()
-        if around is not None and lengths is None and chunk.start == 0:
-            lengths = around.negative_lengths(arguments.get("input_ids"))
+        if around is not None and chunk.start == 0:
+            negative = around.negative_lengths(arguments.get("input_ids"))
+            lengths = negative if negative is not None else lengths
+        if self._is_lm and chunk.start == 0 and not torch.compiler.is_compiling():
+            running.unclear = packed_otherwise(chunk.mask, positions_in(arguments))
         if chunk.start is None:  # a recurrent state, which does not count what it has seen
             running.after_prompt = True
             running.prompt = Prompt(mid_sequence=running.length != 1)
         elif chunk.start and lengths is None:
             self._go_on(running, chunk, kept)
         else:
-            running.earlier, running.compared = (kept, chunk.start) if lengths is not None else (None, 0)
-            running.prompt, running.owner = self._prompt(chunk, call, lengths, arguments)
+            if kept is not None and kept.fits(running.batch):
+                running.earlier, running.compared = kept, chunk.start
+            rows = running.batch if around is None else 0  # within generate rows are repeated, as for beams
+            running.prompt, running.owner = self._prompt(chunk, call, lengths, arguments, rows or None)
 
     def _look_at(self, running: Pass, labels: Any) -> None:
         """In training, at the labels: always on the CPU, else in the first steps only."""
@@ -435,18 +461,19 @@ class Forwards:
         """Continue a cache without being told: a single token after its prompt is the answer's, and so is all that
         follows a prompt that was told. Otherwise the prompt is all there is by now, as it is for `generate`, if the
         cache does not hold other edits than that."""
-        if kept is None:
-            running.prompt = Prompt(chunk.columns, chunk.real(), guessed=self._is_lm, mid_sequence=True)
-            return
-        cut = kept.width is None or running.start < kept.width
-        if kept.told or (running.length <= 1 and not cut):
+        cut = kept is not None and (kept.width is None or running.start < kept.width)
+        after = kept is not None and running.length <= 1 and (kept.fits(running.batch) if kept.told else not cut)
+        if kept is not None and after:
             running.prompt = kept
             return
-        running.prompt = Prompt(chunk.columns, chunk.real(), guessed=self._is_lm)
+        if kept is None or not kept.fits(running.batch):
+            running.prompt = Prompt(chunk.columns, chunk.real(), guessed=self._is_lm, foreign=True)
+            return
         running.earlier, running.compared = kept, running.start if cut else chunk.columns or 0
+        running.prompt = kept if kept.told else Prompt(chunk.columns, chunk.real(), guessed=self._is_lm)
 
     def _prompt(
-        self, chunk: Chunk, call: Call, lengths: Tensor | None, arguments: dict[str, Any]
+        self, chunk: Chunk, call: Call, lengths: Tensor | None, arguments: dict[str, Any], rows: int | None
     ) -> tuple[Prompt, Tensor | None]:
         """Where the prompt ends, if no cache knows: said outright, by labels or by the mask; and packed rows'."""
         owner, real, width = None, chunk.real(), chunk.columns
@@ -456,15 +483,16 @@ class Forwards:
                 lengths = generation.prompt.lengths
             return Prompt(width, real, lengths), None
         if chunk.start == 0 and not (isinstance(chunk.mask, Tensor) and chunk.mask.dim() == 2):
-            owner, real = find_packed(arguments.get("position_ids")) or (None, real)
+            owner, real = find_packed(positions_in(arguments)) or (None, real)
         if lengths is not None:
-            if self.model.training and width is not None:  # otherwise this may be the first chunk of several
-                as_lengths(lengths, width)
             if owner is not None and len(lengths) != len(owner):
                 raise ValueError(
                     f"prompt_lengths: {len(lengths)} given, but {len(owner)} sequences are packed into this batch "
                     "(their position_ids start anew); give one a sequence."
                 )
+            whole = self.model.training and width is not None  # otherwise this may be the first chunk of several
+            most = width if real is None or real.is_cuda else real.sum(1)
+            as_lengths(lengths, rows if owner is None else None, most if whole else None)
             return Prompt(None, real, lengths, told=True), owner
         labels = call.labels
         if not (self._is_lm and isinstance(labels, Tensor) and labels.dim() == 2):
@@ -491,14 +519,19 @@ class Forwards:
         lengths = kwargs.pop("prompt_lengths", None)
         kwargs.pop("decoder_prompt_lengths", None)  # a trainer's batch has them; here the decoder's input says it
         before, outer = _here.generations, self._generation()
-        if outer is not None and getattr(kwargs.get("generation_config"), "is_assistant", False):
-            generation = Generation(outer.prompt)  # the model proposes for itself
+        begun = None
+        if getattr(kwargs.get("generation_config"), "is_assistant", False):  # for itself, or again for another model
+            begun = outer.prompt if outer is not None else getattr(cache_in(kwargs), "_reft_prompt", None)
+        if begun is not None:
+            generation = Generation(begun)
         else:
             generation = self._start(args[0] if args else kwargs.get("inputs"), lengths, kwargs)
         _here.generations = (*before, (self, generation))
+        token = _told.set(tuple(told for told in _told.get() if told[0] is not self))  # not of guidance's forwards
         try:
             return original(*args, **kwargs)
         finally:
+            _told.reset(token)
             _here.generations = before
 
     def _start(self, inputs: Any, lengths: Any, kwargs: dict[str, Any]) -> Generation:
@@ -506,13 +539,21 @@ class Forwards:
         source = embeds if embeds is not None else inputs if inputs is not None else kwargs.get("input_ids")
         real = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
         widest = real if real is not None else source  # where a cache is continued the mask covers more than the input
-        width = widest.shape[1] if isinstance(widest, Tensor) and widest.dim() >= 2 else None
-        told = as_lengths(lengths, width) if lengths is not None else self._told()[0]
+        rows, width = widest.shape[:2] if isinstance(widest, Tensor) and widest.dim() >= 2 else (None, None)
+        told = as_lengths(
+            lengths if lengths is not None else self._told()[0], rows, real.sum(1) if real is not None else width
+        )
         prompt = Prompt(width, real, told, told=told is not None)
         past = cache_in(kwargs)
+        if past_length(past) is None and any(p.scope != "all" for row in self.edits() for _, p, _ in row):
+            raise ValueError(
+                "generate: the cache holds a recurrent state, which does not say how many tokens it has seen, so which "
+                "of those to come are edited is not known. Leave the cache out, and give the whole text."
+            )
         start = past_length(past) or 0
-        earlier = getattr(past, "_reft_prompt", None) if start else None
-        prompt.mid_sequence = start > 0 and earlier is None and told is None
+        earlier: Prompt | None = getattr(past, "_reft_prompt", None) if start else None
+        earlier = earlier if earlier is None or earlier.fits(rows or 0) else None
+        prompt.foreign = start > 0 and earlier is None and told is None
         generation = Generation(prompt, real is None, earlier, start)
         if (kwargs.get("guidance_scale") or 1) != 1:
             ids = kwargs.get("negative_prompt_ids")

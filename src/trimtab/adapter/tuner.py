@@ -25,14 +25,21 @@ from trimtab.adapter.forward import BASE, Pass
 from trimtab.adapter.hooks import hook
 from trimtab.adapter.identity import OtherBase, base_digest, differ
 from trimtab.adapter.joint import as_lora, check_lora, inject, lora_keys, loras, remove
-from trimtab.adapter.loading import as_saved, own_modules, resized_embeddings, saved_twice, take_over_loading
+from trimtab.adapter.loading import (
+    as_saved,
+    check_reloaded,
+    own_modules,
+    resized_embeddings,
+    saved_twice,
+    take_over_loading,
+)
 from trimtab.adapter.offloading import bring_back, execution_device
 from trimtab.adapter.readout import pool_of
 from trimtab.adapter.running import Forwards
 from trimtab.edits import METHODS, Edit, as_parameters, check_dtype
 from trimtab.edits.orthonormal import Rotation
 from trimtab.where.plan import Part
-from trimtab.where.positions import Positions
+from trimtab.where.positions import Positions, parse_positions
 from trimtab.where.sites import Site, find_sites, host
 
 _NO_MERGE = (
@@ -124,13 +131,18 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         """The edits of all adapters here."""
         return {name: getattr(self, f"reft_{name}") for name in get_args(Part)}
 
+    def made(self, names: list[str] | None) -> list[tuple[str, Positions, float]]:
+        """Which of these adapters' edits, or the active ones', are made here, where and at what scale."""
+        names = [] if self.disable_adapters else self.active_adapters if names is None else names
+        told = [n for n in dict.fromkeys(names) if n in self.positions and self.scaling[n] != 0]
+        return [(n, parse_positions("all") if self.loras[n] else self.positions[n], self.scaling[n]) for n in told]
+
     def edited(self, hidden: Tensor) -> Tensor:
         """Hidden states (B, T, d) with the rows of this pass edited; themselves where there are none."""
         if self.disable_adapters or not self.positions:
             return hidden
         running = self._passes.current()
-        names = self.active_adapters if running is None or running.adapter_names is None else running.adapter_names
-        names = [n for n in dict.fromkeys(names) if n in self.positions and self.scaling[n] != 0]
+        names = [name for name, _, _ in self.made(running.adapter_names if running is not None else None)]
         if names and running is None:
             raise RuntimeError(OUTSIDE.format(self.site.name))
         # Adapters that each have rows of their own edit all of them at once; others go on from one another's edits.
@@ -243,6 +255,10 @@ class ReftModel(BaseTuner):
             self.tuner_layer_cls = kinds
             self._sites = self._checked_sites(model, config, adapter_name)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        below = () if self.has_loras else tuple(_other_tuners(model))
+        for name, parameter in model.named_parameters():  # PEFT leaves in training what this adapter's file will lack
+            if name.startswith(below) and ".reft.reft_" not in name:
+                parameter.requires_grad = False
 
     def _checked_sites(self, model: nn.Module, config: Any, adapter_name: str) -> dict[str, Site]:
         """The config's sites by name; refuses what does not fit, before anything is touched."""
@@ -357,9 +373,12 @@ class ReftModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(cls, model: Any, config: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """What is saved; PEFT asks before it writes the config."""
+        """What is saved; PEFT asks before it writes the config. It finds the layers of an adapter below as well, say a
+        LoRA of the same name."""
         config.base_digest = _digest_of(model) or config.base_digest
-        return as_saved(super()._get_adapter_state_dict(model, config, *args, **kwargs))
+        found = super()._get_adapter_state_dict(model, config, *args, **kwargs)
+        below = () if config.lora is not None else tuple(_other_tuners(model))
+        return as_saved({key: t for key, t in found.items() if ".reft.reft_" in key or not key.startswith(below)})
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -374,6 +393,7 @@ class ReftModel(BaseTuner):
         Raises:
             ValueError: tensors are missing or left over; PEFT alone would load what fits and leave the rest random.
         """
+        check_reloaded(config, adapter_name)
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         edits = [
             (f"{module_name}.reft_{name}", edit, layer)
@@ -414,6 +434,12 @@ class ReftModel(BaseTuner):
         for layer in self._passes.layers:
             while layer.loaded:
                 bring_back(*layer.loaded.popitem())
+
+
+def _other_tuners(model: nn.Module) -> list[str]:
+    """Prefixes of the keys of other methods' layers."""
+    named = model.named_modules()
+    return [f"{name}." for name, m in named if isinstance(m, BaseTunerLayer) and not isinstance(m, ReftLayer)]
 
 
 def _digest_of(model: nn.Module) -> str | None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.adapter.edit import base_of, check_uncompiled
-from trimtab.adapter.forward import Pass
+from trimtab.adapter.forward import Edits, Pass
 from trimtab.adapter.identity import base_digest
 from trimtab.adapter.running import Forwards
 from trimtab.adapter.tuner import OUTSIDE, check_states
@@ -67,6 +67,7 @@ class AdapterPool:
         self.registry = Registry(layout, meant=places_in(base, layout), base=base_digest(base))
         self.forwards = Forwards.of(base)
         self.forwards.guests += 1
+        self.forwards.editors.append(self._edits)
         self._table = _Table(self, layout, entries, next(base.parameters()).device)
         self._lock = threading.Lock()
 
@@ -114,10 +115,16 @@ class AdapterPool:
             with self._lock:
                 self._table.release(need)
 
+    def _edits(self) -> Edits:
+        rows = next((rows for rows in reversed(_open.get()) if rows.pool is self), None)
+        adapters = rows.adapters if rows is not None else [None]
+        return [{(f"{a.name} {a.digest.hex()[:8]}", a.positions, 1.0)} if a is not None else set() for a in adapters]
+
     def close(self) -> None:
         """Take the pool off the model."""
         self._table.close()
         self.forwards.guests -= 1
+        self.forwards.editors.remove(self._edits)
         self.forwards.release()
 
 
@@ -137,7 +144,7 @@ class _Table(AdapterTable):
             raise RuntimeError(OUTSIDE.format(name))
         check_states(self._sites_by_name[name], hidden)
         times, rest = divmod(len(hidden), len(rows.adapters))
-        if rest or running.owner is not None:
+        if rest or (times > 1 and not running.repeats) or running.owner is not None:
             raise ValueError(
                 f"names: {len(rows.adapters)} for a batch of {len(hidden)} rows; give one a row, unpacked."
             )

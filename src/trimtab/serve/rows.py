@@ -63,7 +63,10 @@ class Row:
         """Tokens whose keys and values are there · those of them from the prefix store · the row of the cache."""
         self.stored = 0
         """Blocks that the prefix store was given or gave."""
-        self.edits = [Edited(a.adapter.digest, a.scale, a.adapter.positions) for a in request.adapters]
+        self.edits = [
+            Edited(adapter.digest, scale, adapter.positions, tuple(adapter.parts))
+            for adapter, scale in ((one.adapter, one.scale) for one in request.adapters)
+        ]
         self.sampler = Sampler(request.sampling, request.tokens, request.form)
         self.text = AnswerText(tokenizer, request.sampling.stop)
         self.keys: list[bytes] = []

@@ -62,6 +62,8 @@ class Edited(NamedTuple):
     """Of everything that changes the edit, never its name."""
     scale: float
     positions: Positions
+    parts: tuple[Part, ...] = ("edit",)
+    """`prefix` and `suffix`, which edit apart: one token may be of either, in prompts of other lengths."""
 
 
 @lru_cache(maxsize=65536)
@@ -130,12 +132,13 @@ def plan(spans: Sequence[Span], device: torch.device | str = "cpu") -> list[Grou
 
 def edits_within(
     edits: Iterable[Edited], prompt: int, start: int, length: int
-) -> Iterator[tuple[Edited, Sequence[int]]]:
-    """The edits that touch a chunk, with the offsets in it: all that its key must say beside its tokens."""
+) -> Iterator[tuple[Edited, Part, Sequence[int]]]:
+    """The edits that touch a chunk, part by part with the offsets in it: all that its key must say beside tokens."""
     for edit in edits:
-        offsets = edited(edit.positions, prompt, start, length)
-        if offsets and edit.scale:
-            yield edit, offsets
+        for part in edit.parts:
+            offsets = edited(edit.positions, prompt, start, length, part)
+            if offsets and edit.scale:
+                yield edit, part, offsets
 
 
 def block_keys(
@@ -157,8 +160,8 @@ def block_keys(
     for start in range(0, len(tokens) - block + 1, block):
         own = hashlib.sha256(key)
         own.update(struct.pack(f"<{block}q", *tokens[start : start + block]))
-        for edit, offsets in edits_within(edits, prompt, start, block):
-            own.update(struct.pack("<Id", len(edit.digest), edit.scale) + edit.digest)
+        for edit, part, offsets in edits_within(edits, prompt, start, block):
+            own.update(struct.pack("<Id6s", len(edit.digest), edit.scale, part.encode()) + edit.digest)
             own.update(struct.pack(f"<I{len(offsets)}I", len(offsets), *offsets))
         key = own.digest()
         yield key

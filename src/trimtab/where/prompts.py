@@ -31,7 +31,9 @@ class Prompt:
     guessed: bool = False
     """Nobody said where the prompt ends: the whole input is taken for it."""
     mid_sequence: bool = False
-    """Guessed, and on top of a cache, so that even without training the guess would be wrong."""
+    """Guessed, and on top of a recurrent state, so that even without training the guess would be wrong."""
+    foreign: bool = False
+    """On top of a cache of which no record says how it was filled."""
     blurred: bool = False
     """There is padding, but the mask counts the model's audio samples, not its hidden states."""
 
@@ -40,6 +42,11 @@ class Prompt:
         if self.width is None and self.lengths is None:
             self.width = columns
         return self.width is not None and start >= self.width
+
+    def fits(self, batch: int) -> bool:
+        """Whether it says something of each row of a batch: not once rows were taken out of a cache."""
+        rows = self.lengths if self.lengths is not None else self.real
+        return rows is None or batch % len(rows) == 0
 
     def lengths_of(self, batch: int, device: torch.device) -> Tensor:
         if self.lengths is not None:
@@ -70,9 +77,14 @@ def as_real(mask: Any, columns: int | None) -> Tensor | None:
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
         return None
     if mask.dim() == 4:
-        mask = _seen_by_itself(mask[:, 0] >= 0 if mask.is_floating_point() else mask[:, 0].bool(), columns)
+        mask = _seen_by_itself(_allowed(mask), columns)
     real: Tensor = mask.bool()
     return real[:, :columns]
+
+
+def _allowed(mask: Tensor) -> Tensor:
+    """From a 4-d mask, which query sees which key (B, T, C)."""
+    return mask[:, 0] >= 0 if mask.is_floating_point() else mask[:, 0].bool()
 
 
 def _seen_by_itself(allowed: Tensor, columns: int | None) -> Tensor:
@@ -80,6 +92,41 @@ def _seen_by_itself(allowed: Tensor, columns: int | None) -> Tensor:
     columns = min(allowed.shape[2], columns or allowed.shape[2])
     own = allowed[:, :, :columns].diagonal(columns - allowed.shape[1], 1, 2)
     return torch.cat([allowed[:, -1, : columns - allowed.shape[1]], own], 1)
+
+
+def positions_in(arguments: Mapping[str, Any]) -> Tensor | None:
+    """Positions (B, T) of the tokens in their sequences, from a forward's arguments; None where they do not say."""
+    given, starts, ids = (arguments.get(name) for name in ("position_ids", "cu_seq_lens_q", "input_ids"))
+    if given is None and isinstance(starts, Tensor) and isinstance(ids, Tensor):
+        columns = torch.arange(ids.shape[1], device=starts.device)
+        return (columns - starts[torch.searchsorted(starts, columns, right=True) - 1]).unsqueeze(0)
+    if isinstance(given, Tensor) and given.dim() == 3 and len(given) == 4:  # of text, time, height and width
+        given = given[0]
+    return given if isinstance(given, Tensor) and given.dim() == 2 else None
+
+
+def packed_otherwise(mask: Any, position_ids: Tensor | None) -> str | None:
+    """What to do where a mask and positions do not agree on the sequences that are packed into a row."""
+    if not isinstance(mask, Tensor):
+        return None
+    if mask.dim() == 2 and position_ids is not None:
+        real = mask[:, : position_ids.shape[1]].bool()
+        if bool(((position_ids.diff(dim=1) <= 0) & real[:, 1:] & real[:, :-1]).any()):
+            return (
+                "position_ids start anew within a row, as for packed sequences, but attention_mask says that the row "
+                "is one. Leave attention_mask out for packed rows, or position_ids for others."
+            )
+    if mask.dim() == 4 and mask.shape[2] == mask.shape[3]:
+        allowed, real = _allowed(mask), _seen_by_itself(_allowed(mask), None)
+        starts = real & ~allowed.tril(-1).any(2) & (real.cumsum(1) > 1)
+        if position_ids is not None:
+            starts = starts & (torch.nn.functional.pad(position_ids.diff(dim=1), (1, 0)) == 1)
+        if bool(starts.any()):
+            return (
+                "attention_mask keeps several sequences in a row apart, but position_ids do not start anew with each, "
+                "so each one's prompt is not known. Pass position_ids that do."
+            )
+    return None
 
 
 def find_packed(position_ids: Any) -> tuple[Tensor, Tensor] | None:
@@ -101,21 +148,29 @@ def find_packed(position_ids: Any) -> tuple[Tensor, Tensor] | None:
     return owner, one_hot[owner, sequence]
 
 
-def as_lengths(lengths: Any, width: int | None = None) -> Tensor | None:
-    """`prompt_lengths` as a tensor (B,).
+def as_lengths(lengths: Any, rows: int | None = None, most: int | Tensor | None = None) -> Tensor | None:
+    """`prompt_lengths` as a tensor (B,) of int64, since the arithmetic of smaller integers wraps around.
+
+    Args:
+        rows: how many there must be.
+        most: the tokens that were given, or (B,) the real ones of each row.
 
     Raises:
-        ValueError: they are not one whole, non-negative number a row.
+        ValueError: they are not one whole, non-negative number a row, or count more tokens than were given.
     """
     if lengths is None:
         return None
     counts: Tensor = torch.as_tensor(lengths)
     if counts.dim() != 1 or counts.is_floating_point() or counts.dtype == torch.bool:
         raise ValueError(f"prompt_lengths={counts}: must be one whole number a row, the real tokens of its prompt.")
+    counts = counts.long()
+    if rows is not None and len(counts) != rows:
+        raise ValueError(f"prompt_lengths: {len(counts)} given for a batch of {rows} rows; give one a row.")
     if not counts.is_cuda and bool((counts < 0).any()):
         raise ValueError(f"prompt_lengths={counts.tolist()}: must not be negative.")
-    if not counts.is_cuda and width is not None and bool((counts > width).any()):
-        raise ValueError(f"prompt_lengths={counts.tolist()}: only {width} tokens were given.")
+    if not counts.is_cuda and most is not None and bool((counts > torch.as_tensor(most).cpu()).any()):
+        given = f"{most.tolist()} real tokens a row" if isinstance(most, Tensor) else f"{most} tokens"
+        raise ValueError(f"prompt_lengths={counts.tolist()}: only {given} were given; padding is not counted.")
     return counts
 
 
@@ -146,7 +201,7 @@ def prompt_lengths_of(batch: Mapping[str, Any]) -> dict[str, Tensor]:
         return {}
     if batch.get("decoder_input_ids") is not None:  # a start token and then the labels
         return {"decoder_prompt_lengths": first_supervised(labels, None) + 1}
-    packed = find_packed(batch.get("position_ids")) if mask is None else None
+    packed = find_packed(positions_in(batch)) if mask is None else None
     if packed is not None:
         return {"prompt_lengths": first_supervised(labels[packed[0]], packed[1])}
     return {"prompt_lengths": first_supervised(labels, as_real(mask, labels.shape[1]))}

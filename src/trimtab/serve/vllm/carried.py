@@ -51,8 +51,14 @@ def read(extra_args: Mapping[str, Any] | None) -> Carried | None:
     if held is None:
         return None
     edits: Sequence[Mapping[str, Any]] = held["edits"]
+    entries = tuple(tuple((entry, cast(Part, part)) for entry, part in e["entries"]) for e in edits)
     return Carried(
         held["prompt"],
-        tuple(Edited(bytes.fromhex(e["digest"]), e["scale"], parse_positions(e["positions"])) for e in edits),
-        tuple(tuple((entry, cast(Part, part)) for entry, part in e["entries"]) for e in edits),
+        tuple(
+            Edited(
+                bytes.fromhex(e["digest"]), e["scale"], parse_positions(e["positions"]), tuple(part for _, part in own)
+            )
+            for e, own in zip(edits, entries, strict=True)
+        ),
+        entries,
     )

@@ -25,7 +25,7 @@ def extra_keys(request: Any, start: int, end: int) -> tuple[tuple[str, tuple[Any
     if carried is None:
         return ()
     within = edits_within(carried.edits, carried.prompt, start, end - start)
-    return tuple((NAME, (edit.digest, edit.scale, *offsets)) for edit, offsets in within)
+    return tuple((NAME, (edit.digest, edit.scale, part, *offsets)) for edit, part, offsets in within)
 
 
 def _keyed(original: Callable[..., Any]) -> Callable[..., Any]:
