@@ -625,6 +625,13 @@ def test_adapter_names_are_checked() -> None:
         model(**padded(rows), adapter_names=["a", "b"])
     with pytest.raises(ValueError, match="3 names for a batch of 6"):  # not one after another, nor each twice
         model(**padded(rows + rows), adapter_names=NAMES)
+    with pytest.raises(ValueError, match="3 names for a batch of 6"):  # which only beams of three rows would be
+        model.generate(**padded(rows + rows), adapter_names=NAMES, max_new_tokens=1)
+    for wrong in ("a", []):
+        with pytest.raises(ValueError, match="must be a list of names"):
+            model.generate(**padded(rows), adapter_names=wrong, max_new_tokens=1)
+    with pytest.raises(ValueError, match=r"no adapter \[None, 'c'\]"):
+        model(**padded(rows), adapter_names=["a", None, "c"])
     assert torch.equal(forward_alone(model, rows[0], "a"), forward_alone(adapted(), rows[0], "a"))
 
 

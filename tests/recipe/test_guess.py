@@ -187,6 +187,7 @@ def test_a_first_line_that_is_a_row_is_no_header(
     ("rows", "generates", "said"),
     [
         (of(a=lambda i: i, b="x"), True, "no columns look like a prompt and an answer, or a text and a label"),
+        (of(text=sentence, label="x"), True, r"the fields are text, label \(label with one value in all rows"),
         (
             of(excerpt=sentence, ease=lambda i: f"{i / 7:.3f}"),
             False,

@@ -616,6 +616,7 @@ def test_an_ablation_changes_one_thing_at_a_time(models: Path, tmp_path: Path) -
     ("compare", "message"),
     [
         ({"methods": ["loreft", "lroa"]}, "'lroa' is no method"),
+        ({"methods": ["loreft", "lorra"]}, "; did you mean lora or"),
         ({"methods": ["loreft", {"x": {"peft_type": "NOPE"}}]}, "peft_type 'NOPE' is none of"),
         ({"methods": ["loreft", {"x": {"peft_type": "LORA", "rank": 3}}]}, "rank"),
         ({"methods": ["loreft", {"x": {"r": -1}}]}, "r=-1"),

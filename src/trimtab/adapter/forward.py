@@ -139,9 +139,7 @@ class Pass:
             return None
         times, rest = divmod(batch, len(self.adapter_names))
         if rest or (times > 1 and not self.repeats):
-            raise ValueError(
-                f"adapter_names: {len(self.adapter_names)} names for a batch of {batch} rows; give one a row."
-            )
+            raise ValueError(MISCOUNTED.format(len(self.adapter_names), batch))
         return [i for i in range(batch) if self.adapter_names[i // times] == adapter]
 
     def _real(self, batch: int, columns: int, device: torch.device) -> Tensor | None:
@@ -262,6 +260,7 @@ PAGED = (
     "continuous batching (generate_batch) does not say where the prompts of its requests end, so the tokens to edit "
     "are not known. Use generate on a padded batch, with adapter_names for a mixed one, or trimtab serve."
 )
+MISCOUNTED = "adapter_names: {} names for a batch of {} rows; give one a row."
 _EMPTY = (
     "positions={0!r}: {1} of the {2} prompts of this batch are empty (their labels supervise the first token), so "
     "nothing is edited there. Packing that cuts sequences anywhere (TRL's packing_strategy='wrapped') does that: use "

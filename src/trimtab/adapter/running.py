@@ -24,7 +24,7 @@ from peft.utils import TaskType
 from torch import Tensor, nn
 
 from trimtab.adapter.cache import cache_in, cache_of, is_paged, past_length
-from trimtab.adapter.forward import PAGED, WATCHED, Edits, Pass
+from trimtab.adapter.forward import MISCOUNTED, PAGED, WATCHED, Edits, Pass
 from trimtab.adapter.sharding import keep_in_float32, refuse_zero_3
 from trimtab.edits.orthonormal import restore
 from trimtab.where.prompts import (
@@ -540,6 +540,9 @@ class Forwards:
         real = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
         widest = real if real is not None else source  # where a cache is continued the mask covers more than the input
         rows, width = widest.shape[:2] if isinstance(widest, Tensor) and widest.dim() >= 2 else (None, None)
+        names = self.adapter_names() if self._generation() is None else None
+        if names is not None and rows is not None and len(names) != rows:  # forwards allow for beams and take multiples
+            raise ValueError(MISCOUNTED.format(len(names), rows))
         told = as_lengths(
             lengths if lengths is not None else self._told()[0], rows, real.sum(1) if real is not None else width
         )

@@ -318,7 +318,9 @@ class ReftModel(BaseTuner):
             with self._passes.named(None):
                 yield
             return
-        unknown = sorted(set(names) - {BASE, *self.peft_config})
+        if isinstance(names, str) or not len(names):
+            raise ValueError(f"adapter_names={names!r}: must be a list of names, one a row.")
+        unknown = sorted(set(names) - {BASE, *self.peft_config}, key=str)
         if unknown:
             raise ValueError(f"adapter_names: no adapter {unknown}; there are {sorted(self.peft_config)} and {BASE!r}.")
 

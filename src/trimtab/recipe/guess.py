@@ -91,9 +91,11 @@ def guess(path: str, generates: bool, columns: Sequence[str] | None = None) -> G
     if found is None or (found.type == "generation" and not generates):
         kind = "a prompt and an answer, or a text and a label" if generates else "a text and a label"
         model = "" if generates else "the model writes no text, and "
+        same = [str(name) for name, value in rows[0].items() if all(row.get(name) == value for row in rows)]
+        told = f" ({', '.join(same)} with one value in all rows, which tells nothing)" if same else ""
         raise DataError(
-            f"{path}: {model}no columns look like {kind}; the fields are {', '.join(map(str, rows[0]))}. Call them "
-            "text and label, or write the task by hand: trimtab init --example classification, say, shows one"
+            f"{path}: {model}no columns look like {kind}; the fields are {', '.join(map(str, rows[0]))}{told}. "
+            "Call them text and label, or write the task by hand: trimtab init --example classification, say, shows one"
         )
     for name in _fields_of(found):
         if found.type == "generation" and set(name) & set("{}!:"):

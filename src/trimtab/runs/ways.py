@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
 from typing import Annotated, Any
 
 import torch
@@ -328,7 +329,11 @@ def as_way(entry: str | Mapping[str, Mapping[str, Any]], adapter: AdapterSpec) -
     """
     if isinstance(entry, str):
         if entry not in WAYS:
-            raise ValueError(f"{entry!r} is no method; there are {', '.join(WAYS)}, and {{name: {{peft_type: …}}}}")
+            near = get_close_matches(entry, WAYS)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise ValueError(
+                f"{entry!r} is no method; there are {', '.join(WAYS)}, and {{name: {{peft_type: …}}}}{hint}"
+            )
         name, settings = entry, dict(WAYS[entry])
     elif len(entry) == 1:
         name, settings = next((n, dict(s)) for n, s in entry.items())
