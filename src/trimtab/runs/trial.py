@@ -474,7 +474,7 @@ class Fit:
         self._no_reuse = None if isinstance(found, Reuse) else found
         collate = NumberedCollator(tokenizer)
         # What is kept for reuse belongs to an example of its own row.
-        collate.packed = trial.experiment.task.generates and self._reuse is None and packs(spec, model, way)
+        collate.packed = trial.experiment.task.generates and self._reuse is None and _packs(spec, model, way)
         arguments = training_arguments(spec, checkpoints or folder, trial.seed, len(encoded))
         if checkpoints is None:
             arguments.save_strategy = "no"
@@ -560,8 +560,7 @@ def _is_of_writing(error: Exception, folder: Path) -> bool:
     return not folder.parent.exists() or shutil.disk_usage(folder.parent).free < ROOM
 
 
-def packs(spec: TrainingSpec, model: Any, way: Way) -> bool:
-    """Whether batches are packed into a row."""
+def _packs(spec: TrainingSpec, model: Any, way: Way) -> bool:
     if not way.takes_prompts:
         return False
     if spec.packing != "auto":
