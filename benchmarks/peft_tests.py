@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -85,8 +85,7 @@ def download(folder: Path) -> Path:
     """PEFT's source distribution, unpacked."""
     options = ["--no-deps", "--no-binary", ":all:", "--quiet", "--dest", str(folder)]
     subprocess.run([sys.executable, "-m", "pip", "download", f"peft=={peft.__version__}", *options], check=True)
-    with tarfile.open(next(folder.glob("peft-*.tar.gz"))) as archive:
-        archive.extractall(folder, filter="data")
+    shutil.unpack_archive(next(folder.glob("peft-*.tar.gz")), folder)
     return folder / f"peft-{peft.__version__}"
 
 
