@@ -169,7 +169,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         if not edits:
             return hidden
         states, index = hidden.reshape(-1, hidden.shape[-1]), _joined(places)
-        before = states.index_select(0, index).split([len(place) for place in places])
+        sizes = [place.shape[0] for place in places]  # len() would be a constant of a graph
+        before = states.index_select(0, index).split(sizes)
         changes = [edit(own) * scale for (edit, scale), own in zip(edits, before, strict=True)]
         change = torch.where(_joined(kept), _joined(changes), 0).to(states.dtype)
         return states.index_add(0, index, change).view_as(hidden)
