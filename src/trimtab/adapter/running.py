@@ -490,9 +490,10 @@ class Forwards:
                     f"prompt_lengths: {len(lengths)} given, but {len(owner)} sequences are packed into this batch "
                     "(their position_ids start anew); give one a sequence."
                 )
-            whole = self.model.training and width is not None  # otherwise this may be the first chunk of several
-            most = width if real is None or real.is_cuda else real.sum(1)
-            as_lengths(lengths, rows if owner is None else None, most if whole else None)
+            most: int | Tensor | None = None
+            if self.model.training and width is not None:  # otherwise this may be the first chunk of several
+                most = width if real is None or real.is_cuda else real.sum(1)
+            as_lengths(lengths, rows if owner is None else None, most)
             return Prompt(None, real, lengths, told=True), owner
         labels = call.labels
         if not (self._is_lm and isinstance(labels, Tensor) and labels.dim() == 2):

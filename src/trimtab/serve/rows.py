@@ -64,8 +64,8 @@ class Row:
         self.stored = 0
         """Blocks that the prefix store was given or gave."""
         self.edits = [
-            Edited(adapter.digest, scale, adapter.positions, tuple(adapter.parts))
-            for adapter, scale in ((one.adapter, one.scale) for one in request.adapters)
+            Edited(one.adapter.digest, one.scale, one.adapter.positions, tuple(one.adapter.parts))
+            for one in request.adapters
         ]
         self.sampler = Sampler(request.sampling, request.tokens, request.form)
         self.text = AnswerText(tokenizer, request.sampling.stop)

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from trimtab.errors import DataError
-from trimtab.runs.together import run_trials
+from trimtab.runs.together import joins, run_trials
 from trimtab.runs.trial import Experiment, Outcome, Trial, fingerprints, outcome_of
 from trimtab.runs.ways import Way, applicable, as_way
 from trimtab.study.progress import Counted, Standing
@@ -233,11 +233,14 @@ class Study:
         return self.groups
 
     def _jobs(self, group: Group, trials: list[Trial], jobs: int) -> list[list[Trial]]:
-        """What one process runs at a time: the first seed's trials each by itself, to be timed, the others together."""
-        first = [[trial] for trial in trials if trial.seed == group.first_seed]
-        rest = [trial for trial in trials if trial.seed != group.first_seed]
+        """What one process runs at a time: trials of one batch together, all others each by itself, as the first seed's
+        are, to be timed."""
+        alone: list[Trial] = []
+        rest: list[Trial] = []
+        for trial in trials:
+            (rest if trial.seed != group.first_seed and joins(trial) else alone).append(trial)
         size = min(group.experiment.training.together, -(-len(rest) // jobs)) or 1
-        return [*first, *(rest[at : at + size] for at in range(0, len(rest), size))]
+        return [*([trial] for trial in alone), *(rest[at : at + size] for at in range(0, len(rest), size))]
 
     def plan(self) -> Plan:
         """What `run` would do; nothing is run."""
