@@ -240,6 +240,15 @@ def test_a_comparison_times_the_first_seed_alone(
             assert tried[rate].predictions == expected[rate].predictions
 
 
+def test_only_trials_of_one_batch_go_to_a_process_together(folder: Path, tmp_path: Path) -> None:
+    whole = experiment(folder)
+    settings = CompareSpec(methods=["loreft", "lora"], learning_rates=[1e-2], seeds=4)
+    ways = {"words": [as_way(name, whole.adapter) for name in ("loreft", "lora")]}
+    study = Study({"words": whole}, ways, settings, tmp_path)
+    jobs = [study._jobs(group, study.wanted(group, 4), 1) for group in study.groups]
+    assert [list(map(len, one)) for one in jobs] == [[1, 3], [1, 1, 1, 1]]
+
+
 def test_a_search_finds_the_same(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     space = TuneSpec(r=[1, 2], positions=["l1", "l2", "l3"], layers=["all"])
     seen = alone(monkeypatch)
