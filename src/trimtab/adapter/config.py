@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import wraps
 from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast, get_args
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftConfig, PeftType
 
 from trimtab.adapter.card import complete_card
@@ -54,7 +51,7 @@ class OwnFiles(PeftConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """The config in an adapter's folder, here or on the Hub.
+        """The config in an adapter's folder, whose weights are looked at first if they are here.
 
         Raises:
             AdapterError: the weights beside it are no file, or a pickle of more than tensors. PEFT, which opens them
@@ -62,12 +59,10 @@ class OwnFiles(PeftConfig):
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         folder = Path(pretrained_model_name_or_path, subfolder or "")
-        options = cls._split_kwargs(kwargs)[0]
-        path = weights_in(folder) if folder.exists() else _fetched(pretrained_model_name_or_path, subfolder, options)
-        if path is not None:
-            check_kind(path)
-            if path.name == PICKLE:
-                read_tensors(path)
+        path = weights_in(folder)
+        check_kind(path)
+        if path.name == PICKLE:
+            read_tensors(path)
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -84,14 +79,6 @@ class OwnFiles(PeftConfig):
             warnings.warn(f"{weights}: of an earlier save, and read before {PICKLE}. Remove one of them.", stacklevel=3)
         super().save_pretrained(save_directory, **kwargs)
         complete_card(folder)
-
-
-def _fetched(repository: str, subfolder: str | None, options: dict[str, Any]) -> Path | None:
-    """The weights that PEFT will fetch from the Hub, if there are any."""
-    for name in (WEIGHTS, PICKLE):
-        with suppress(EntryNotFoundError):
-            return Path(hf_hub_download(repository, name, subfolder=subfolder, **options))
-    return None
 
 
 @dataclass
