@@ -5,8 +5,8 @@
 PEFT's source distribution of the installed version is downloaded with pip, its lists of configurations are replaced in
 memory, and the hub models that it names are made here, tiny and random, in folders of those names.
 
-PEFT 0.21.2 on 2026-11-27: 242 pass, none fails but 62 by design (merging 19, dtypes 21, pickles 22), 93 are skipped by
-PEFT itself; one of those by design passes, dtypes of T5.
+PEFT 0.21.2 on 2026-11-27: 264 pass, none fails but 40 by design (merging 19, dtypes 21), 93 are skipped by PEFT itself;
+one of those by design passes, dtypes of T5. Merging apart, that is 265 of 286, 93 in 100.
 """
 
 from __future__ import annotations
@@ -64,9 +64,8 @@ TASKS = {
 
 BY_DESIGN = {
     "test_merge": "an edit of a block's output is no change of a weight",
-    "test_add_adapter_no_autocast_adapter_dtype": "edits stay in float32, in which alone R is orthonormal",
-    "test_save_pretrained_pickle": "pickles are not opened",
-    "test_save_pretrained_selected_adapters_pickle": "pickles are not opened",
+    "test_add_adapter_no_autocast_adapter_dtype": "edits stay in float32, in which alone R is orthonormal; PEFT's own "
+    "test skips ShadowPEFT, its method of whole blocks, whose weights do not follow the base's dtype either",
 }
 """Tests of what trimtab refuses, by the start of their names."""
 

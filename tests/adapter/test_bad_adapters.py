@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trimtab import METHODS, ReftConfig
-from trimtab.adapter.config import WEIGHTS
 from trimtab.adapter.folder import inspect_adapter
+from trimtab.adapter.weights import PICKLE, WEIGHTS
 from trimtab.errors import AdapterError
 
 EDIT = "base_model.model.model.layers.1.reft.reft_edit"
@@ -58,11 +59,38 @@ def reconfigured(**fields: Any) -> Callable[[Path], None]:
     return damage
 
 
-def bytes_instead(make: Callable[[bytes], bytes], name: str = WEIGHTS) -> Callable[[Path], None]:
+def bytes_instead(make: Callable[[bytes], bytes], name: str = WEIGHTS, before: str = WEIGHTS) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
-        (folder / name).write_bytes(make((folder / WEIGHTS).read_bytes()))
-        if name != WEIGHTS:
-            (folder / WEIGHTS).unlink()
+        data = (folder / before).read_bytes()
+        (folder / before).unlink()
+        (folder / name).write_bytes(make(data))
+
+    return damage
+
+
+def pickled(change: Callable[[dict[str, Any]], Any] = lambda t: None, new: bool = True) -> Callable[[Path], None]:
+    """The tensors as PEFT pickles them, changed, or what the change gives instead."""
+
+    def damage(folder: Path) -> None:
+        tensors: dict[str, Any] = load_file(folder / WEIGHTS)
+        (folder / WEIGHTS).unlink()
+        torch.save(change(tensors) or tensors, folder / PICKLE, _use_new_zipfile_serialization=new)
+
+    return damage
+
+
+def compressed(folder: Path) -> None:
+    with zipfile.ZipFile(folder / PICKLE) as file:
+        members = {name: file.read(name) for name in file.namelist()}
+    with zipfile.ZipFile(folder / PICKLE, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, data in members.items():
+            file.writestr(name, data)
+
+
+def then(*damages: Callable[[Path], None]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        for one in damages:
+            one(folder)
 
     return damage
 
@@ -95,7 +123,8 @@ class Trap:
 
 NAN = torch.full((2, WIDTH), torch.nan)
 TOGETHER = "do not belong together. Copy both from one save"
-PICKLE = "a pickle.* which can run code when opened; it was not opened. Ask for safetensors"
+RENAMED = "a pickle.* which can run code when opened; it was not opened. Ask for safetensors"
+NO_TENSORS = f"{PICKLE}: not a pickle of tensors alone, or not whole.* No code in it was run"
 
 # What is wrong, what `inspect_adapter` says, and what PEFT's loader says (None: another method's, so out of our reach).
 DAMAGES: dict[str, tuple[Callable[[Path], None], str, str | None]] = {
@@ -177,12 +206,19 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str, str | None]] = {
         "lora_A.weight is no part of this ReFT adapter.* Copy both",
         "Without a place here: .*lora_A",
     ),
-    "pickle_as_safetensors": (bytes_instead(lambda b: pickle.dumps(Trap())), PICKLE, "header"),
-    "pickle": (
-        bytes_instead(lambda b: pickle.dumps(Trap()), "adapter_model.bin"),
-        f"adapter_model.bin: {PICKLE}",
-        f"adapter_model.bin: {PICKLE}",
+    "pickle_as_safetensors": (bytes_instead(lambda b: pickle.dumps(Trap())), RENAMED, "header"),
+    "pickle": (bytes_instead(lambda b: pickle.dumps(Trap()), PICKLE), NO_TENSORS, NO_TENSORS),
+    "pickle_of_code": (pickled(lambda t: t.update(more=Trap())), NO_TENSORS, NO_TENSORS),
+    "pickle_of_old": (pickled(lambda t: t.update(more=Trap()), new=False), NO_TENSORS, NO_TENSORS),
+    "pickle_cut": (then(pickled(), bytes_instead(lambda b: b[:-900], PICKLE, PICKLE)), NO_TENSORS, NO_TENSORS),
+    "pickle_bomb": (then(pickled(setting(f"{EDIT}.weight", torch.zeros(10**7))), compressed), NO_TENSORS, NO_TENSORS),
+    "pickle_pointer": (
+        bytes_instead(lambda b: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", PICKLE),
+        f"{PICKLE}: a Git LFS pointer, not the weights; run `git lfs pull`",
+        f"{PICKLE}: a Git LFS pointer, not the weights; run `git lfs pull`",
     ),
+    "pickle_pipe": (then(pickled(), piped(PICKLE)), f"{PICKLE}: a pipe, folder", f"{PICKLE}: a pipe, folder"),
+    "pickle_of_a_list": (pickled(list), "it holds a list", "it holds a list"),
     "no_weights": (lambda folder: (folder / WEIGHTS).unlink(), f"{WEIGHTS}: missing; .* Copy the file", ""),
     "no_edit": (rewritten(dropping("reft")), "holds no edit .* Save the adapter again", "Missing: "),
     "empty_folder": (emptied, "no adapter_config.json there; give the folder", "adapter_config.json"),
@@ -218,6 +254,23 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str, str | None]] = {
         "Without a place here: .*stray",
     ),
 }
+NOT_WHOLE: dict[str, Any] = {
+    "word": "a word",
+    "number": 3,
+    "table": {"a": torch.zeros(2)},
+    "expanded": torch.zeros(1).expand(10**6, 10**6),
+    "sparse": torch.eye(2).to_sparse(),
+    "without_numbers": torch.zeros(2, device="meta"),
+    "quantized": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.quint8),
+}
+DAMAGES |= {
+    f"pickle_of_{name}": (
+        pickled(setting(f"{EDIT}.weight", value)),
+        rf"{PICKLE}: .*reft_edit\.weight is a \w+ that safetensors could not hold",
+        rf"{PICKLE}: .*reft_edit\.weight is a \w+ that safetensors could not hold",
+    )
+    for name, value in NOT_WHOLE.items()
+}
 ODD_TYPES = ("int8", "uint8", "int64", "bool", "complex64", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu")
 DAMAGES |= {
     f"{part}_{name}": (
@@ -231,6 +284,9 @@ DAMAGES |= {
     for name in ODD_TYPES
     if hasattr(torch, name)  # torch 2.6 has not all of them
 }
+AS_PICKLE = ("nan", "wide", "scalar", "missing", "left_over", "not_orthonormal", "rank", "method", "untied", "layers")
+AS_PICKLE += ("no_such_method", "lora_weights", "no_edit", "stray", "weight_int8", "rotation_complex64")
+DAMAGES |= {f"{name}_pickled": (then(DAMAGES[name][0], pickled()), *DAMAGES[name][1:]) for name in AS_PICKLE}
 
 
 @pytest.mark.parametrize("name", DAMAGES)

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from trimtab import ReftConfig, set_scale
 from trimtab.adapter.compose import compose
-from trimtab.adapter.config import WEIGHTS
 from trimtab.adapter.explain import explain
 from trimtab.adapter.folder import inspect_adapter
+from trimtab.adapter.weights import WEIGHTS
 from trimtab.errors import AdapterError
 
 LORA = {"r": 2, "target_modules": ["q_proj", "down_proj"]}

@@ -16,8 +16,8 @@ from test_batches import NEW, TOLERANCE, padded, prompts, search
 from test_config import leaves_no_trace
 from torch import Tensor, nn
 
-from trimtab.adapter.config import WEIGHTS
 from trimtab.adapter.lora_at import LoraAtConfig
+from trimtab.adapter.weights import WEIGHTS
 from trimtab.where.plan import edited
 from trimtab.where.positions import parse_positions
 

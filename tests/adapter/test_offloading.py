@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from trimtab import ReftConfig
-from trimtab.adapter.config import WEIGHTS
+from trimtab.adapter.weights import WEIGHTS
 
 PLACES = {
     "model.embed_tokens": "cpu",

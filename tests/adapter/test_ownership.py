@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trimtab import ReftConfig
-from trimtab.adapter.config import WEIGHTS
 from trimtab.adapter.folder import inspect_adapter
+from trimtab.adapter.weights import WEIGHTS
 from trimtab.serve.pool import AdapterPool
 
 PREFIXES = ("base_model.model.", "", "base_model.model.base_model.model.", "base_model.")

@@ -223,13 +223,17 @@ def test_a_loss_without_labels_is_refused(name: str, tmp_path: Path, tokenizer: 
         build(TABLE[name], tmp_path, tokenizer, silent=True).train()
 
 
-@pytest.mark.parametrize("name", ["grpo", "rloo"])
+@pytest.mark.parametrize("name", ["grpo", "rloo", "online dpo"])
 def test_sampling_through_vllm_is_refused(
     name: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before anything is sampled from weights without the edits. A stand-in takes the place of vLLM's server."""
-    monkeypatch.setattr("trl.generation.vllm_generation.is_vllm_available", lambda: True)
-    monkeypatch.setattr("trl.generation.vllm_generation.VLLMClient", MagicMock())
+    online = "trl.experimental.online_dpo.online_dpo_trainer"
+    for module in ("trl.generation.vllm_generation", online):
+        monkeypatch.setattr(f"{module}.is_vllm_available", lambda: True)
+        monkeypatch.setattr(f"{module}.VLLMClient", MagicMock())
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda *_: torch.device("cpu"))
+    monkeypatch.setattr(f"{online}.SamplingParams", MagicMock(), raising=False)  # not there without vLLM
     served = {"use_vllm": True, "vllm_mode": "server", "vllm_importance_sampling_correction": False}
     known = classes(TABLE[name].trainer)[1].__dataclass_fields__
     args = {**TABLE[name].args, **{key: value for key, value in served.items() if key in known}}

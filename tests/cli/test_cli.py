@@ -194,7 +194,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "pickle": (lambda f: torch.save({}, f / "adapter_model.safetensors"), "a pickle"),
     "bin": (
         lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"),
-        "can run code",
+        "not a pickle of tensors alone",
     ),
     "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), "missing"),
     "no config": (lambda f: (f / "adapter_config.json").unlink(), "no adapter"),

@@ -14,8 +14,10 @@ from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
 from trimtab import ReftConfig
-from trimtab.adapter.folder import CONFIG, WEIGHTS, AdapterError
+from trimtab.adapter.folder import CONFIG
+from trimtab.adapter.weights import PICKLE, WEIGHTS
 from trimtab.edits import METHODS, RED, Edit
+from trimtab.errors import AdapterError
 from trimtab.serve.registry import NameTaken, Registry, UnknownAdapter
 from trimtab.serve.table import Layout
 from trimtab.where.sites import find_sites
@@ -124,11 +126,15 @@ def test_nothing_is_loaded_from_outside(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "a", folder / "half")
     (folder / "half" / WEIGHTS).unlink()
     (folder / "half" / WEIGHTS).symlink_to(tmp_path / "out" / WEIGHTS)
+    shutil.copytree(folder / "a", folder / "pickle")
+    torch.save(load_file(folder / "pickle" / WEIGHTS), tmp_path / "out" / PICKLE)
+    (folder / "pickle" / WEIGHTS).unlink()
+    (folder / "pickle" / PICKLE).symlink_to(tmp_path / "out" / PICKLE)
     registry = Registry(LAYOUT, folder)
-    for path in ("../out", str(tmp_path / "out"), "link", "half", "nowhere", "a\0b", "/", ".." * 40):
+    for path in ("../out", str(tmp_path / "out"), "link", "half", "pickle", "nowhere", "a\0b", "/", ".." * 40):
         with pytest.raises(AdapterError, match="below the server's folder"):
             registry.load("x", path)
-    for name in ("link", "half"):
+    for name in ("link", "half", "pickle"):
         with pytest.raises(AdapterError):
             registry.get(name)
     with pytest.raises(AdapterError, match="without a folder"):
@@ -137,10 +143,18 @@ def test_nothing_is_loaded_from_outside(folder: Path, tmp_path: Path) -> None:
     assert registry.load("y", folder / "a").digest == registry.load("z", "a").digest
 
 
+def test_a_pickle_of_the_same_tensors_is_the_same_adapter(folder: Path) -> None:
+    registry = Registry(LAYOUT, folder)
+    before = registry.get("a")
+    torch.save(load_file(folder / "a" / WEIGHTS), folder / "a" / PICKLE)
+    (folder / "a" / WEIGHTS).unlink()
+    assert registry.load("a", "a", replace=True).digest == before.digest
+
+
 BAD: dict[str, tuple[Any, str]] = {
     "no config": (lambda f: (f / CONFIG).unlink(), "adapter_config.json"),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), "missing"),
-    "a pickle": (lambda f: (f / WEIGHTS).rename(f / "adapter_model.bin"), "pickle"),
+    "a pickle": (lambda f: (f / WEIGHTS).rename(f / PICKLE), "not a pickle of tensors alone"),
     "cut off": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-40]), "not a whole safetensors"),
     "another method": (lambda f: change(f / CONFIG, peft_type="LORA"), "method LORA"),
     "modules_to_save": (lambda f: change(f / CONFIG, modules_to_save=["lm_head"]), "modules_to_save"),

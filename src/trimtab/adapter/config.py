@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from dataclasses import dataclass, field, fields, replace
 from functools import wraps
 from os import PathLike
@@ -14,12 +15,10 @@ from peft import PeftConfig, PeftType
 from trimtab.adapter.card import complete_card
 from trimtab.adapter.joint import as_lora
 from trimtab.adapter.readout import POOLS
+from trimtab.adapter.weights import PICKLE, WEIGHTS, check_kind, read_tensors, weights_in
 from trimtab.edits import ACTIVATIONS, METHODS
 from trimtab.where.plan import Part
 from trimtab.where.positions import Positions, Turns, parse_positions
-
-WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
-NO_PICKLES = "a pickle, which can run code when opened; it was not opened. Ask for safetensors."
 
 REQUIRES = "import trimtab, before PEFT opens this file"
 
@@ -48,25 +47,38 @@ REFT = extend_peft_types("REFT")
 
 
 class OwnFiles(PeftConfig):
-    """A config whose folder is opened without pickles, and says on its card what is needed to open it."""
+    """A config whose folder is checked before PEFT opens it, and says on its card what is needed to open it."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """The config in an adapter's folder.
+        """The config in an adapter's folder, whose weights are looked at first if they are here.
 
         Raises:
-            ValueError: the folder's weights are a pickle, or no file at all, which PEFT would open next.
+            AdapterError: the weights beside it are no file, or a pickle of more than tensors. PEFT, which opens them
+                next, would say less, with the edits on the model already.
         """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         folder = Path(pretrained_model_name_or_path, subfolder or "")
-        check_kind(folder / WEIGHTS)
-        if (folder / PICKLE).exists() and not (folder / WEIGHTS).exists():
-            raise ValueError(f"{folder / PICKLE}: {NO_PICKLES}")
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        path = weights_in(folder)
+        check_kind(path)
+        if path.name == PICKLE:
+            read_tensors(path)
+        return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json`, and into the model card beside it what is needed to open the adapter."""
+        """Write `adapter_config.json`, and into the model card beside it what is needed to open the adapter.
+
+        Raises:
+            AdapterError: PEFT has just written a pickle without the whole tensors, as from one process of several.
+        """
+        folder = Path(save_directory)
+        weights, pickle = folder / WEIGHTS, folder / PICKLE
+        if weights_in(folder) == pickle:
+            read_tensors(pickle)
+        elif pickle.exists() and weights.stat().st_mtime_ns < pickle.stat().st_mtime_ns:
+            warnings.warn(f"{weights}: of an earlier save, and read before {PICKLE}. Remove one of them.", stacklevel=3)
         super().save_pretrained(save_directory, **kwargs)
-        complete_card(Path(save_directory))
+        complete_card(folder)
 
 
 @dataclass
@@ -283,12 +295,6 @@ def _named_as_here(config: type[ReftConfig]) -> None:
 
 
 _named_as_here(ReftConfig)
-
-
-def check_kind(path: Path) -> None:
-    """Raise ValueError for what is there but is no file to read: a pipe waits for ever."""
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path}: a pipe, folder or device, not a file. Copy the adapter again.")
 
 
 def _is_int(value: Any) -> bool:

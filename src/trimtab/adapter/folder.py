@@ -1,7 +1,7 @@
 """An adapter's folder: checked without its base model, and described.
 
-`adapter_config.json` says what the edits are, `adapter_model.safetensors` holds their tensors. Anything else, above
-all a pickle, is refused.
+`adapter_config.json` says what the edits are, `adapter_model.safetensors` (or `.bin`: weights.py) holds their tensors.
+Anything else is refused.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from typing import Any, cast
 import torch
 from peft import PeftConfig
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from trimtab.adapter.config import NO_PICKLES, PICKLE, WEIGHTS, ReftConfig, check_kind
+from trimtab.adapter.config import ReftConfig
 from trimtab.adapter.identity import base_digest
 from trimtab.adapter.joint import check_lora, is_lora
+from trimtab.adapter.weights import WEIGHTS, check_kind, read_tensors, weights_in
 from trimtab.edits import METHODS, Edit, check_dtype
 from trimtab.errors import AdapterError
 from trimtab.where.plan import Part
@@ -87,16 +87,15 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
     """
     folder = Path(folder)
     config = _read_config(folder)
-    tensors = read_tensors(folder / WEIGHTS)
+    path = weights_in(folder)
+    tensors = read_tensors(path)
     edits, others = sorted_edits(tensors)
-    _check_others(folder / WEIGHTS, config, others)
+    _check_others(path, config, others)
     if not edits:
-        raise AdapterError(
-            f"{folder / WEIGHTS}: holds no edit (no tensor named ...reft.reft_...). Save the adapter again."
-        )
-    _check_places(folder / WEIGHTS, config, list(edits))
+        raise AdapterError(f"{path}: holds no edit (no tensor named ...reft.reft_...). Save the adapter again.")
+    _check_places(path, config, list(edits))
     for (module, part), own in edits.items():
-        _check_edit(f"{folder / WEIGHTS}: {module}.reft.reft_{part}", config, own)
+        _check_edit(f"{path}: {module}.reft.reft_{part}", config, own)
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     return SavedAdapter(config, edits, shapes, tuple(others))
 
@@ -198,7 +197,7 @@ def inspect_adapter(folder: str | Path) -> AdapterInfo:
         AdapterError: as `read_adapter`.
     """
     saved = read_adapter(folder)
-    size = (Path(folder) / WEIGHTS).stat().st_size
+    size = weights_in(Path(folder)).stat().st_size
     norms = {
         module if part == "edit" else f"{module}/{part}": _edit(saved.config, tensors, None).size()
         for (module, part), tensors in saved.edits.items()
@@ -230,7 +229,7 @@ def why_not_asked(folder: Path) -> str | None:
 
 def _read_config(folder: Path) -> ReftConfig:
     path = folder / CONFIG
-    _check_kind(path)
+    check_kind(path)
     if not path.exists():
         remedy = did_you_mean(folder) or "; give the folder that save_pretrained or train wrote."
         raise AdapterError(f"{folder}: no adapter_config.json there{remedy}")
@@ -252,32 +251,6 @@ def _read_config(folder: Path) -> ReftConfig:
     return config
 
 
-def _check_kind(path: Path) -> None:
-    try:
-        check_kind(path)
-    except ValueError as error:
-        raise AdapterError(str(error)) from None
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter's safetensors file.
-
-    Raises:
-        AdapterError: it is missing, damaged, or something else, a pickle above all.
-    """
-    _check_kind(path)
-    if not path.exists():
-        pickle = path.with_name(PICKLE)
-        if pickle.exists():
-            raise AdapterError(f"{pickle}: {NO_PICKLES}")
-        raise AdapterError(f"{path}: missing; the folder holds a config without weights. Copy the file there too.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{path}: {_what_it_is(path)} ({error}).") from None
-
-
 def sorted_edits(tensors: dict[str, Tensor]) -> tuple[Edits, dict[str, Tensor]]:
     """An adapter's tensors, edit by edit, and whatever else its file carries."""
     edits: Edits = {}
@@ -289,19 +262,6 @@ def sorted_edits(tensors: dict[str, Tensor]) -> tuple[Edits, dict[str, Tensor]]:
         else:
             others[key] = tensor
     return edits, others
-
-
-def _what_it_is(path: Path) -> str:
-    """What a file that is no safetensors file looks like, and what to do."""
-    start = b""
-    if path.is_file():
-        with path.open("rb") as file:
-            start = file.read(64)
-    if start.startswith((b"\x80", b"PK")):
-        return "a pickle under another name, which can run code when opened; it was not opened. Ask for safetensors"
-    if start.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer, not the weights; run `git lfs pull`"
-    return "not a whole safetensors file; copy or save the adapter again"
 
 
 def _check_places(path: Path, config: ReftConfig, edits: list[tuple[str, Part]]) -> None:

@@ -1,4 +1,4 @@
-"""Adapters on the Hub: fetched by name, pushed from a folder. Never a pickle, never code, never what a run answered."""
+"""Adapters on the Hub: fetched by name, pushed from a folder. No pickle is pushed, no code, nor what a run answered."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from huggingface_hub.errors import (
 )
 
 from trimtab.adapter.folder import inspect_adapter
+from trimtab.adapter.weights import PICKLE, WEIGHTS
 from trimtab.errors import AdapterError
 
 NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 """`user/adapter`, perhaps of a revision: `user/adapter@v2`."""
-FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md", "run.json", "metrics.json")
+FILES = ("adapter_config.json", WEIGHTS, "README.md", "run.json", "metrics.json")
 """Predictions hold the user's data, and stay."""
 
 
@@ -34,7 +35,7 @@ def local(where: str | Path) -> Path:
         return path  # "runs/wrods", where there is a folder `runs`, is a slip and no name
     repository, _, revision = name.partition("@")
     try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(FILES)))
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=[*FILES, PICKLE]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, HFValidationError) as error:
         raise AdapterError(f"{name}: no such folder here, and not to be had from the Hub: {_reason(error)}") from None
 
@@ -43,9 +44,11 @@ def push(folder: str | Path, repository: str, *, private: bool = False) -> str:
     """Upload an adapter's folder, its card and what was run; returns the page's address.
 
     Raises:
-        AdapterError: the folder holds no whole adapter, or the Hub refuses.
+        AdapterError: the folder holds no whole adapter, or a pickle of it, or the Hub refuses.
     """
     inspect_adapter(folder)
+    if not Path(folder, WEIGHTS).exists():
+        raise AdapterError(f"{Path(folder, PICKLE)}: pickles are not pushed; save the adapter again, as safetensors.")
     if not NAME.fullmatch(repository):
         raise AdapterError(f"{repository!r} is no name on the Hub; give user/name.")
     hub = HfApi()

@@ -20,7 +20,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from trimtab.adapter.config import REFT
-from trimtab.adapter.folder import read_tensors
+from trimtab.adapter.weights import read_tensors, weights_in
 
 _FROM_PRETRAINED = inspect.unwrap(PeftModel.from_pretrained).__code__
 _FILE, _PARAMETER = ".rotation", ".rotation.halved"
@@ -120,12 +120,17 @@ def _load(original: Callable[..., Any], model: Any, **kwargs: Any) -> Any:
     if config.peft_type != REFT:
         return original(model=model, **kwargs)
     try:
-        tensors = kwargs.get("state_dict") or read_tensors(Path(kwargs["checkpoint_files"][0]))
+        tensors = kwargs.get("state_dict") or read_tensors(_there(Path(kwargs["checkpoint_files"][0])))
         set_peft_model_state_dict(model, tensors, adapter)
     except BaseException:
         model.delete_adapter(adapter)
         raise
     return LoadStateDictInfo(set(), set(), set(), [], {}, set()), None
+
+
+def _there(path: Path) -> Path:
+    """The file that transformers names, or, since of a folder it names safetensors unseen, what is there instead."""
+    return path if path.exists() else weights_in(path.parent)
 
 
 @contextmanager

@@ -21,8 +21,9 @@ from peft import PeftModel
 
 from trimtab.adapter.folder import inspect_adapter
 from trimtab.adapter.hub import local
+from trimtab.adapter.weights import weights_in
 from trimtab.errors import DataError, RunError
-from trimtab.runs.folder import ADAPTER, RunFolder, digest_of, put, write_text
+from trimtab.runs.folder import RunFolder, digest_of, put, write_text
 from trimtab.runs.models import Base, ModelSource
 from trimtab.runs.predict import check_context, predict
 from trimtab.runs.trainer import TrainingSpec
@@ -145,7 +146,7 @@ class Applied:
         examples = self.examples(file)
         source = self.experiment.source
         asked = {
-            "adapter": digest_of(self.folder.path / ADAPTER),
+            "adapter": digest_of(weights_in(self.folder.path)),
             "rows": digest_of(locate(file)),
             "model": source.name,
             "run": self.folder.run,

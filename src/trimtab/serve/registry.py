@@ -25,9 +25,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from trimtab.adapter.config import WEIGHTS, ReftConfig
+from trimtab.adapter.config import ReftConfig
 from trimtab.adapter.folder import CONFIG, SavedAdapter, as_edit, read_adapter, why_not_asked
 from trimtab.adapter.identity import differ
+from trimtab.adapter.weights import weights_in
 from trimtab.edits import Term
 from trimtab.errors import AdapterError
 from trimtab.serve.table import Layout
@@ -259,7 +260,7 @@ class Registry:
             raise AdapterError(f"{path}: the server was started without a folder to load adapters from.")
         try:
             folder = (self.folder / path).resolve(strict=True)
-            places = [folder, *(file.resolve() for file in (folder / CONFIG, folder / WEIGHTS))]
+            places = [folder, *(file.resolve() for file in (folder / CONFIG, weights_in(folder)))]
         except (OSError, ValueError, RuntimeError):
             raise AdapterError(f"{path}: no such folder below the server's folder of adapters.") from None
         if not all(place.is_relative_to(self.folder) for place in places):

@@ -19,8 +19,8 @@ from typing import Any
 from fastapi import Request
 from transformers import PreTrainedTokenizerBase
 
-from trimtab.adapter.config import WEIGHTS
 from trimtab.adapter.folder import CONFIG
+from trimtab.adapter.weights import WEIGHTS
 from trimtab.errors import AdapterError
 from trimtab.serve import schemas
 from trimtab.serve.answers import Form, Tokens, merged

@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from trimtab.adapter import compared
-from trimtab.adapter.config import WEIGHTS
-from trimtab.adapter.folder import CONFIG, read_adapter, read_tensors
+from trimtab.adapter.folder import CONFIG, read_adapter
+from trimtab.adapter.weights import read_tensors, weights_in
 from trimtab.errors import AdapterError, DataError, RunError
 from trimtab.runs.folder import RunFolder
 from trimtab.runs.generate import encode_as, find_adapters
@@ -121,7 +121,7 @@ class Saved:
         if len(found) > 1:
             raise AdapterError(f"{given}: holds {len(found)} adapters, {', '.join(found)}; name one of them.")
         self.path = next(iter(found.values()))
-        self.tensors = read_tensors(self.path / WEIGHTS)
+        self.tensors = read_tensors(weights_in(self.path))
         try:
             config = PeftConfig.from_pretrained(str(self.path))
         except (ValueError, TypeError, KeyError) as error:
@@ -184,7 +184,7 @@ class Saved:
         try:
             missing = [name for name, _ in adapted.named_parameters() if _is_missing(name, self.tensors)]
             if missing:
-                raise AdapterError(f"{self.path / WEIGHTS}: {missing[0]} is not in it. Copy or save the adapter again.")
+                raise AdapterError(f"{self.path}: has no {missing[0]}. Copy or save the adapter again.")
             yield adapted
         finally:
             unload(adapted)

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from trimtab.adapter.weights import read_pickle
 from trimtab.edits import ACTIVATIONS
-from trimtab.errors import ConversionError, ModelError
+from trimtab.errors import AdapterError, ConversionError, ModelError
 from trimtab.interop.base import Base, Runner, by_hand, task_of
 from trimtab.interop.convert import Adapter, Format, Given, make_adapter
 
@@ -94,16 +95,15 @@ def _activation(config: dict[str, Any]) -> str | None:
 
 
 def _read(path: Path, safe: str, pickled: str) -> dict[str, Tensor]:
-    """The tensors of one of the two files that `adapters` writes; a pickle is opened as tensors only."""
+    """The tensors of one of the two files that `adapters` writes; a pickle is read as tensors alone."""
     if (path / safe).exists():
         return load_file(path / safe)
     if not (path / pickled).exists():
         return {}
     try:
-        loaded: dict[str, Tensor] = torch.load(path / pickled, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ConversionError(f"{path / pickled}: not a pickle of tensors alone ({type(error).__name__}).") from None
-    return loaded
+        return read_pickle(path / pickled)
+    except AdapterError as error:
+        raise ConversionError(str(error)) from None
 
 
 def _units(path: Path, config: dict[str, Any], base: Base) -> Units:

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from trimtab.adapter.weights import read_pickle
 from trimtab.edits import ACTIVATIONS
-from trimtab.errors import ConversionError
+from trimtab.errors import AdapterError, ConversionError
 from trimtab.interop.base import Base, Runner, by_hand
 from trimtab.interop.convert import Adapter, Format, Given, as_loreft, make_adapter
 
@@ -68,16 +69,10 @@ class Intervention:
 
 
 def _load(file: Path) -> dict[str, Tensor]:
-    """The one place where a pickle is opened, and as tensors only."""
     try:
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ConversionError(
-            f"{file}: not a pickle of tensors alone; it was not opened ({type(error).__name__})."
-        ) from None
-    if not isinstance(loaded, dict) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
-        raise ConversionError(f"{file}: no table of tensors.")
-    return loaded
+        return read_pickle(file)
+    except AdapterError as error:
+        raise ConversionError(str(error)) from None
 
 
 class _Columns(nn.Module):

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import cast
 
 from peft import PeftModel, TaskType
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import trimtab.adapter.tuner  # noqa: F401  (registers the method with PEFT)
-from trimtab.adapter.config import WEIGHTS
 from trimtab.adapter.folder import inspect_adapter, write_adapter
+from trimtab.adapter.weights import read_tensors, weights_in
 from trimtab.errors import ConversionError
 from trimtab.interop.base import Runner, logits_of
 from trimtab.interop.convert import Adapter, Format, Given, make_edit
@@ -25,7 +24,7 @@ _EDIT = re.compile(r"(.+)\.reft\.reft_(edit|prefix|suffix)\.(\w+)")
 
 
 class Trimtab(Format):
-    """A folder with `adapter_config.json` (peft_type REFT) and `adapter_model.safetensors`."""
+    """A folder with `adapter_config.json` (peft_type REFT) and the tensors beside it."""
 
     name = "trimtab"
     keeps_turns = True
@@ -46,7 +45,7 @@ class Trimtab(Format):
             raise ConversionError(f"{path}: has a LoRA beside its edits, and no other format holds both.")
         edits: dict[tuple[str, str], dict[str, Tensor]] = {}
         modules = {}
-        for key, tensor in load_file(path / WEIGHTS).items():
+        for key, tensor in read_tensors(weights_in(path)).items():
             match = _EDIT.fullmatch(key.removeprefix(_PREFIX))
             if match:
                 edits.setdefault((match[1], match[2]), {})[match[3]] = tensor
