@@ -82,7 +82,7 @@ def compare(
     folder = Path(recipe.output) / "compare"
     study = Study(experiments, ways, chosen, folder / "trials", _numbers(few_shot) if few_shot else (None,))
     plan, left = study.plan(), list(study.groups)
-    standing = Standing(plan.runs)
+    standing = Standing(plan.runs, plan.done)
 
     def watch(group: Group) -> None:
         found = ", ".join(f"{100 * s:.1f}" for s in group.scores) or group.impossible
