@@ -180,6 +180,8 @@ class Pass:
             self._check_cache(self.earlier, positions, parts, batch, device)
         if self.prompt.guessed and positions.needs_prompt_end and not self.training:
             say_once(self.notes, "guessed", _GUESSED.format(positions.text))
+        if self.prompt.guessed and positions.enough:
+            say_once(self.notes, "short", _SHORT.format(positions.text, positions.enough))
 
     def _check_cache(
         self, earlier: Prompt, positions: Positions, parts: tuple[Part, ...], batch: int, device: torch.device
@@ -215,14 +217,15 @@ class Pass:
 
     def _check_training(self, positions: Positions, batch: int, device: torch.device) -> None:
         prompt = self.prompt
-        if prompt.guessed and positions.needs_prompt_end:
+        short = prompt.guessed and self.watched and bool((prompt.lengths_of(batch, device) < positions.enough).any())
+        if prompt.guessed and (positions.needs_prompt_end or short):
             raise ValueError(
                 f"positions={positions.text!r}: in training the end of the prompt must be known, but the model was "
                 "called with neither labels nor prompt_lengths. Pass labels with -100 on the prompt, or prompt_lengths "
                 "(one number of real prompt tokens a row; decoder_prompt_lengths for a decoder that has an encoder); "
-                "positions such as 'f7' or 'all' need neither. In a trainer that takes the labels away (label "
-                "smoothing, compute_loss_func): data_collator=trimtab.with_prompts(collator). Around a loss that calls "
-                "the model by itself: with trimtab.prompts(model, lengths)."
+                "'all' and 'f1' need neither, nor 'f7' where every prompt has 7 tokens. In a trainer that takes the "
+                "labels away (label smoothing, compute_loss_func): data_collator=trimtab.with_prompts(collator). Around "
+                "a loss that calls the model by itself: with trimtab.prompts(model, lengths)."
             )
         if self.several_turns and positions.needs_prompt_end and positions.turns == "each":
             say_once(self.notes, "turns", TURNS.format(positions.text))
@@ -253,6 +256,11 @@ _GUESSED = (
     "prompt, as in generate. If it holds an answer too, other tokens are edited than in training: pass prompt_lengths "
     "(one number of real prompt tokens a row), in a trainer by data_collator=trimtab.with_prompts(collator), or call "
     "within trimtab.prompts(model, lengths). Said once."
+)
+_SHORT = (
+    "positions={0!r}: the model was called with neither labels nor prompt_lengths. Of a prompt shorter than {1} tokens "
+    "only half are edited, so if there are such prompts with answers behind them, pass prompt_lengths (one number of "
+    "real prompt tokens a row). Said once."
 )
 
 
