@@ -223,9 +223,9 @@ class Pass:
                 f"positions={positions.text!r}: in training the end of the prompt must be known, but the model was "
                 "called with neither labels nor prompt_lengths. Pass labels with -100 on the prompt, or prompt_lengths "
                 "(one number of real prompt tokens a row; decoder_prompt_lengths for a decoder that has an encoder); "
-                "'all' and 'f1' need neither, nor 'f7' where every prompt has 7 tokens. In a trainer that takes the "
-                "labels away (label smoothing, compute_loss_func): data_collator=trimtab.with_prompts(collator). Around "
-                "a loss that calls the model by itself: with trimtab.prompts(model, lengths)."
+                "'all' and 'f1' need neither, nor 'f7' where every prompt has 7 tokens. In a trainer that takes labels "
+                "away (label smoothing, compute_loss_func): data_collator=trimtab.with_prompts(collator). Around a "
+                "loss that calls the model by itself: with trimtab.prompts(model, lengths)."
             )
         if self.several_turns and positions.needs_prompt_end and positions.turns == "each":
             say_once(self.notes, "turns", TURNS.format(positions.text))
