@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers import PAD, VOCAB, tiny
 from peft import PeftModel
-from test_batches import adapted, search
+from test_batches import adapted, prompts, search
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 from transformers.generation.continuous_batching import PagedAttentionCache
@@ -90,7 +90,11 @@ class History:
         assert self.ends is not None
         positions = (self.mask.cumsum(1) - 1).clamp(min=0)
         whole = self.model(
-            input_ids=self.ids, attention_mask=self.mask, position_ids=positions, prompt_lengths=self.ends
+            input_ids=self.ids,
+            attention_mask=self.mask,
+            position_ids=positions,
+            prompt_lengths=self.ends,
+            use_cache=True,
         ).logits[:, start:]
         return float((got - whole)[self.mask[:, start:].bool()].abs().max())
 
@@ -203,7 +207,7 @@ def test_a_cache_that_was_filled_under_other_edits_is_refused(positions: str) ->
         return model.generate(ids, past_key_values=copy.deepcopy(cache), **search(max_new_tokens=1))
 
     model.set_adapter("a")
-    filled = model(input_ids=ids[:, :9], prompt_lengths=[12]).past_key_values
+    filled = model(input_ids=ids[:, :9], prompt_lengths=[12], use_cache=True).past_key_values
     goes_on(filled)
     set_scale(model, "a", 0.5)
     with pytest.raises(ValueError, match=r"adapter 'a' at scale 1 and is now .* 'a' at scale 0\.5"):
@@ -214,7 +218,7 @@ def test_a_cache_that_was_filled_under_other_edits_is_refused(positions: str) ->
     with pytest.raises(ValueError, match="filled with adapter 'a' at scale 1 and is now continued with adapter 'b'"):
         goes_on(filled)
     with model.disable_adapter():
-        filled = base(input_ids=ids[:, :9], prompt_lengths=[12]).past_key_values
+        filled = base(input_ids=ids[:, :9], prompt_lengths=[12], use_cache=True).past_key_values
     goes_on(filled)
     model.set_adapter("a")
     with pytest.raises(ValueError, match="filled with no adapter"):
@@ -224,11 +228,12 @@ def test_a_cache_that_was_filled_under_other_edits_is_refused(positions: str) ->
 @pytest.mark.parametrize("positions", ["f2", "all"])
 @torch.no_grad()
 def test_a_cache_without_a_record_is_refused(positions: str) -> None:
-    """Filled before there was an adapter, put together by hand, or with rows taken out."""
+    """Filled before there was an adapter, or put together by hand."""
     model, ids = adapted(a={"r": 2, "positions": positions}), torch.arange(5, 17)[None]
     before = tiny("llama")(input_ids=ids[:, :9]).past_key_values
     rows = model(input_ids=ids[:, :9].repeat(3, 1), prompt_lengths=[9, 9, 8]).past_key_values
     rows.batch_select_indices(torch.tensor([0, 2]))
+    rows.layers[-1].keys = rows.layers[-1].keys + 1
     for cache, many in ((before, 1), (rows, 2)):
         batch = ids.repeat(many, 1)
         for call in (
@@ -238,3 +243,39 @@ def test_a_cache_without_a_record_is_refused(positions: str) -> None:
             with pytest.raises(ValueError, match=r"not known what was edited in it.* Pass prompt_lengths"):
                 call()
             assert call(prompt_lengths=[9, 8][:many]).logits is not None
+
+
+ROWS = [2, 0, 0, 1]
+MOVES = {
+    "reorder_cache": lambda cache: cache.reorder_cache(torch.tensor(ROWS)),
+    "by_layer": lambda cache: [layer.reorder_cache(torch.tensor(ROWS)) for layer in cache.layers],
+    "batch_select_indices": lambda cache: cache.batch_select_indices(torch.tensor(ROWS)),
+    "then_cropped": lambda cache: (cache.batch_select_indices(torch.tensor(ROWS)), cache.crop(-1)),
+}
+
+
+@pytest.mark.parametrize("move", MOVES)
+@pytest.mark.parametrize("positions", ["f2+l2", "prompt", "generated"])
+@torch.no_grad()
+def test_prompts_go_with_the_rows_of_a_cache(positions: str, move: str) -> None:
+    """Rows that are put in another order, taken out or repeated before their prompts end keep prompts and adapters."""
+    model = adapted(a={"r": 2, "positions": positions}, b={"r": 2, "positions": "l3"})
+    ids = torch.stack(prompts([12, 12, 12]))
+    ends, names = torch.tensor([6, 9, 12]), ["a", "b", "__base__"]
+    told = {"prompt_lengths": ends, "use_cache": True}
+    cache = model(input_ids=ids[:, :7], **told, adapter_names=names).past_key_values
+    MOVES[move](cache)
+    after, held = [names[row] for row in ROWS], cache.get_seq_length()
+    whole = model(input_ids=ids[ROWS], prompt_lengths=ends[ROWS], adapter_names=after).logits[:, held:]
+    for columns in (slice(held, held + 1), slice(held + 1, 12)):
+        got = model(input_ids=ids[ROWS, columns], past_key_values=cache, adapter_names=after).logits
+        assert (got - whole[:, columns.start - held : columns.stop - held]).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_rows_that_are_alike_are_not_told_apart() -> None:
+    model, row = adapted(a={"r": 2, "positions": "l2"}), torch.arange(5, 17)[None]
+    cache = model(input_ids=row[:, :7].repeat(2, 1), prompt_lengths=[9, 12], use_cache=True).past_key_values
+    cache.reorder_cache(torch.tensor([1, 0]))
+    with pytest.raises(ValueError, match="not known what was edited in it"):
+        model(input_ids=row[:, 7:].repeat(2, 1), past_key_values=cache)
