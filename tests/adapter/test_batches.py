@@ -403,6 +403,16 @@ def test_padding_that_is_counted_in_evaluation(special: dict[str, Any]) -> None:
     model(**batch, prompt_lengths=LENGTHS, **special)
 
 
+def test_padding_that_is_counted_in_an_encoder() -> None:
+    model, batch = adapted("t5", "SEQ_2_SEQ_LM", **SEQ2SEQ), without_positions(padded(prompts(), "right"))
+    labels = torch.stack(prompts([5, 5, 5]))
+    with pytest.raises(ValueError, match=r"prompt_lengths=\[21, 21, 21\]: only \[21, 4, 13\] real tokens"):
+        model(**batch, labels=labels, prompt_lengths=[21, 21, 21])
+    with pytest.raises(ValueError, match=r"prompt_lengths=\[9, 9, 9\]: only 5 tokens"):
+        model(**batch, labels=labels, decoder_prompt_lengths=[9, 9, 9])
+    assert model(**batch, labels=labels, prompt_lengths=LENGTHS, decoder_prompt_lengths=[1, 1, 1]).logits is not None
+
+
 class Loop:
     """A decoding loop of one's own, which asks for no inputs; the logits are kept."""
 

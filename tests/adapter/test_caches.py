@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +22,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 from transformers.generation.continuous_batching import PagedAttentionCache
 
-from trimtab import set_scale
+from trimtab import edit, set_scale
 from trimtab.adapter.cache import CACHE, cache_of
 
 POSITIONS = ["f2+l2", "l1", "f3", "prompt", "generated", "all", "random3"]
@@ -223,6 +226,58 @@ def test_a_cache_that_was_filled_under_other_edits_is_refused(positions: str) ->
     model.set_adapter("a")
     with pytest.raises(ValueError, match="filled with no adapter"):
         goes_on(filled)
+
+
+def load_over(model: PeftModel, path: Path) -> None:
+    adapted(a={"r": 2, "positions": "f2"}).save_pretrained(path)
+    model.load_adapter(path / "a", "a")
+
+
+CHANGES: dict[str, Callable[[PeftModel, Path], Any]] = {
+    "a step": lambda model, _: next(p for n, p in model.named_parameters() if "reft_edit" in n).add_(0.1),
+    "a load": load_over,
+    "the order": lambda model, _: model.base_model.set_adapter(["b", "a"]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_a_cache_whose_edits_were_changed_since_is_refused(change: str, tmp_path: Path) -> None:
+    model, ids = adapted(a={"r": 2, "positions": "f2"}, b={"r": 2, "positions": "f1"}), torch.arange(5, 17)[None]
+    model.base_model.set_adapter(["a", "b"])
+    cache = model(input_ids=ids[:, :9], prompt_lengths=[12], use_cache=True).past_key_values
+    model.generate(ids, past_key_values=copy.deepcopy(cache), **search(max_new_tokens=1))
+    CHANGES[change](model, tmp_path)
+    with pytest.raises(ValueError, match="the cache was filled with adapter 'a' at scale 1, adapter 'b'"):
+        model.generate(ids, past_key_values=cache, **search(max_new_tokens=1))
+
+
+@pytest.mark.parametrize("positions", ["f2", "generated", "all"])
+@torch.no_grad()
+def test_single_tokens_under_other_adapters_are_remembered(positions: str) -> None:
+    """They may change adapters on their way; what edits all tokens, or all that follow, does not go on from there."""
+    model, ids = adapted(a={"r": 2, "positions": positions}), torch.arange(5, 17)[None]
+    cache = model(input_ids=ids[:, :6]).past_key_values
+    with model.disable_adapter():
+        model(input_ids=ids[:, 6:7], past_key_values=cache)
+    model(input_ids=ids[:, 7:8], past_key_values=cache)
+    told = {"prompt_lengths": [6]}
+    with nullcontext() if positions == "f2" else pytest.raises(ValueError, match="filled with no adapter and is now"):
+        got = model(input_ids=ids[:, 8:], past_key_values=cache, **told).logits
+        assert (got - model(input_ids=ids, **told).logits[:, 8:]).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_edits_of_a_with_are_remembered() -> None:
+    model, ids = adapted(a={"r": 2, "positions": "generated"}), torch.arange(5, 17)[None]
+    plain = model(input_ids=ids[:, :9], prompt_lengths=[12], use_cache=True).past_key_values
+    with edit(model, torch.ones(32), positions="f2"):
+        edited = model(input_ids=ids[:, :9], prompt_lengths=[12], use_cache=True).past_key_values
+        model.generate(ids, past_key_values=copy.deepcopy(edited), **search(max_new_tokens=1))
+        with pytest.raises(ValueError, match=r"continued with adapter 'a' at scale 1, adapter 'trimtab\.edit'"):
+            model.generate(ids, past_key_values=plain, **search(max_new_tokens=1))
+    with pytest.raises(ValueError, match=r"adapter 'trimtab\.edit' at scale 1 and is now continued with adapter 'a'"):
+        model.generate(ids, past_key_values=edited, **search(max_new_tokens=1))
 
 
 @pytest.mark.parametrize("positions", ["f2", "all"])

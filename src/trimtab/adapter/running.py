@@ -24,9 +24,10 @@ from peft.utils import TaskType
 from torch import Tensor, nn
 
 from trimtab.adapter.cache import cache_in, cache_of, is_paged, keys_of, past_length, rows_among
-from trimtab.adapter.forward import MISCOUNTED, PAGED, WATCHED, Edits, Pass
+from trimtab.adapter.forward import MISCOUNTED, PAGED, WATCHED, Edits, Filled, Made, Pass
 from trimtab.adapter.sharding import keep_in_float32, refuse_zero_3
 from trimtab.edits.orthonormal import restore
+from trimtab.where.positions import Positions
 from trimtab.where.prompts import (
     Prompt,
     as_lengths,
@@ -130,9 +131,10 @@ class Call:
 
 
 class _Here(threading.local):
-    calls: tuple[Call, ...] = ()
-    generations: tuple[tuple[Forwards, Generation], ...] = ()
-    names: tuple[tuple[Forwards, list[str] | None], ...] = ()
+    def __init__(self) -> None:  # in each thread, whose first forward a compiler may guard: not defaults of the class
+        self.calls: tuple[Call, ...] = ()
+        self.generations: tuple[tuple[Forwards, Generation], ...] = ()
+        self.names: tuple[tuple[Forwards, list[str] | None], ...] = ()
 
 
 _here = _Here()
@@ -268,12 +270,21 @@ class Forwards:
         """What a forward made now would edit: of all rows alike, or of each."""
         told = [editor() for editor in self.editors]
         rows = max(map(len, told))
-        return [frozenset().union(*(own[row * len(own) // rows] for own in told)) for row in range(rows)]
+        return [[made for own in told for made in own[row * len(own) // rows]] for row in range(rows)]
 
     def _own_edits(self) -> Edits:
         names = self.adapter_names()
-        rows = [None] if names is None else [[name] for name in names]
-        return [frozenset(edit for layer in self.layers for edit in layer.made(row)) for row in rows]
+        if names is None:
+            return [self._made(None)]
+        made = {name: self._made([name]) for name in set(names)}
+        return [made[name] for name in names]
+
+    def _made(self, names: list[str] | None) -> list[Made]:
+        versions: dict[tuple[str, Positions, float], list[Any]] = {}
+        for layer in self.layers:
+            for made in layer.made(names):
+                versions.setdefault(made, []).extend(edit.version for edit in layer.edits(made[0]).values())
+        return [Made(*made, hash(tuple(own))) for made, own in versions.items()]
 
     @contextmanager
     def named(self, names: list[str] | None) -> Iterator[None]:
@@ -341,13 +352,20 @@ class Forwards:
             return
         past = cache_in(kwargs)
         past = past if past is not None else cache_of(output)
-        if not hasattr(past, "__dict__"):
-            return
-        if getattr(past, "_reft_prompt", None) is not call.running.prompt:
-            past._reft_prompt = call.running.prompt  # later steps with this cache know where its prompt ended
-            past._reft_edits = None if torch.compiler.is_compiling() else self.edits()
-        if not torch.compiler.is_compiling():
-            past._reft_keys = keys_of(past)  # and which of its rows is which
+        if hasattr(past, "__dict__"):
+            self._remember(past, call.running, call.generation)
+
+    def _remember(self, past: Any, running: Pass, generation: Generation | None) -> None:
+        """Have a cache know where its prompt ended, what edited it, and by the keys which row is which."""
+        compiling = torch.compiler.is_compiling()
+        if getattr(past, "_reft_prompt", None) is not running.prompt:
+            past._reft_prompt, past._reft_edits = running.prompt, None if compiling else [(0, self.edits())]
+        elif generation is None and not compiling and past._reft_edits is not None:
+            before: Filled = [own for own in past._reft_edits if own[0] < running.start]
+            now = self.edits()
+            past._reft_edits = [*before, (running.start, now)] if not before or before[-1][1] != now else before
+        if not compiling:
+            past._reft_keys = keys_of(past)
 
     def _take(self, role: Role, frame: FrameType | None) -> Call | None:
         """The call that ends, off the stack, with those above it that were interrupted. None if it never began."""
@@ -526,6 +544,8 @@ class Forwards:
             generation = self._generation()
             if lengths is None and generation is not None and not generation.started:
                 lengths = generation.prompt.lengths
+            elif lengths is not None and width is not None and self._may_look(lengths, real):
+                as_lengths(lengths, rows, width if real is None else real.sum(1))
             return Prompt(width, real, lengths), None
         if chunk.start == 0 and not (isinstance(chunk.mask, Tensor) and chunk.mask.dim() == 2):
             owner, real = find_packed(positions_in(arguments)) or (None, real)
@@ -615,7 +635,7 @@ class Forwards:
         )
         prompt = Prompt(width, real, told, told=told is not None)
         past = cache_in(kwargs)
-        if past_length(past) is None and any(p.scope != "all" for row in self.edits() for _, p, _ in row):
+        if past_length(past) is None and any(p.scope != "all" for row in self.edits() for _, p, *_ in row):
             raise ValueError(
                 "generate: the cache holds a recurrent state, which does not say how many tokens it has seen, so which "
                 "of those to come are edited is not known. Leave the cache out, and give the whole text."
@@ -686,13 +706,14 @@ def _follow_rows(past: Any) -> None:
     same = rows_among(past, record.get("_reft_keys"))
     if same is None:
         return
-    prompt, edits = record.pop("_reft_prompt").of_rows(same), record["_reft_edits"]
-    if edits is not None:
+    prompt, filled = record.pop("_reft_prompt").of_rows(same), record["_reft_edits"]
+    for k, (start, edits) in enumerate(filled or ()):
         may_be = [
-            {edits[row * len(edits) // len(own)] for row, is_it in enumerate(own) if is_it} for own in same.tolist()
+            [edits[row * len(edits) // len(own)] for row, is_it in enumerate(own) if is_it] for own in same.tolist()
         ]
-        prompt = prompt if all(len(own) == 1 for own in may_be) else None
-        record["_reft_edits"] = [own.pop() for own in may_be if own]
+        if any(made != own[0] for own in may_be for made in own):
+            prompt = None
+        filled[k] = start, [own[0] for own in may_be if own]
     if prompt is not None:
         record |= {"_reft_prompt": prompt, "_reft_keys": keys_of(past)}
 

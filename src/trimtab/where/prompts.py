@@ -180,7 +180,9 @@ def as_lengths(
     if counts.dim() != 1 or counts.is_floating_point() or counts.dtype == torch.bool:
         raise ValueError(f"prompt_lengths={counts}: must be one whole number a row, the real tokens of its prompt.")
     counts = counts.long()
-    if rows is not None and not torch.compiler.is_compiling() and len(counts) != rows:  # a graph is of any number
+    if torch.compiler.is_compiling():  # a graph is of any number of rows, and would break here
+        return counts
+    if rows is not None and len(counts) != rows:
         raise ValueError(f"prompt_lengths: {len(counts)} given for a batch of {rows} rows; give one a row.")
     if not counts.is_cuda and bool((counts < 0).any()):
         raise ValueError(f"prompt_lengths={counts.tolist()}: must not be negative.")
