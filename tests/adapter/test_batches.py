@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
+    GenerationMixin,
     LongformerConfig,
     LongformerModel,
     XLNetConfig,
@@ -314,6 +315,17 @@ def test_ways_to_call_generate(through: str) -> None:
         call, arguments = model.get_base_model().generate, (None, model.generation_config)
     out = call(*arguments, **batch, **search(num_beams=1, use_cache=False))
     check_generated(model, out, rows, ["a"] * 3)
+
+
+def test_generate_past_the_models_own() -> None:
+    model, rows = adapted(), prompts()
+    batch = without_positions(padded(rows))
+    out = GenerationMixin.generate(model.get_base_model(), **batch, **search())
+    check_generated(model, out, rows, ["a"] * 3)
+    with pytest.raises(ValueError, match="past the model's own"):
+        GenerationMixin.generate(model.get_base_model(), **batch, **search(use_cache=False))
+    with model.disable_adapter():
+        GenerationMixin.generate(model.get_base_model(), **batch, **search(use_cache=False))
 
 
 def test_chunked_prefill_without_mask_is_refused() -> None:

@@ -42,6 +42,10 @@ from trimtab.where.prompts import (
 
 GENERATION = "reft_generation"
 """The argument by which `generate` hands its forwards what it knows."""
+_PAST = (
+    "generate was called past the model's own, as by GenerationMixin.generate(model, ...), and without a cache, so "
+    "where the prompt ends is not known. Call model.generate(...)."
+)
 _CUSTOM = (
     "within custom_generate the model was called with other text than generate was given, so where its prompt ends is "
     "not known. Pass prompt_lengths (one number of real prompt tokens a row) to that call."
@@ -278,6 +282,10 @@ class Forwards:
             return [self._made(None)]
         made = {name: self._made([name]) for name in set(names)}
         return [made[name] for name in names]
+
+    def _edits_some(self) -> bool:
+        """Whether some tokens are edited and others are not."""
+        return any(made.positions.scope != "all" for row in self.edits() for made in row)
 
     def _made(self, names: list[str] | None) -> list[Made]:
         versions: dict[tuple[str, Positions, float], list[Any]] = {}
@@ -635,7 +643,7 @@ class Forwards:
         )
         prompt = Prompt(width, real, told, told=told is not None)
         past = cache_in(kwargs)
-        if past_length(past) is None and any(p.scope != "all" for row in self.edits() for _, p, *_ in row):
+        if past_length(past) is None and self._edits_some():
             raise ValueError(
                 "generate: the cache holds a recurrent state, which does not say how many tokens it has seen, so which "
                 "of those to come are edited is not known. Leave the cache out, and give the whole text."
@@ -663,6 +671,9 @@ class Forwards:
     def _prepare(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """`prepare_inputs_for_generation`: its forward is this generation's own, which no other one is."""
         inputs, generation = original(*args, **kwargs), self._generation()
+        alone = generation is None and "is_first_iteration" in kwargs  # which transformers' own loops say
+        if alone and not kwargs.get("use_cache") and self._edits_some():
+            raise ValueError(_PAST)
         if generation is not None:
             if kwargs.get("is_first_iteration"):
                 generation.begin()
@@ -701,21 +712,21 @@ class Chunk(NamedTuple):
 def _follow_rows(past: Any) -> None:
     """Have what a cache remembers go with its rows, where they were reordered, repeated or taken out since."""
     record = getattr(past, "__dict__", {})
-    if "_reft_prompt" not in record or torch.compiler.is_compiling():
+    if not {"_reft_prompt", "_reft_keys"} <= set(record) or torch.compiler.is_compiling():  # a graph leaves no keys
         return
-    same = rows_among(past, record.get("_reft_keys"))
+    same = rows_among(past, record["_reft_keys"])
     if same is None:
         return
-    prompt, filled = record.pop("_reft_prompt").of_rows(same), record["_reft_edits"]
-    for k, (start, edits) in enumerate(filled or ()):
-        may_be = [
-            [edits[row * len(edits) // len(own)] for row, is_it in enumerate(own) if is_it] for own in same.tolist()
-        ]
+    prompt, filled = record.pop("_reft_prompt").of_rows(same), record.pop("_reft_edits")
+    if prompt is None:
+        return
+    went: list[tuple[int, Edits]] = []
+    for start, edits in filled or ():
+        may_be = [[edits[j * len(edits) // len(own)] for j, is_it in enumerate(own) if is_it] for own in same.tolist()]
         if any(made != own[0] for own in may_be for made in own):
-            prompt = None
-        filled[k] = start, [own[0] for own in may_be if own]
-    if prompt is not None:
-        record |= {"_reft_prompt": prompt, "_reft_keys": keys_of(past)}
+            return
+        went.append((start, [own[0] for own in may_be]))
+    record.update(_reft_prompt=prompt, _reft_edits=went or None, _reft_keys=keys_of(past))
 
 
 def _first_columns(mask: Tensor | None, columns: int | None) -> Tensor | None:
