@@ -15,6 +15,13 @@ class DataError(TrimtabError):
     """Data that cannot be used. The message names file, row or line, and field."""
 
 
+class NoField(DataError):
+    """A row without a field that is needed."""
+
+    name = ""
+    """The field's."""
+
+
 class ModelError(TrimtabError):
     """A base model that cannot be loaded. The message names it and says what to check."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
+    GenerationMixin,
     LongformerConfig,
     LongformerModel,
     XLNetConfig,
@@ -315,6 +317,17 @@ def test_ways_to_call_generate(through: str) -> None:
     check_generated(model, out, rows, ["a"] * 3)
 
 
+def test_generate_past_the_models_own() -> None:
+    model, rows = adapted(), prompts()
+    batch = without_positions(padded(rows))
+    out = GenerationMixin.generate(model.get_base_model(), **batch, **search())
+    check_generated(model, out, rows, ["a"] * 3)
+    with pytest.raises(ValueError, match="past the model's own"):
+        GenerationMixin.generate(model.get_base_model(), **batch, **search(use_cache=False))
+    with model.disable_adapter():
+        GenerationMixin.generate(model.get_base_model(), **batch, **search(use_cache=False))
+
+
 def test_chunked_prefill_without_mask_is_refused() -> None:
     model, rows = adapted(), prompts()
     with pytest.raises(ValueError, match="prefill_chunk_size: pass attention_mask"):
@@ -384,6 +397,90 @@ def test_impossible_prompt_lengths(lengths: list[Any]) -> None:
     model.train()
     with pytest.raises(ValueError, match="prompt_lengths"):
         model(**padded(rows), prompt_lengths=lengths)
+
+
+@pytest.mark.parametrize(
+    "special", [{}, {"use_cache": False}, {"use_cache": True}, {"labels": padded(prompts())["input_ids"]}]
+)
+def test_padding_that_is_counted_in_evaluation(special: dict[str, Any]) -> None:
+    """More than the real tokens can be meant of a first chunk alone, for which a cache is asked; the width, never."""
+    model, batch = adapted(), padded(prompts())
+    with pytest.raises(
+        ValueError, match=r"prompt_lengths=\[21, 21, 21\]: only \[21, 4, 13\] real tokens .* use_cache=True"
+    ):
+        model(**batch, prompt_lengths=[21, 21, 21], **special)
+    more = {"prompt_lengths": [30, 13, 22], **special}
+    with nullcontext() if special == {"use_cache": True} else pytest.raises(ValueError, match="real tokens"):
+        model(**batch, **more)
+    model(**batch, prompt_lengths=LENGTHS, **special)
+
+
+def test_padding_that_is_counted_in_an_encoder() -> None:
+    model, batch = adapted("t5", "SEQ_2_SEQ_LM", **SEQ2SEQ), without_positions(padded(prompts(), "right"))
+    labels = torch.stack(prompts([5, 5, 5]))
+    with pytest.raises(ValueError, match=r"prompt_lengths=\[21, 21, 21\]: only \[21, 4, 13\] real tokens"):
+        model(**batch, labels=labels, prompt_lengths=[21, 21, 21])
+    with pytest.raises(ValueError, match=r"prompt_lengths=\[9, 9, 9\]: only 5 tokens"):
+        model(**batch, labels=labels, decoder_prompt_lengths=[9, 9, 9])
+    assert model(**batch, labels=labels, prompt_lengths=LENGTHS, decoder_prompt_lengths=[1, 1, 1]).logits is not None
+
+
+class Loop:
+    """A decoding loop of one's own, which asks for no inputs; the logits are kept."""
+
+    def __init__(self, cached: bool, text: Tensor | None = None) -> None:
+        self.cached, self.text = cached, text
+
+    def __call__(self, model: Any, input_ids: Tensor, *_: Any, **inputs: Any) -> Tensor:
+        ids, mask, past, logits = input_ids, inputs["attention_mask"], None, []
+        for _ in range(NEW):
+            given = ids if past is None else ids[:, -1:]
+            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -given.shape[1] :]
+            out = model(
+                input_ids=given if self.text is None else self.text,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=past,
+                use_cache=self.cached,
+            )
+            past = out.past_key_values
+            logits.append(out.logits[:, -1])
+            ids, mask = (torch.cat([a, b], 1) for a, b in ((ids, logits[-1].argmax(1, True)), (mask, mask[:, -1:])))
+        self.logits = torch.stack(logits, 1)
+        return ids
+
+
+@pytest.mark.parametrize("positions", ["f3+l4", "generated", "prompt", "f7"])
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_decoding_loop_of_ones_own(cached: bool, positions: str) -> None:
+    model, batch = adapted(a={"r": 2, "positions": positions}), without_positions(padded(prompts()))
+    for told in ({}, {"prompt_lengths": [17, 2, 9]}):
+        expected, loop = model.generate(**batch, **told, **search()), Loop(cached)
+        model.generate(**batch, **told, custom_generate=loop, max_new_tokens=NEW)
+        assert (loop.logits - torch.stack(expected.logits, 1)).abs().max() < TOLERANCE
+    other = Loop(cached, batch["input_ids"].flip(1))
+    with pytest.raises(ValueError, match=r"within custom_generate .* Pass prompt_lengths"):
+        model.generate(**batch, custom_generate=other, max_new_tokens=NEW)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_decoding_loop_of_a_folder(cached: bool, tmp_path: Path) -> None:
+    """Which calls `generate` again, as those on the Hub do."""
+    model, batch = adapted(), without_positions(padded(prompts()))
+    (tmp_path / "custom_generate").mkdir()
+    (tmp_path / "custom_generate" / "generate.py").write_text(
+        "def generate(model, loop, **kwargs):\n    return model.generate(custom_generate=loop, **kwargs)\n"
+    )
+    expected, loop = model.generate(**batch, prompt_lengths=[17, 2, 9], **search()), Loop(cached)
+    model.generate(
+        **batch,
+        prompt_lengths=[17, 2, 9],
+        custom_generate=str(tmp_path),
+        trust_remote_code=True,
+        loop=loop,
+        max_new_tokens=NEW,
+    )
+    assert (loop.logits - torch.stack(expected.logits, 1)).abs().max() < TOLERANCE
 
 
 @pytest.mark.parametrize("positions", ["f2+l2", "generated", "f2", "all"])

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import PAD, VOCAB, tiny
 from peft import PeftModel
-from test_batches import adapted, search
+from test_batches import adapted, prompts, search
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 from transformers.generation.continuous_batching import PagedAttentionCache
 
-from trimtab import set_scale
+from trimtab import edit, set_scale
 from trimtab.adapter.cache import CACHE, cache_of
 
 POSITIONS = ["f2+l2", "l1", "f3", "prompt", "generated", "all", "random3"]
@@ -90,7 +93,11 @@ class History:
         assert self.ends is not None
         positions = (self.mask.cumsum(1) - 1).clamp(min=0)
         whole = self.model(
-            input_ids=self.ids, attention_mask=self.mask, position_ids=positions, prompt_lengths=self.ends
+            input_ids=self.ids,
+            attention_mask=self.mask,
+            position_ids=positions,
+            prompt_lengths=self.ends,
+            use_cache=True,
         ).logits[:, start:]
         return float((got - whole)[self.mask[:, start:].bool()].abs().max())
 
@@ -203,7 +210,7 @@ def test_a_cache_that_was_filled_under_other_edits_is_refused(positions: str) ->
         return model.generate(ids, past_key_values=copy.deepcopy(cache), **search(max_new_tokens=1))
 
     model.set_adapter("a")
-    filled = model(input_ids=ids[:, :9], prompt_lengths=[12]).past_key_values
+    filled = model(input_ids=ids[:, :9], prompt_lengths=[12], use_cache=True).past_key_values
     goes_on(filled)
     set_scale(model, "a", 0.5)
     with pytest.raises(ValueError, match=r"adapter 'a' at scale 1 and is now .* 'a' at scale 0\.5"):
@@ -214,21 +221,74 @@ def test_a_cache_that_was_filled_under_other_edits_is_refused(positions: str) ->
     with pytest.raises(ValueError, match="filled with adapter 'a' at scale 1 and is now continued with adapter 'b'"):
         goes_on(filled)
     with model.disable_adapter():
-        filled = base(input_ids=ids[:, :9], prompt_lengths=[12]).past_key_values
+        filled = base(input_ids=ids[:, :9], prompt_lengths=[12], use_cache=True).past_key_values
     goes_on(filled)
     model.set_adapter("a")
     with pytest.raises(ValueError, match="filled with no adapter"):
         goes_on(filled)
 
 
+def load_over(model: PeftModel, path: Path) -> None:
+    adapted(a={"r": 2, "positions": "f2"}).save_pretrained(path)
+    model.load_adapter(path / "a", "a")
+
+
+CHANGES: dict[str, Callable[[PeftModel, Path], Any]] = {
+    "a step": lambda model, _: next(p for n, p in model.named_parameters() if "reft_edit" in n).add_(0.1),
+    "a load": load_over,
+    "the order": lambda model, _: model.base_model.set_adapter(["b", "a"]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_a_cache_whose_edits_were_changed_since_is_refused(change: str, tmp_path: Path) -> None:
+    model, ids = adapted(a={"r": 2, "positions": "f2"}, b={"r": 2, "positions": "f1"}), torch.arange(5, 17)[None]
+    model.base_model.set_adapter(["a", "b"])
+    cache = model(input_ids=ids[:, :9], prompt_lengths=[12], use_cache=True).past_key_values
+    model.generate(ids, past_key_values=copy.deepcopy(cache), **search(max_new_tokens=1))
+    CHANGES[change](model, tmp_path)
+    with pytest.raises(ValueError, match="the cache was filled with adapter 'a' at scale 1, adapter 'b'"):
+        model.generate(ids, past_key_values=cache, **search(max_new_tokens=1))
+
+
+@pytest.mark.parametrize("positions", ["f2", "generated", "all"])
+@torch.no_grad()
+def test_single_tokens_under_other_adapters_are_remembered(positions: str) -> None:
+    """They may change adapters on their way; what edits all tokens, or all that follow, does not go on from there."""
+    model, ids = adapted(a={"r": 2, "positions": positions}), torch.arange(5, 17)[None]
+    cache = model(input_ids=ids[:, :6]).past_key_values
+    with model.disable_adapter():
+        model(input_ids=ids[:, 6:7], past_key_values=cache)
+    model(input_ids=ids[:, 7:8], past_key_values=cache)
+    told = {"prompt_lengths": [6]}
+    with nullcontext() if positions == "f2" else pytest.raises(ValueError, match="filled with no adapter and is now"):
+        got = model(input_ids=ids[:, 8:], past_key_values=cache, **told).logits
+        assert (got - model(input_ids=ids, **told).logits[:, 8:]).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_edits_of_a_with_are_remembered() -> None:
+    model, ids = adapted(a={"r": 2, "positions": "generated"}), torch.arange(5, 17)[None]
+    plain = model(input_ids=ids[:, :9], prompt_lengths=[12], use_cache=True).past_key_values
+    with edit(model, torch.ones(32), positions="f2"):
+        edited = model(input_ids=ids[:, :9], prompt_lengths=[12], use_cache=True).past_key_values
+        model.generate(ids, past_key_values=copy.deepcopy(edited), **search(max_new_tokens=1))
+        with pytest.raises(ValueError, match=r"continued with adapter 'a' at scale 1, adapter 'trimtab\.edit'"):
+            model.generate(ids, past_key_values=plain, **search(max_new_tokens=1))
+    with pytest.raises(ValueError, match=r"adapter 'trimtab\.edit' at scale 1 and is now continued with adapter 'a'"):
+        model.generate(ids, past_key_values=edited, **search(max_new_tokens=1))
+
+
 @pytest.mark.parametrize("positions", ["f2", "all"])
 @torch.no_grad()
 def test_a_cache_without_a_record_is_refused(positions: str) -> None:
-    """Filled before there was an adapter, put together by hand, or with rows taken out."""
+    """Filled before there was an adapter, or put together by hand."""
     model, ids = adapted(a={"r": 2, "positions": positions}), torch.arange(5, 17)[None]
     before = tiny("llama")(input_ids=ids[:, :9]).past_key_values
     rows = model(input_ids=ids[:, :9].repeat(3, 1), prompt_lengths=[9, 9, 8]).past_key_values
     rows.batch_select_indices(torch.tensor([0, 2]))
+    rows.layers[-1].keys = rows.layers[-1].keys + 1
     for cache, many in ((before, 1), (rows, 2)):
         batch = ids.repeat(many, 1)
         for call in (
@@ -238,3 +298,39 @@ def test_a_cache_without_a_record_is_refused(positions: str) -> None:
             with pytest.raises(ValueError, match=r"not known what was edited in it.* Pass prompt_lengths"):
                 call()
             assert call(prompt_lengths=[9, 8][:many]).logits is not None
+
+
+ROWS = [2, 0, 0, 1]
+MOVES = {
+    "reorder_cache": lambda cache: cache.reorder_cache(torch.tensor(ROWS)),
+    "by_layer": lambda cache: [layer.reorder_cache(torch.tensor(ROWS)) for layer in cache.layers],
+    "batch_select_indices": lambda cache: cache.batch_select_indices(torch.tensor(ROWS)),
+    "then_cropped": lambda cache: (cache.batch_select_indices(torch.tensor(ROWS)), cache.crop(-1)),
+}
+
+
+@pytest.mark.parametrize("move", MOVES)
+@pytest.mark.parametrize("positions", ["f2+l2", "prompt", "generated"])
+@torch.no_grad()
+def test_prompts_go_with_the_rows_of_a_cache(positions: str, move: str) -> None:
+    """Rows that are put in another order, taken out or repeated before their prompts end keep prompts and adapters."""
+    model = adapted(a={"r": 2, "positions": positions}, b={"r": 2, "positions": "l3"})
+    ids = torch.stack(prompts([12, 12, 12]))
+    ends, names = torch.tensor([6, 9, 12]), ["a", "b", "__base__"]
+    told = {"prompt_lengths": ends, "use_cache": True}
+    cache = model(input_ids=ids[:, :7], **told, adapter_names=names).past_key_values
+    MOVES[move](cache)
+    after, held = [names[row] for row in ROWS], cache.get_seq_length()
+    whole = model(input_ids=ids[ROWS], prompt_lengths=ends[ROWS], adapter_names=after).logits[:, held:]
+    for columns in (slice(held, held + 1), slice(held + 1, 12)):
+        got = model(input_ids=ids[ROWS, columns], past_key_values=cache, adapter_names=after).logits
+        assert (got - whole[:, columns.start - held : columns.stop - held]).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_rows_that_are_alike_are_not_told_apart() -> None:
+    model, row = adapted(a={"r": 2, "positions": "l2"}), torch.arange(5, 17)[None]
+    cache = model(input_ids=row[:, :7].repeat(2, 1), prompt_lengths=[9, 12], use_cache=True).past_key_values
+    cache.reorder_cache(torch.tensor([1, 0]))
+    with pytest.raises(ValueError, match="not known what was edited in it"):
+        model(input_ids=row[:, 7:].repeat(2, 1), past_key_values=cache)

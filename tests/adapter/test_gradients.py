@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -375,6 +376,20 @@ def test_masks_and_positions_that_do_not_agree(dims: int) -> None:
     for positions in (None, torch.arange(mask.shape[-1])[None]) if dims == 4 else (batch["position_ids"],):
         with pytest.raises(ValueError, match=said):
             model(**{**batch, "position_ids": positions}, attention_mask=mask)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_prefixes_of_prompts_whose_end_nobody_knows(training: bool) -> None:
+    """Half of a prompt shorter than its prefix is edited, so its end matters: said, and refused where it must."""
+    model, batch = adapted(positions="f17"), padded(examples())
+    model.train(training)
+    whole, short = ({k: v[rows] for k, v in batch.items() if k != "labels"} for rows in ([1], [0, 1, 2]))
+    with pytest.warns(UserWarning, match="shorter than 17 tokens only half are edited"):
+        guessed = model(**whole).logits
+    assert not torch.allclose(guessed, model(**whole, prompt_lengths=[2]).logits, atol=1e-4)
+    with pytest.raises(ValueError, match="neither labels nor") if training else nullcontext():
+        model(**short)
+    model(**batch)
 
 
 @pytest.mark.parametrize("change", ["no_labels", "plain_text"])

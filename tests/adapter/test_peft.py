@@ -12,6 +12,7 @@ import torch
 from helpers import MODELS, VOCAB, WIDTH, batch_for, outputs_of, tiny
 from huggingface_hub import ModelCard
 from peft import (
+    IA3Config,
     LoraConfig,
     PeftConfig,
     PeftModel,
@@ -432,6 +433,22 @@ def test_on_top_of_a_lora(adapter_name: str, tmp_path: Path) -> None:
     assert all(".reft." in key for key in load_file(folder / "adapter_model.safetensors"))
     again = PeftModel.from_pretrained(lora(), folder, adapter_name=adapter_name).eval()
     assert torch.equal(outputs_of(again, "llama"), outputs_of(model, "llama"))
+
+
+@pytest.mark.parametrize("adapter_name", ["default", "other"])
+def test_another_method_on_top_is_refused(adapter_name: str) -> None:
+    """PEFT would leave the edits in training, and write them into the other one's file where the names are the same."""
+    model = randomized(peft_model("llama"))
+    before = outputs_of(model, "llama")
+    for config in (
+        LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]),
+        IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[]),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"adapter '{adapter_name}': a {type(config).__name__} around .* Put ReFT"
+        ):
+            get_peft_model(model, config, adapter_name=adapter_name)
+    assert list(model.peft_config) == ["default"] and torch.equal(outputs_of(model, "llama"), before)
 
 
 @pytest.mark.parametrize("bad", ["a.b", "__base__"])

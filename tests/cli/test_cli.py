@@ -75,6 +75,7 @@ def test_init_quotes_what_yaml_would_misread(trimtab: Command, tmp_path: Path) -
     tasks = load_recipe(out).tasks
     assert list(tasks) == ["two_words", "2024"] and tasks["2024"].training.max_length == 64
     assert tasks["2024"].text == ["#1 String", "#2 String"] and tasks["2024"].label == "class"
+    assert "a new head comes on top" in text and "parameters beside a new head" in out.read_text()
 
 
 def test_train_again_skips_and_prints_the_table(trimtab: Command, runs: Path) -> None:

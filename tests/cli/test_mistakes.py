@@ -105,6 +105,16 @@ IN_RECIPE: dict[str, tuple[Change, str, str]] = {
     "separator": (("mood.csv", "mood.csv, separator: ','"), "id;text;label", "is data: separator: right?"),
     "one class": (("label: label", "label: label\n    labels: [fine]"), "tasks.mood.labels", "at least 2"),
     "task's name": (("  words:", "  my words:"), "tasks.my words", "letters, digits"),
+    "adapter that methods take over": (
+        ("{r: 2, positions: f1+l2}", "{positions: x1}\ncompare: {methods: [loreft, {more: {r: 8}}]}"),
+        "has 1 problem",
+        "line 3, adapter.positions",
+    ),
+    "method's own": (
+        ("{r: 2, positions: f1+l2}", "{r: 2}\ncompare: {methods: [loreft, {more: {positions: x1}}]}"),
+        "has 1 problem",
+        "line 4, compare.methods.1: positions='x1'",
+    ),
     "no tasks": (("tasks:", "task:"), "line 5, task", "did you mean 'tasks'?"),
 }
 # Keys of other tools, then what this one calls them.
@@ -141,6 +151,7 @@ IN_DATA: dict[str, tuple[str, Callable[[str], bytes], str, str]] = {
         "mood.csv, row 2",
         "fill it or remove the row",
     ),
+    "colons": ("mood.csv", lambda t: t.replace(";", ":").replace("day", ",").encode(), "2 cells where", "separator:)"),
     "spreadsheet": ("mood.csv", lambda text: b"PK\x03\x04" + text.encode(), "mood.csv", "export the rows as"),
 }
 COMMANDS: dict[str, tuple[list[str], str, str]] = {

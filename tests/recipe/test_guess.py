@@ -79,6 +79,16 @@ FILES: dict[str, tuple[Rows, str, dict[str, Any]]] = {
         {"text": ["text_a", "text_b"]},
     ),
     "numbers": (of(text=sentence, score=lambda i: f"{i / 7:.3f}"), "regression", {"text": "text", "label": "score"}),
+    "numbers of any name": (
+        of(Nr=lambda i: i, text=sentence, price=lambda i: f"{i / 7:.3f}".replace(".", ",")),
+        "regression",
+        {"text": "text", "label": "price"},
+    ),
+    "preferences": (
+        of(prompt=sentence, chosen=sentence, rejected=sentence),
+        "generation",
+        {"prompt": "{prompt}", "answer": "{chosen}"},
+    ),
     "many numbered classes": (
         of(300, text=sentence, label=lambda i: i * 5 % 77),
         "classification",
@@ -189,7 +199,7 @@ def test_a_first_line_that_is_a_row_is_no_header(
         (of(a=lambda i: i, b="x"), True, "no columns look like a prompt and an answer, or a text and a label"),
         (of(text=sentence, label="x"), True, r"the fields are text, label \(label with one value in all rows"),
         (
-            of(excerpt=sentence, ease=lambda i: f"{i / 7:.3f}"),
+            of(excerpt=sentence, ease=lambda i: f"{i / 7:.3f}", cost=lambda i: f"{i / 9:.3f}"),
             False,
             "Call them text and label, or write the task by hand",
         ),
@@ -242,11 +252,17 @@ def test_files_that_are_no_table_become_rows_as_the_page_says(tmp_path: Path, mo
     Path("train_5500.label").write_bytes("".join(questions).encode("latin-1"))
     with pytest.raises(DataError, match=r"a copy called train_5500\.csv; for what has none see docs"):
         guess("train_5500.label", False)
+    for label in ("pos", "neg"):
+        Path("aclImdb/train", label).mkdir(parents=True)
+        Path("aclImdb/train", label, "0_9.txt").write_text(f"A {label} film.")
+    Path("eng.train").write_text("John NNP B-PER\nsings VBZ O\n\nParis NNP B-LOC\n\n")
     (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     exec(code, {})
     assert read_rows("subj.jsonl")[0] == {
         "text": "a clich\u00e9 of quote.tok.gt9.5000 , 0 times",
         "label": "subjective",
     }
+    assert {"text": "A pos film.", "label": "pos"} in read_rows("imdb.jsonl")
+    assert read_rows("conll.jsonl")[0] == {"words": ["John", "sings"], "tags": ["B-PER", "O"]}
     assert read_rows("trec.jsonl")[1] == {"label": "DESC:manner", "text": "What did Pel\u00e9 do : 1 ?"}
     assert {guess(f"{name}.jsonl", True).keys["label"] for name in ("subj", "trec")} == {"label"}

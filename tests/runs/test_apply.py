@@ -19,6 +19,7 @@ import transformers
 from conftest import Command
 
 from trimtab import expect_missing
+from trimtab.cli.tables import results_table
 from trimtab.errors import DataError
 from trimtab.recipe.load import load_recipe
 from trimtab.runs.apply import Applied
@@ -254,11 +255,19 @@ def test_chat_puts_each_turn_as_training_did(runs: Path, monkeypatch: pytest.Mon
     )
 
 
+def test_parameters_of_a_head_are_told_apart(runs: Path, trimtab: Command) -> None:
+    assert "6,544 (384 beside the edits)" in trimtab("show", runs / "mood")[1]
+    metrics = json.loads((runs / "mood/metrics.json").read_text())
+    assert (metrics["parameters"], metrics["head_parameters"]) == (6_544, 384)
+    (column,) = [one for one in results_table({"mood": metrics}).columns if "parameters" in str(one.header)]
+    assert next(iter(column.cells)).split("\n")[:2] == ["6,544", "(head 384)"]
+
+
 def test_what_cannot_be_predicted_is_said_first(runs: Path, trimtab: Command, tmp_path: Path) -> None:
     rows, output = tmp_path / "rows.jsonl", tmp_path / "out.csv"
     for kind, row, said in [
         ("plural", {"text": "cat " * 600}, "row 1: "),
-        ("plural", {"word": "cat"}, "row 1, for '{text} ->': no field 'text'; the fields are word"),
+        ("plural", {"word": "cat"}, "row 1, for '{text} ->': no field 'text'; the fields are word (rename columns"),
         ("mood", {"text": ""}, "row 1: the field 'text' is ''"),
     ]:
         rows.write_text(json.dumps(row))

@@ -100,6 +100,7 @@ def test_a_whole_number_is_an_integer_however_json_writes_it(served: Served) -> 
 TOOLS = [{"type": "function", "function": {"name": "f"}}]
 WRONG: dict[str, tuple[tuple[str, Any], str | None, str]] = {
     "unknown": (text(temprature=1), "temprature", "unknown_parameter"),
+    "unknown inside": (chat(messages=[{"role": "user", "contents": "a"}]), "messages.0.contents", "unknown_parameter"),
     "missing": ((TEXT, {"prompt": "a"}), "model", "missing_required_parameter"),
     "null model": (text(model=None), "model", "missing_required_parameter"),
     "no prompt": ((TEXT, {"model": "ends"}), "prompt", "missing_required_parameter"),
@@ -156,6 +157,12 @@ def test_a_wrong_request_is_told_what_is_wrong(served: Served, name: str) -> Non
     assert (answer.status_code, error["code"]) == (400, code), error
     assert error["param"] == param, error
     assert error["message"].endswith((".", "?")) and "Traceback" not in error["message"]
+
+
+def test_the_nearest_parameter_is_named(served: Served) -> None:
+    path, body = chat(max_token=3)
+    said = served.client.post(path, json=body).json()["error"]["message"]
+    assert said == "max_token: not a parameter of this request; did you mean 'max_tokens'?"
 
 
 @pytest.mark.parametrize(

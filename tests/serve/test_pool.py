@@ -104,7 +104,7 @@ def test_outside_and_in_other_threads_nothing_is_edited(served: Served, pool: Ad
 def test_a_cache_is_continued_by_the_adapters_that_filled_it(served: Served, pool: AdapterPool) -> None:
     ids = torch.tensor([PROMPTS[0]])
     with pool.rows(["prefix1"]):
-        cache = served.model(input_ids=ids[:, :-1], prompt_lengths=[ids.shape[1]]).past_key_values
+        cache = served.model(input_ids=ids[:, :-1], prompt_lengths=[ids.shape[1]], use_cache=True).past_key_values
         served.model.generate(ids, past_key_values=copy.deepcopy(cache), max_new_tokens=1)
     for names in ([None], ["prefix2"]):
         with pool.rows(names), pytest.raises(ValueError, match="filled with adapter 'prefix1"):

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from trimtab.errors import DataError
-from trimtab.tasks.files import locate, read_rows
+from trimtab.tasks.files import field, locate, read_rows
 from trimtab.tasks.messages import one_turn
 from trimtab.tasks.templates import render
 from trimtab.tasks.tokens import Collator, Encoded, encode, encode_texts
@@ -61,6 +61,11 @@ def test_every_format_gives_the_same_rows(tmp_path: Path, name: str, content: st
 def test_parquet(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(parquet(ROWS))
     assert read_rows(tmp_path / "a.parquet") == ROWS
+
+
+def test_a_field_of_an_object_is_not_read() -> None:
+    with pytest.raises(DataError, match="'data' is an object: make its fields the row's"):
+        field({"data": {"text": "a"}}, "data.text", "row 1")
 
 
 def test_classes_of_a_data_set_come_by_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trimtab import Positions, parse_positions
+from trimtab.where.plan import ordinals
 
 TEXTS = st.one_of(
     st.sampled_from(["prompt", "generated", "all"]),
@@ -179,6 +180,13 @@ def test_unhashable() -> None:
 )
 def test_who_needs_the_end_of_the_prompt(text: str, needs: bool) -> None:
     assert parse_positions(text).needs_prompt_end is needs
+
+
+@pytest.mark.parametrize(("text", "enough"), [("f7", 7), ("f1", 0), ("f7+l1", 0), ("l3", 0), ("all", 0), ("prompt", 0)])
+def test_from_which_length_on_a_prefix_needs_no_end(text: str, enough: int) -> None:
+    assert parse_positions(text).enough == enough
+    for n in range(enough, 12) if enough else ():
+        assert ordinals(parse_positions(text), n) == tuple(range(enough))
 
 
 def test_parsed_once() -> None:

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -32,6 +34,30 @@ def cache_of(output: Any) -> Any:
 def is_paged(cache: Any) -> bool:
     """Whether continuous batching holds it: its rows are chunks of many requests."""
     return isinstance(cache, PagedAttentionCache)
+
+
+def keys_of(past: Any) -> Tensor | None:
+    """The keys (B, heads, columns, d) of the last layer that keeps some; None where none does."""
+    layers = getattr(getattr(past, "self_attention_cache", past), "layers", None) or ()
+    kept = (getattr(layer, "keys", None) for layer in reversed(layers))
+    return next((keys for keys in kept if isinstance(keys, Tensor) and keys.dim() == 4 and keys.numel()), None)
+
+
+def rows_among(past: Any, before: Tensor | None) -> Tensor | None:
+    """Which rows of a cache now may be which of those (B', B), whose last layer's keys were `before`; None if nobody
+    touched it since.
+
+    A key of the last layer tells of all tokens up to its own, and of their edits. The last column that is still there
+    is compared, which a crop leaves as it was.
+    """
+    now = keys_of(past)
+    if now is before:
+        return None
+    if now is None or before is None:
+        return torch.zeros(1, 1, dtype=torch.bool)
+    column = min(now.shape[2], before.shape[2], past_length(past) or 0) - 1
+    own, others = (keys[:, :, column].flatten(1).to(now.device) for keys in (now, before))
+    return (own.unsqueeze(1) == others).all(2)
 
 
 def past_length(past: Any) -> int | None:

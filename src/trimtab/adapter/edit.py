@@ -7,11 +7,12 @@ nothing, or something of its own.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from trimtab.adapter.forward import Edits, Made
 from trimtab.adapter.hooks import hook, hooks_of
 from trimtab.adapter.running import Forwards
 from trimtab.adapter.tuner import OUTSIDE, ReftLayer, check_scale, check_states
@@ -95,6 +97,7 @@ class _Edit:
     function: Callable[[Tensor], Tensor]
     positions: Positions
     scale: float
+    number: int = field(default_factory=itertools.count().__next__)
 
 
 _open: ContextVar[tuple[_Edit, ...]] = ContextVar("edits", default=())
@@ -103,9 +106,14 @@ _lock = threading.Lock()
 
 @contextmanager
 def _hooked(base: nn.Module, sites: Sequence[Site], mine: _Edit) -> Iterator[None]:
+    def made() -> Edits:
+        open_here = mine in _open.get()
+        return [[Made("trimtab.edit", mine.positions, mine.scale, mine.number)] if open_here else []]
+
     with _lock:
         forwards = Forwards.of(base)
         forwards.guests += 1
+        forwards.editors = [*forwards.editors, made]
     handles = [_hook(site, _Guest(forwards, site, mine)) for site in sites]
     try:
         yield
@@ -114,6 +122,7 @@ def _hooked(base: nn.Module, sites: Sequence[Site], mine: _Edit) -> Iterator[Non
             handle.remove()
         with _lock:
             forwards.guests -= 1
+            forwards.editors = [editor for editor in forwards.editors if editor is not made]
             forwards.release()
 
 

@@ -60,7 +60,13 @@ class AdapterInfo:
 
     @property
     def parameters(self) -> int:
+        """Of all that was saved."""
         return sum(torch.Size(shape).numel() for shape in self.shapes.values())
+
+    @property
+    def extra_parameters(self) -> int:
+        """Those of them that are no edit's."""
+        return sum(torch.Size(self.shapes[key]).numel() for key in self.extras)
 
 
 Edits = dict[tuple[str, Part], dict[str, Tensor]]

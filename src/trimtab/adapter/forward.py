@@ -7,7 +7,7 @@ and finds it again.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -25,8 +25,20 @@ BASE = "__base__"
 """PEFT's name, among `adapter_names`, for a row without an adapter."""
 
 
-Edits = Sequence[Set[tuple[str, Positions, float]]]
-"""Adapters by name, with their positions and scales: one set for all rows, or one for each."""
+class Made(NamedTuple):
+    """What edits a forward."""
+
+    name: str
+    positions: Positions
+    scale: float
+    version: int = 0
+    """Of its tensors, where they may be written to."""
+
+
+Edits = Sequence[Sequence[Made]]
+"""What edits, in that order: one sequence for all rows, or one for each."""
+Filled = Sequence[tuple[int, Edits]]
+"""What edited a cache's columns, from each of these on to the next."""
 
 
 class EditedRows(NamedTuple):
@@ -180,11 +192,13 @@ class Pass:
             self._check_cache(self.earlier, positions, parts, batch, device)
         if self.prompt.guessed and positions.needs_prompt_end and not self.training:
             say_once(self.notes, "guessed", _GUESSED.format(positions.text))
+        if self.prompt.guessed and positions.enough:
+            say_once(self.notes, "short", _SHORT.format(positions.text, positions.enough))
 
     def _check_cache(
         self, earlier: Prompt, positions: Positions, parts: tuple[Part, ...], batch: int, device: torch.device
     ) -> None:
-        if earlier.edits_as(self.prompt, positions, parts, self._compared(batch, device)):
+        if earlier.edits_as(self.prompt, positions, parts, self._tokens(self.compared, batch, device)):
             return
         before, now = (p.lengths_of(batch, device).tolist() for p in (earlier, self.prompt))
         raise ValueError(
@@ -194,35 +208,41 @@ class Pass:
             f"answer), or prompt_lengths={now} already in the call that fills the cache."
         )
 
-    def _compared(self, batch: int, device: torch.device) -> Tensor:
-        """Real tokens (B,) of each row up to column `compared`."""
-        real = self._real(batch, self.compared, device)
-        return real.sum(1) if real is not None else torch.full((batch,), self.compared, device=device)
+    def _tokens(self, columns: int, batch: int, device: torch.device) -> Tensor:
+        """Real tokens (B,) of each row in the first columns."""
+        real = self._real(batch, columns, device)
+        return real.sum(1) if real is not None else torch.full((batch,), columns, device=device)
 
-    def check_filled(self, before: Edits, now: Edits) -> None:
+    def check_filled(self, filled: Filled, now: Edits) -> None:
         """Raises ValueError if the cache was filled under other adapters or scales, and that changed what it holds."""
-        if before == now or self.earlier is None or not self.batch:
+        if self.earlier is None or not self.batch or all(before == now for _, before in filled):
             return
-        device = torch.device("cpu")
-        ends, seen = self.earlier.lengths_of(self.batch, device), self._compared(self.batch, device)
-        for row, (end, columns) in enumerate(zip(ends.tolist(), seen.tolist(), strict=True)):
-            old, new = (edits[row * len(edits) // self.batch] for edits in (before, now))
-            if any(edited(positions, end, 0, columns) for _, positions, _ in old ^ new):
-                raise ValueError(
-                    f"the cache was filled with {_told(old)} and is now continued with {_told(new)}, so a run without "
-                    "it would edit other tokens. Leave the cache out, or fill it under the adapters and scales of now."
-                )
+        ends = self.earlier.lengths_of(self.batch, torch.device("cpu")).tolist()
+        columns = [*(min(start, self.compared) for start, _ in filled), self.compared]
+        seen = [self._tokens(column, self.batch, torch.device("cpu")).tolist() for column in columns]
+        for (_, before), starts, stops in zip(filled, seen, seen[1:], strict=False):
+            for row, (end, start, stop) in enumerate(zip(ends, starts, stops, strict=True)):
+                old, new = (edits[row * len(edits) // self.batch] for edits in (before, now))
+                did, would = ([m for m in own if edited(m.positions, end, start, stop - start)] for own in (old, new))
+                if did != would:
+                    told, again = _told(old), _told(new)
+                    raise ValueError(
+                        f"the cache was filled with {told} and is now continued with {again}"
+                        f"{' as changed since' if told == again else ''}, so a run without it would edit other tokens, "
+                        "or otherwise. Leave the cache out, or fill it under the adapters and scales of now."
+                    )
 
     def _check_training(self, positions: Positions, batch: int, device: torch.device) -> None:
         prompt = self.prompt
-        if prompt.guessed and positions.needs_prompt_end:
+        short = prompt.guessed and self.watched and bool((prompt.lengths_of(batch, device) < positions.enough).any())
+        if prompt.guessed and (positions.needs_prompt_end or short):
             raise ValueError(
                 f"positions={positions.text!r}: in training the end of the prompt must be known, but the model was "
                 "called with neither labels nor prompt_lengths. Pass labels with -100 on the prompt, or prompt_lengths "
                 "(one number of real prompt tokens a row; decoder_prompt_lengths for a decoder that has an encoder); "
-                "positions such as 'f7' or 'all' need neither. In a trainer that takes the labels away (label "
-                "smoothing, compute_loss_func): data_collator=trimtab.with_prompts(collator). Around a loss that calls "
-                "the model by itself: with trimtab.prompts(model, lengths)."
+                "'all' and 'f1' need neither, nor 'f7' where every prompt has 7 tokens. In a trainer that takes labels "
+                "away (label smoothing, compute_loss_func): data_collator=trimtab.with_prompts(collator). Around a "
+                "loss that calls the model by itself: with trimtab.prompts(model, lengths)."
             )
         if self.several_turns and positions.needs_prompt_end and positions.turns == "each":
             say_once(self.notes, "turns", TURNS.format(positions.text))
@@ -243,9 +263,8 @@ class Pass:
             say_once(self.notes, "empty", _EMPTY.format(positions.text, empty, batch))
 
 
-def _told(edits: Set[tuple[str, Positions, float]]) -> str:
-    named = sorted((name, scale) for name, _, scale in edits)
-    return ", ".join(f"adapter {name!r} at scale {scale:g}" for name, scale in named) or "no adapter"
+def _told(edits: Sequence[Made]) -> str:
+    return ", ".join(dict.fromkeys(f"adapter {m.name!r} at scale {m.scale:g}" for m in edits)) or "no adapter"
 
 
 _GUESSED = (
@@ -253,6 +272,11 @@ _GUESSED = (
     "prompt, as in generate. If it holds an answer too, other tokens are edited than in training: pass prompt_lengths "
     "(one number of real prompt tokens a row), in a trainer by data_collator=trimtab.with_prompts(collator), or call "
     "within trimtab.prompts(model, lengths). Said once."
+)
+_SHORT = (
+    "positions={0!r}: the model was called with neither labels nor prompt_lengths. Of a prompt shorter than {1} tokens "
+    "only half are edited, so if there are such prompts with answers behind them, pass prompt_lengths (one number of "
+    "real prompt tokens a row). Said once."
 )
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from trimtab.adapter.config import REQUIRES, OwnFiles, extend_peft_types
-from trimtab.adapter.forward import Edits
+from trimtab.adapter.forward import Edits, Made
 from trimtab.adapter.joint import FIELDS, loras
 from trimtab.adapter.loading import check_reloaded
 from trimtab.adapter.running import Forwards
@@ -189,7 +189,16 @@ class _Held:
         return [] if layer.disable_adapters else [name for name in layer.active_adapters if name in self.positions]
 
     def edits(self) -> Edits:
-        return [{(name, self.positions[name], float(self.layer.scaling[name])) for name in self.active()}]
+        layer: Any = self.layer
+        return [
+            [
+                Made(
+                    name, self.positions[name], float(layer.scaling[name]), hash((id(down), down._version, up._version))
+                )
+                for name in self.active()
+                for down, up in [(layer.lora_A[name].weight, layer.lora_B[name].weight)]
+            ]
+        ]
 
     def _changed(self, x: Tensor, result: Tensor, adapter: str, running: Any) -> Tensor:
         if x.dim() != 3:

@@ -23,10 +23,11 @@ import torch
 from peft.utils import TaskType
 from torch import Tensor, nn
 
-from trimtab.adapter.cache import cache_in, cache_of, is_paged, past_length
-from trimtab.adapter.forward import MISCOUNTED, PAGED, WATCHED, Edits, Pass
+from trimtab.adapter.cache import cache_in, cache_of, is_paged, keys_of, past_length, rows_among
+from trimtab.adapter.forward import MISCOUNTED, PAGED, WATCHED, Edits, Filled, Made, Pass
 from trimtab.adapter.sharding import keep_in_float32, refuse_zero_3
 from trimtab.edits.orthonormal import restore
+from trimtab.where.positions import Positions
 from trimtab.where.prompts import (
     Prompt,
     as_lengths,
@@ -36,10 +37,20 @@ from trimtab.where.prompts import (
     has_several_turns,
     packed_otherwise,
     positions_in,
+    repeated,
 )
 
 GENERATION = "reft_generation"
 """The argument by which `generate` hands its forwards what it knows."""
+_PAST = (
+    "generate was called past the model's own, as by GenerationMixin.generate(model, ...), and without a cache, so "
+    "where the prompt ends is not known. Call model.generate(...)."
+)
+_CUSTOM = (
+    "within custom_generate the model was called with other text than generate was given, so where its prompt ends is "
+    "not known. Pass prompt_lengths (one number of real prompt tokens a row) to that call."
+)
+_FIRST_OF_SEVERAL = " The first chunk of a longer prompt takes use_cache=True."
 Role = Literal["model", "inner", "pair", "encoder", "decoder", "recomputed"]
 
 
@@ -55,6 +66,9 @@ class Generation:
         self.prompt, self.awaits_mask = prompt, awaits_mask
         self.earlier, self.compared = earlier, compared
         self.decoder = Prompt()
+        self.source: Tensor | None = None
+        """(B, N) or (B, N, d) what `generate` was given, if a decoding loop of the caller's (`custom_generate`) goes on
+        from it, which need not ask for the inputs of its forwards."""
         self.negative: Tensor | None = None
         """(B, N) what guidance steers away from, whose forwards without a cache grow by what is generated."""
         self.negative_mask: Tensor | None = None
@@ -66,6 +80,14 @@ class Generation:
     def begin(self) -> None:
         """A decoding loop starts; Whisper's `generate` has one for each segment, each with a prompt of its own."""
         self.decoder, self.started, self.given, self.complete = Prompt(), True, 0, False
+
+    def begins(self, given: Any) -> bool:
+        """Whether the input of a custom loop's forward is the prompt, as far as both go."""
+        source = self.source
+        if source is None or not isinstance(given, Tensor) or given.dim() != source.dim() or len(given) % len(source):
+            return False
+        columns = min(given.shape[1], source.shape[1])
+        return torch.equal(given[:, :columns], repeated(source, len(given))[:, :columns].to(given))
 
     def negative_lengths(self, ids: Any) -> Tensor | None:
         """The prompts' lengths, should a forward that is not the generation's own continue the negative prompt."""
@@ -113,9 +135,10 @@ class Call:
 
 
 class _Here(threading.local):
-    calls: tuple[Call, ...] = ()
-    generations: tuple[tuple[Forwards, Generation], ...] = ()
-    names: tuple[tuple[Forwards, list[str] | None], ...] = ()
+    def __init__(self) -> None:  # in each thread, whose first forward a compiler may guard: not defaults of the class
+        self.calls: tuple[Call, ...] = ()
+        self.generations: tuple[tuple[Forwards, Generation], ...] = ()
+        self.names: tuple[tuple[Forwards, list[str] | None], ...] = ()
 
 
 _here = _Here()
@@ -251,12 +274,25 @@ class Forwards:
         """What a forward made now would edit: of all rows alike, or of each."""
         told = [editor() for editor in self.editors]
         rows = max(map(len, told))
-        return [frozenset().union(*(own[row * len(own) // rows] for own in told)) for row in range(rows)]
+        return [[made for own in told for made in own[row * len(own) // rows]] for row in range(rows)]
 
     def _own_edits(self) -> Edits:
         names = self.adapter_names()
-        rows = [None] if names is None else [[name] for name in names]
-        return [frozenset(edit for layer in self.layers for edit in layer.made(row)) for row in rows]
+        if names is None:
+            return [self._made(None)]
+        made = {name: self._made([name]) for name in set(names)}
+        return [made[name] for name in names]
+
+    def _edits_some(self) -> bool:
+        """Whether some tokens are edited and others are not."""
+        return any(made.positions.scope != "all" for row in self.edits() for made in row)
+
+    def _made(self, names: list[str] | None) -> list[Made]:
+        versions: dict[tuple[str, Positions, float], list[Any]] = {}
+        for layer in self.layers:
+            for made in layer.made(names):
+                versions.setdefault(made, []).extend(edit.version for edit in layer.edits(made[0]).values())
+        return [Made(*made, hash(tuple(own))) for made, own in versions.items()]
 
     @contextmanager
     def named(self, names: list[str] | None) -> Iterator[None]:
@@ -324,9 +360,20 @@ class Forwards:
             return
         past = cache_in(kwargs)
         past = past if past is not None else cache_of(output)
-        if hasattr(past, "__dict__") and getattr(past, "_reft_prompt", None) is not call.running.prompt:
-            past._reft_prompt = call.running.prompt  # later steps with this cache know where its prompt ended
-            past._reft_edits = None if torch.compiler.is_compiling() else self.edits()
+        if hasattr(past, "__dict__"):
+            self._remember(past, call.running, call.generation)
+
+    def _remember(self, past: Any, running: Pass, generation: Generation | None) -> None:
+        """Have a cache know where its prompt ended, what edited it, and by the keys which row is which."""
+        compiling = torch.compiler.is_compiling()
+        if getattr(past, "_reft_prompt", None) is not running.prompt:
+            past._reft_prompt, past._reft_edits = running.prompt, None if compiling else [(0, self.edits())]
+        elif generation is None and not compiling and past._reft_edits is not None:
+            before: Filled = [own for own in past._reft_edits if own[0] < running.start]
+            now = self.edits()
+            past._reft_edits = [*before, (running.start, now)] if not before or before[-1][1] != now else before
+        if not compiling:
+            past._reft_keys = keys_of(past)
 
     def _take(self, role: Role, frame: FrameType | None) -> Call | None:
         """The call that ends, off the stack, with those above it that were interrupted. None if it never began."""
@@ -429,6 +476,9 @@ class Forwards:
         if around is not None and chunk.start == 0:
             negative = around.negative_lengths(arguments.get("input_ids"))
             lengths = negative if negative is not None else lengths
+        custom = around if around is not None and around.source is not None and lengths is None else None
+        if custom is not None and self._place_custom(running, chunk, custom, kept, arguments):
+            return
         if self._is_lm and chunk.start == 0 and not torch.compiler.is_compiling():
             running.unclear = packed_otherwise(chunk.mask, positions_in(arguments))
         if chunk.start is None:  # a recurrent state, which does not count what it has seen
@@ -442,19 +492,40 @@ class Forwards:
             rows = running.batch if around is None else 0  # within generate rows are repeated, as for beams
             running.prompt, running.owner = self._prompt(chunk, call, lengths, arguments, rows or None)
 
+    def _place_custom(
+        self, running: Pass, chunk: Chunk, around: Generation, kept: Prompt | None, arguments: dict[str, Any]
+    ) -> bool:
+        """For a forward of a decoding loop of the caller's, if it goes on from the prompt or from a cache with it."""
+        if chunk.role == "decoder":
+            running.prompt = around.decoder
+            return True
+        if chunk.role == "encoder" or not (
+            chunk.start == 0 or kept is around.prompt or (chunk.start is not None and chunk.start == around.compared)
+        ):
+            return False
+        if chunk.start == 0 and not any(around.begins(arguments.get(name)) for name in ("inputs_embeds", "input_ids")):
+            running.unclear = _CUSTOM
+            return True
+        if around.awaits_mask and chunk.columns is not None:
+            around.receive_mask(chunk.columns, chunk.real())
+        running.prompt = around.prompt
+        if chunk.start:
+            running.earlier, running.compared = around.earlier, around.compared
+        return True
+
     def _look_at(self, running: Pass, labels: Any) -> None:
         """In training, at the labels: always on the CPU, else in the first steps only."""
         if torch.compiler.is_compiling() or not running.training or not isinstance(labels, Tensor):
             running.watched = not torch.compiler.is_compiling()
             return
-        self.looks += 1
-        running.watched = not labels.is_cuda or self.looks <= WATCHED
+        running.watched = self._may_look(labels)
         if running.watched and "turns" not in self.notes and labels.dim() == 2 and self._is_lm:
             running.several_turns = has_several_turns(labels, running.owner, running.prompt.real)
 
     def _kept(self, chunk: Chunk) -> Prompt | None:
         if chunk.start == 0:
             getattr(chunk.past, "__dict__", {}).pop("_reft_prompt", None)  # a cache that was emptied begins anew
+        _follow_rows(chunk.past)
         return getattr(chunk.past, "_reft_prompt", None)
 
     def _go_on(self, running: Pass, chunk: Chunk, kept: Prompt | None) -> None:
@@ -481,6 +552,8 @@ class Forwards:
             generation = self._generation()
             if lengths is None and generation is not None and not generation.started:
                 lengths = generation.prompt.lengths
+            elif lengths is not None and width is not None and self._may_look(lengths, real):
+                as_lengths(lengths, rows, width if real is None else real.sum(1))
             return Prompt(width, real, lengths), None
         if chunk.start == 0 and not (isinstance(chunk.mask, Tensor) and chunk.mask.dim() == 2):
             owner, real = find_packed(positions_in(arguments)) or (None, real)
@@ -491,9 +564,9 @@ class Forwards:
                     "(their position_ids start anew); give one a sequence."
                 )
             most: int | Tensor | None = None
-            if self.model.training and width is not None:  # otherwise this may be the first chunk of several
-                most = width if real is None or real.is_cuda else real.sum(1)
-            as_lengths(lengths, rows if owner is None else None, most)
+            if width is not None and self._may_look(lengths, real) and self._is_whole(chunk, lengths, arguments):
+                most = width if real is None else real.sum(1)
+            as_lengths(lengths, rows if owner is None else None, most, _FIRST_OF_SEVERAL)
             return Prompt(None, real, lengths, told=True), owner
         labels = call.labels
         if not (self._is_lm and isinstance(labels, Tensor) and labels.dim() == 2):
@@ -502,6 +575,24 @@ class Forwards:
             return Prompt(width, real, first_supervised(labels, None) + 1), None
         labels = labels if owner is None else labels[owner.to(labels.device)]
         return Prompt(width, real, first_supervised(labels, real)), owner
+
+    def _is_whole(self, chunk: Chunk, lengths: Tensor, arguments: dict[str, Any]) -> bool:
+        """Whether no more of the prompt can follow: nobody asked for a cache, or all lengths are the padded width."""
+        if self.model.training:
+            return True
+        if torch.compiler.is_compiling():
+            return False
+        alone = chunk.past is None and (arguments.get("labels") is not None or not arguments.get("use_cache"))
+        return alone or bool(lengths.eq(chunk.columns or 0).all())
+
+    def _may_look(self, *tensors: Tensor | None) -> bool:
+        """Whether the host may read these: always on the CPU, else in the first forwards only."""
+        if not any(tensor is not None and tensor.is_cuda for tensor in tensors):
+            return True
+        if torch.compiler.is_compiling():
+            return False
+        self.looks += 1
+        return self.looks <= WATCHED
 
     @property
     def _is_lm(self) -> bool:
@@ -544,21 +635,27 @@ class Forwards:
         names = self.adapter_names() if self._generation() is None else None
         if names is not None and rows is not None and len(names) != rows:  # forwards allow for beams and take multiples
             raise ValueError(MISCOUNTED.format(len(names), rows))
+        outer = self._generation()
+        if lengths is None and outer is not None and outer.prompt.told and outer.begins(source):
+            lengths = outer.prompt.lengths  # a custom_generate by its name calls generate again, with a function
         told = as_lengths(
             lengths if lengths is not None else self._told()[0], rows, real.sum(1) if real is not None else width
         )
         prompt = Prompt(width, real, told, told=told is not None)
         past = cache_in(kwargs)
-        if past_length(past) is None and any(p.scope != "all" for row in self.edits() for _, p, _ in row):
+        if past_length(past) is None and self._edits_some():
             raise ValueError(
                 "generate: the cache holds a recurrent state, which does not say how many tokens it has seen, so which "
                 "of those to come are edited is not known. Leave the cache out, and give the whole text."
             )
         start = past_length(past) or 0
+        _follow_rows(past)
         earlier: Prompt | None = getattr(past, "_reft_prompt", None) if start else None
         earlier = earlier if earlier is None or earlier.fits(rows or 0) else None
         prompt.foreign = start > 0 and earlier is None and told is None
         generation = Generation(prompt, real is None, earlier, start)
+        if kwargs.get("custom_generate") is not None and isinstance(source, Tensor):
+            generation.source = source
         if (kwargs.get("guidance_scale") or 1) != 1:
             ids = kwargs.get("negative_prompt_ids")
             generation.negative = ids if ids is not None else source[:, -1:] if isinstance(source, Tensor) else None
@@ -574,6 +671,9 @@ class Forwards:
     def _prepare(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """`prepare_inputs_for_generation`: its forward is this generation's own, which no other one is."""
         inputs, generation = original(*args, **kwargs), self._generation()
+        alone = generation is None and "is_first_iteration" in kwargs  # which transformers' own loops say
+        if alone and not kwargs.get("use_cache") and self._edits_some():
+            raise ValueError(_PAST)
         if generation is not None:
             if kwargs.get("is_first_iteration"):
                 generation.begin()
@@ -607,6 +707,26 @@ class Chunk(NamedTuple):
 
     def real(self) -> Tensor | None:
         return as_real(self.mask, self.columns)
+
+
+def _follow_rows(past: Any) -> None:
+    """Have what a cache remembers go with its rows, where they were reordered, repeated or taken out since."""
+    record = getattr(past, "__dict__", {})
+    if not {"_reft_prompt", "_reft_keys"} <= set(record) or torch.compiler.is_compiling():  # a graph leaves no keys
+        return
+    same = rows_among(past, record["_reft_keys"])
+    if same is None:
+        return
+    prompt, filled = record.pop("_reft_prompt").of_rows(same), record.pop("_reft_edits")
+    if prompt is None:
+        return
+    went: list[tuple[int, Edits]] = []
+    for start, edits in filled or ():
+        may_be = [[edits[j * len(edits) // len(own)] for j, is_it in enumerate(own) if is_it] for own in same.tolist()]
+        if any(made != own[0] for own in may_be for made in own):
+            return
+        went.append((start, [own[0] for own in may_be]))
+    record.update(_reft_prompt=prompt, _reft_edits=went or None, _reft_keys=keys_of(past))
 
 
 def _first_columns(mask: Tensor | None, columns: int | None) -> Tensor | None:

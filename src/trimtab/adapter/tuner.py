@@ -62,6 +62,12 @@ _NO_AVERAGE = (
     "`trimtab compose`, where that is exact."
 )
 
+_ON_TOP = (
+    "adapter {0!r}: a {1} around a model with ReFT would train its edits too and save them with its own tensors. Put "
+    "ReFT around the other one instead, get_peft_model(model_with_the_other, ReftConfig(...)), or train a LoRA and "
+    "edits as one adapter, ReftConfig(lora={{'r': 8}})."
+)
+
 
 class ReftLayer(nn.Module, BaseTunerLayer):
     """The edits of one block, by adapter name: `reft_edit` where tied, else `reft_prefix` and `reft_suffix`."""
@@ -217,6 +223,17 @@ class Adapters(dict[str, Any]):
                 f"model.base_model.set_adapter({names}); another one for each row: adapter_names=."
             )
         return super().__contains__(name)
+
+    def update(self, *added: Any, **more: Any) -> None:
+        """PEFT's step of putting another tuner around a model that has one.
+
+        Raises:
+            ValueError: it is another method's, whose training and whose file would take in the edits.
+        """
+        for name, config in dict(*added, **more).items():
+            if not isinstance(config, ReftConfig):
+                raise ValueError(_ON_TOP.format(name, type(config).__name__))
+        super().update(*added, **more)
 
 
 class ReftModel(BaseTuner):

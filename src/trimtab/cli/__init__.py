@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 
@@ -26,3 +27,5 @@ def main() -> None:
             said += "; a file is where a folder belongs: give another place, or move the file away"
         PlainConsole(stderr=True, highlight=False).print(f"error: {said}", soft_wrap=True)
         sys.exit(2)
+    finally:
+        gc.freeze()  # the interpreter's last collection would take seconds to go through the libraries' objects

@@ -51,13 +51,14 @@ def _show_one(adapter: Path) -> None:
 
     info = inspect_adapter(adapter)
     config = info.config
+    beside = f" ({info.extra_parameters:,} beside the edits)" if info.extras else ""
     facts = Table(show_header=False, title=str(adapter))
     for name, value in (
         ("base model", info.base_model),
         ("method", f"{config.method_text}{'' if config.tied else ', prefix and suffix edited apart'}"),
         ("positions", config.positions),
         ("site, layers", f"{config.site}, {config.layers}"),
-        ("parameters", f"{info.parameters:,}"),
+        ("parameters", f"{info.parameters:,}{beside}"),
         ("beside the edits", ", ".join(info.extras) or "nothing"),
         ("file", size_of(info.bytes_on_disk)),
     ):

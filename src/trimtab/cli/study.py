@@ -82,7 +82,7 @@ def compare(
     folder = Path(recipe.output) / "compare"
     study = Study(experiments, ways, chosen, folder / "trials", _numbers(few_shot) if few_shot else (None,))
     plan, left = study.plan(), list(study.groups)
-    standing = Standing(plan.runs)
+    standing = Standing(plan.runs, plan.done)
 
     def watch(group: Group) -> None:
         found = ", ".join(f"{100 * s:.1f}" for s in group.scores) or group.impossible
@@ -164,11 +164,10 @@ def tune(
 
 def _fitted(experiment: Experiment, ways: list[Way], budget: int) -> list[Way]:
     """The ways at their budget, each of which is told."""
-    from trimtab.runs.models import Base
+    from trimtab.runs.models import new_modules
     from trimtab.study.budget import fitted
 
-    head = experiment.task.head
-    new = Base(experiment.source).load(head, experiment.seed).new if head.is_new else []
+    new = new_modules(experiment.source.name, experiment.task.head)
     found = [fitted(experiment, way, budget, new) if way.trains else None for way in ways]
     for one in filter(None, found):
         console.print(f"{experiment.name}, {one.way.name}: {one.said}")

@@ -63,8 +63,9 @@ def results_table(metrics: dict[str, dict[str, Any]]) -> Table:
     for name, m in metrics.items():
         score = f"{score_name(m)}\n{m['split']} ({m['examples']})"
         scores = (f"{m[which][m['score']]:.3f}" for which in ("untuned", "tuned"))
-        size = f"{m['parameters']:,}\n{size_of(m['bytes'])}"
-        table.add_row(name, score, majority_of(m), *scores, size, f"{m['seconds']:.1f}")
+        head = m.get("head_parameters")  # runs of earlier versions do not say
+        sizes = [f"{m['parameters']:,}", *([f"(head {head:,})"] if head else []), size_of(m["bytes"])]
+        table.add_row(name, score, majority_of(m), *scores, "\n".join(sizes), f"{m['seconds']:.1f}")
         for label, row in indented(m.get("sets", {})).items():
             table.add_row(label, row["score"], "", f"{row['untuned']:.3f}", f"{row['tuned']:.3f}")
     return table

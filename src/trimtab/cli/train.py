@@ -54,7 +54,7 @@ def init(
         return
     if model is None:
         raise ValueError("init needs a model: trimtab init MODEL --task FILE, or --example TYPE alone.")
-    from trimtab.recipe.init import adapter_parameters, look_at, look_at_tasks, recipe_text, suggest
+    from trimtab.recipe.init import adapter_parameters, look_at, look_at_tasks, recipe_text, suggest, with_new_head
     from trimtab.recipe.load import load_recipe
     from trimtab.runs.summary import first_row
 
@@ -72,6 +72,8 @@ def init(
     )
     for name, count in (("this LoReFT", weight), ("LoRA r8, all linear layers", facts.lora_parameters)):
         table.add_row(name, f"{count:,}", f"{100 * count / facts.parameters:.3f}%", size_of(4 * count))
+    if with_new_head(tasks):
+        table.caption = "a new head comes on top"
     console.print(table)
     fill = "Check it" if task else "Fill in the data"
     console.print(f"Wrote {output}. {fill}, then: trimtab train {output}")

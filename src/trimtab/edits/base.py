@@ -5,6 +5,7 @@ Shapes: hidden states h (n, d) and the change Φ(h) - h (n, d), in the precision
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -25,6 +26,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 """On W h + b. Each maps 0 to 0, so that an edit that starts at the identity can."""
 
 InitWeights = bool | Literal["paper"]
+
+
+_NUMBERS = itertools.count()
 
 
 class Term(NamedTuple):
@@ -63,6 +67,7 @@ class Edit(nn.Module):
     ) -> None:
         super().__init__()
         self.width, self.r = width, r
+        self.number = next(_NUMBERS)
         self.activation = ACTIVATIONS[activation] if activation else None
         self.dropout = nn.Dropout(dropout)
         shapes = self.shapes(width, r)
@@ -110,6 +115,11 @@ class Edit(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
+
+    @property
+    def version(self) -> tuple[int, ...]:
+        """Another one once somebody wrote into its parameters, and of an edit that was made anew."""
+        return self.number, *(0 if p.is_inference() else p._version for p in self.parameters())
 
     def follow(self, before: Tensor) -> None:
         """Make up for R having been moved from `before` (r, d) by hand, where the method can."""

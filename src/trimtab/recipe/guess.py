@@ -25,6 +25,8 @@ CONVERSATIONS = ("messages", "conversations", "conversation")
 INSTRUCTIONS = (("instruction", "input"), ("instruction", "context"))
 PROMPTS = ("prompt", "question", "input", "instruction", "query", "source")
 ANSWERS = ("output", "completion", "answer", "response", "chosen", "target")
+WORSE = "rejected"
+"""The answer that is no example, in files of preferences."""
 LABELS = (
     "label",
     "labels",
@@ -83,9 +85,9 @@ def guess(path: str, generates: bool, columns: Sequence[str] | None = None) -> G
             _check_header(path, fields)
         found = _tagged(lists) or _several(lists, fields)
         if found is None and generates:
-            found = _asked(fields) or _labelled(fields) or _two_texts(fields)
+            found = _asked(fields) or _labelled(fields) or _two_texts(fields) or _amount(fields)
         elif found is None:
-            found = _labelled(fields)
+            found = _labelled(fields) or _amount(fields)
         if found is not None:
             found = _with_unused(found, fields)
     if found is None or (found.type == "generation" and not generates):
@@ -93,6 +95,8 @@ def guess(path: str, generates: bool, columns: Sequence[str] | None = None) -> G
         model = "" if generates else "the model writes no text, and "
         same = [str(name) for name, value in rows[0].items() if all(row.get(name) == value for row in rows)]
         told = f" ({', '.join(same)} with one value in all rows, which tells nothing)" if same else ""
+        nested = [str(name) for name, value in rows[0].items() if isinstance(value, dict)]
+        told += f"; {', '.join(nested)}: objects, whose fields are read once they are the row's own" if nested else ""
         raise DataError(
             f"{path}: {model}no columns look like {kind}; the fields are {', '.join(map(str, rows[0]))}{told}. "
             "Call them text and label, or write the task by hand: trimtab init --example classification, say, shows one"
@@ -139,15 +143,18 @@ class Column:
 
     @cached_property
     def is_number(self) -> bool:
-        return all(re.fullmatch(r"[-+]?\d*\.?\d+([eE][-+]?\d+)?", text) for text in self.texts)
+        return all(re.fullmatch(r"[-+]?\d*[.,]?\d+([eE][-+]?\d+)?", text) for text in self.texts)
+
+    @cached_property
+    def has_fractions(self) -> bool:
+        return self.is_number and any(set(text) & set(".,") for text in self.texts)
 
     @cached_property
     def is_name_of_row(self) -> bool:
         """An id, a date, or always the same: nothing to learn from."""
         numbered = self.distinct == self.rows > 2 and all(re.fullmatch(r"\S*\d\S*", text) for text in self.texts)
-        fractions = self.is_number and any("." in text for text in self.texts)
         dated = all(DATE.fullmatch(text) for text in self.texts)
-        return self.distinct < 2 or dated or bool(ID.search(self.name)) or (numbered and not fractions)
+        return self.distinct < 2 or dated or bool(ID.search(self.name)) or (numbered and not self.has_fractions)
 
     @cached_property
     def is_text(self) -> bool:
@@ -233,7 +240,7 @@ def _asked(columns: dict[str, Column]) -> Guess | None:
             both = f"{{{first}}}\n\n{{{second}}}"
             return _generation(both if columns[second].full else [both, f"{{{first}}}"], answer)
     prompt = next((name for name in PROMPTS if name in columns and name != answer.name), None)
-    left = [name for name, c in columns.items() if c.is_text and name not in (prompt, answer.name, *ANSWERS)]
+    left = [name for name, c in columns.items() if c.is_text and name not in (prompt, answer.name, *ANSWERS, WORSE)]
     said = f"{', '.join(left)} might belong in the prompt too, each in braces" if left else ""
     return _generation(f"{{{prompt}}}", answer, said) if prompt else None
 
@@ -330,4 +337,16 @@ def _two_texts(columns: dict[str, Column]) -> Guess | None:
     if len(longest) < 2:
         return None
     prompt, answer = (c for c in texts if c in longest)
-    return _generation(f"{{{prompt.name}}}", answer, "a guess: the two longest texts; swap them if need be")
+    names = f"{prompt.name!r} and {answer.name!r}"
+    said = f"a guess: the two longest texts; swap them if need be, and give --columns if {names} are no fields' names"
+    return _generation(f"{{{prompt.name}}}", answer, said)
+
+
+def _amount(columns: dict[str, Column]) -> Guess | None:
+    """A text, and the only numbers with fractions."""
+    texts = [c for c in columns.values() if c.is_text]
+    amounts = [c.name for c in columns.values() if c.has_fractions and not c.is_name_of_row]
+    if not texts or len(amounts) != 1:
+        return None
+    keys = {"text": max(texts, key=lambda c: c.length).name, "label": amounts[0], "score": "correlation"}
+    return Guess("regression", keys, {}, f"a guess: {amounts[0]} has the only numbers with fractions")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from trimtab.errors import DataError
 from trimtab.recipe.guess import UNKNOWN, Guess, guess
 from trimtab.runs.models import loading, skeleton
 from trimtab.runs.predict import context_of
-from trimtab.tasks import Head
+from trimtab.tasks import TASKS, Head
 from trimtab.where.sites import find_sites
 
 
@@ -95,10 +95,16 @@ def adapter_parameters(facts: ModelFacts, r: int) -> int:
     return facts.blocks * parameter_count("loreft", facts.width, r)
 
 
+def with_new_head(tasks: Mapping[str, tuple[str, Guess]]) -> bool:
+    """Whether a head is trained with the edit of one of them."""
+    return any(not TASKS[found.type].generates for _, found in tasks.values())
+
+
 def recipe_text(facts: ModelFacts, tasks: dict[str, tuple[str, Guess]]) -> str:
     """The YAML, commented, for tasks given by name: the training file of each, and what it is for."""
     s = suggest(facts)
     weight = adapter_parameters(facts, s.r)
+    beside = " beside a new head" if with_new_head(tasks) else ""
     dtype = "auto             # as the weights are stored; or float32, bfloat16, float16"
     if facts.half and not torch.accelerator.is_available():
         dtype = f"float32          # faster on a CPU than {facts.half}, as the weights are stored (auto)"
@@ -109,7 +115,7 @@ output: runs            # each task leaves a folder here, which PEFT loads: runs
 seed: 0
 dtype: {dtype}
 
-# The edit. {weight:,} parameters, {100 * weight / facts.parameters:.3g}% of the model's {facts.parameters:,}.
+# The edit. {weight:,} parameters{beside}, {100 * weight / facts.parameters:.3g}% of the model's {facts.parameters:,}.
 adapter:
   method: loreft        # {", ".join(METHODS)}
   r: {s.r}                  # rank; raise it if training loss stays high, lower it if data is scarce

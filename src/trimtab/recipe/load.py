@@ -180,17 +180,19 @@ def _adapter_problems(raw: dict[Any, Any]) -> list[tuple[Place, str]]:
 
 
 def _method_problems(raw: dict[Any, Any]) -> list[tuple[Place, str]]:
-    """What is wrong with the methods to compare, each at its place in the list."""
+    """What is wrong with the methods to compare, at their places in the list or, where they share it, at `adapter`."""
     problems: list[tuple[Place, str]] = []
-    methods = _section(raw, "compare").get("methods")
+    common, methods = _section(raw, "adapter"), _section(raw, "compare").get("methods")
     for i, entry in enumerate(methods if isinstance(methods, list) else []):
         try:
-            adapter = AdapterSpec.model_validate(_section(raw, "adapter"))
-            as_way(entry, adapter)
+            as_way(entry, AdapterSpec.model_validate(common))
         except (ValidationError, TypeError, AttributeError):
             continue  # a wrong type or key, reported with the rest of the file
         except ValueError as error:
-            problems.append((("compare", "methods", i), str(error)))
+            field = str(error).partition("=")[0]
+            own = _section(entry, next(iter(entry))) if isinstance(entry, dict) else {}
+            inherited = field in common and field not in own
+            problems.append((("adapter", field) if inherited else ("compare", "methods", i), str(error)))
     return problems
 
 

@@ -22,7 +22,7 @@ from peft import PeftModel
 from trimtab.adapter.folder import inspect_adapter
 from trimtab.adapter.hub import local
 from trimtab.adapter.weights import weights_in
-from trimtab.errors import DataError, RunError
+from trimtab.errors import DataError, NoField, RunError
 from trimtab.runs.folder import RunFolder, digest_of, put, write_text
 from trimtab.runs.models import Base, ModelSource
 from trimtab.runs.predict import check_context, predict
@@ -96,12 +96,25 @@ class Applied:
             try:
                 found[number] = replace(task.question(task.prepared(row, where), where), row=row)
             except DataError as error:
+                lacking = self._lacking(row)
+                remedy = f" (rename columns, so that {self.folder.path} finds {', '.join(lacking)})" if lacking else ""
                 if not task.spec.data.skip_bad_rows:
-                    raise
-                self.left_out.append(str(error))
+                    raise DataError(f"{error}{remedy}") from None
+                self.left_out.append(f"{error}{remedy}")
         if not found:
             raise DataError(self.left_out[0])
         return found
+
+    def _lacking(self, row: Row) -> list[str]:
+        """The fields that a question is made of and a row has not."""
+        task = self.experiment.task
+        try:
+            task.question(task.prepared(row, ""), "")
+        except NoField as error:
+            return [error.name, *self._lacking({**row, error.name: "some text"})]
+        except DataError:
+            pass
+        return []
 
     def lines(self, examples: Mapping[int, Example], start: int = 0) -> Iterator[list[Line]]:
         """Predictions, each behind its row's number and the file's own columns, some rows at a time.

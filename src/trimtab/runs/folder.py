@@ -40,7 +40,9 @@ class RunFolder:
         """
         found = self._read("run.json")
         if not isinstance(found, dict) or not isinstance(found.get("run"), dict):
-            raise RunError(f"{self.path}: no run of trimtab there (run.json); give the folder of one task")
+            tasks = ", ".join(sorted(str(one.parent) for one in self.path.glob("*/run.json")))
+            which = f", one of {tasks}" if tasks else ""
+            raise RunError(f"{self.path}: no run of trimtab there (run.json); give the folder of one task{which}")
         return completed(found["run"])
 
     @property

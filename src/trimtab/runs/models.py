@@ -73,22 +73,32 @@ class Base:
             config = AutoConfig.from_pretrained(name, trust_remote_code=False, **head.config)
             config.pad_token_id = Collator(self.tokenizer).pad_id  # by which a decoder's head finds the last token
             set_seed(seed)
-            model, info = getattr(transformers, head.auto).from_pretrained(
-                name,
-                config=config,
-                dtype=as_dtype(self.source.dtype),
-                attn_implementation=as_attention(self.source.attention),
-                output_loading_info=True,
-                trust_remote_code=False,
-            )
-        new = heads_of(model, info["missing_keys"])
-        if model.base_model_prefix in new:
-            raise ModelError(f"cannot load the model {name!r}: none of its weights fit a {type(model).__name__}")
+            how = {"dtype": as_dtype(self.source.dtype), "attn_implementation": as_attention(self.source.attention)}
+            model, new = _with_head(name, head, config, **how)
         try:
             set_pool(model, pool_for(head, name))
         except ValueError as error:
             raise ModelError(str(error)) from None
         return Loaded(_placed(model, name), new)
+
+
+def _with_head(name: str, head: Head, config: Any, **how: Any) -> Loaded:
+    auto: Any = getattr(transformers, head.auto)
+    how |= {"config": config, "output_loading_info": True, "trust_remote_code": False}
+    model, info = auto.from_pretrained(name, **how)
+    new = heads_of(model, info["missing_keys"])
+    if model.base_model_prefix in new:
+        raise ModelError(f"cannot load the model {name!r}: none of its weights fit a {type(model).__name__}")
+    return Loaded(model, new)
+
+
+def new_modules(name: str, head: Head) -> list[str]:
+    """The modules without pretrained weights of a model with such a head, which takes no memory. Raises ModelError."""
+    if not head.is_new:
+        return []
+    with loading(name):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **head.config)
+        return _with_head(name, head, config, device_map="meta").new
 
 
 def pool_for(head: Head, name: str) -> str:

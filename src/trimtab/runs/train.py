@@ -278,16 +278,16 @@ class Run:
             tuned = experiment.evaluate(adapted, tokenizer, "test", reuse=fit.reuse)
             text = card(self.experiment, self.folder.path, tokenizer, model, new, untuned.main, tuned.main)
             processes.once(save_adapter, adapted, self.folder.path, text)
-            parameters = trained_parameters(adapted)
+            sizes = {"parameters": trained_parameters(adapted), "head_parameters": trained_parameters(adapted, new)}
         finally:
             unload(adapted)
-        metrics = self._metrics(progress, fit, untuned, tuned, parameters)
+        metrics = self._metrics(progress, fit, untuned, tuned, sizes)
         examples = self.task.examples("test")
         processes.once(draw_curve, metrics, self.folder.path / CURVE)
         processes.once(self.folder.finish, metrics, answers(self.task, examples, untuned, tuned))
 
     def _metrics(
-        self, progress: Progress, fit: Fit, untuned: Evaluation, tuned: Evaluation, parameters: int
+        self, progress: Progress, fit: Fit, untuned: Evaluation, tuned: Evaluation, sizes: dict[str, int]
     ) -> dict[str, Any]:
         test, losses = self.task.examples("test"), fit.losses
         part = max(1, len(losses) // 4)  # of several steps, since each is of another batch
@@ -300,7 +300,7 @@ class Run:
             "tuned": tuned.scores,
             "sets": by_set(self.task, test, untuned, tuned),
             **beside(self.task, test, tuned),
-            "parameters": parameters,
+            **sizes,
             "bytes": (self.folder.path / ADAPTER).stat().st_size,
             "digest": digest_of(self.folder.path / ADAPTER),
             "seconds": round(progress.seconds, 2),

@@ -641,9 +641,10 @@ def _check_context(
         raise NotPossible(f"{shots} solved examples make a prompt of {longest} tokens; the model reads {room}")
 
 
-def trained_parameters(model: nn.Module) -> int:
-    """How many values are trained."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+def trained_parameters(model: nn.Module, modules: Sequence[str] | None = None) -> int:
+    """How many values are trained, in all or in some modules."""
+    trained = [(f".{name}", p.numel()) for name, p in model.named_parameters() if p.requires_grad]
+    return sum(n for name, n in trained if modules is None or any(f".{module}." in name for module in modules))
 
 
 def digest(described: Any) -> str:

@@ -69,11 +69,12 @@ def of_validation(errors: Sequence[Any]) -> ApiError:
         return ApiError(400, "the body must be a JSON object, sent as application/json.", "invalid_json")
     alike = [error for error in errors if error["loc"][:2] == first["loc"][:2]]  # several where types are alternatives
     place = [str(parts[0]) for parts in zip(*(e["loc"][1:] for e in alike), strict=False) if len(set(parts)) == 1]
-    param = first.get("ctx", {}).get("param") or ".".join(place).removesuffix(".[key]")
+    param = ".".join([*place, *filter(None, [first.get("ctx", {}).get("param")])]).removesuffix(".[key]")
     codes = {"extra_forbidden": "unknown_parameter", "missing": "missing_required_parameter"}
     codes["unsupported_parameter"] = "unsupported_parameter"
     said = "; or ".join(dict.fromkeys(error["msg"] for error in alike))
-    return ApiError(400, f"{param[:200]}: {said}.", codes.get(first["type"], "invalid_value"), param[:200])
+    said += "" if said.endswith("?") else "."
+    return ApiError(400, f"{param[:200]}: {said}", codes.get(first["type"], "invalid_value"), param[:200])
 
 
 def of_engine(error: Exception, named: str = "model", found: str = "model") -> ApiError:

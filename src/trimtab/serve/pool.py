@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.adapter.edit import base_of, check_uncompiled
-from trimtab.adapter.forward import Edits, Pass
+from trimtab.adapter.forward import Edits, Made, Pass
 from trimtab.adapter.identity import base_digest
 from trimtab.adapter.running import Forwards
 from trimtab.adapter.tuner import OUTSIDE, check_states
@@ -118,7 +118,7 @@ class AdapterPool:
     def _edits(self) -> Edits:
         rows = next((rows for rows in reversed(_open.get()) if rows.pool is self), None)
         adapters = rows.adapters if rows is not None else [None]
-        return [{(f"{a.name} {a.digest.hex()[:8]}", a.positions, 1.0)} if a is not None else set() for a in adapters]
+        return [[Made(f"{a.name} {a.digest.hex()[:8]}", a.positions, 1.0)] if a is not None else [] for a in adapters]
 
     def close(self) -> None:
         """Take the pool off the model."""

@@ -7,6 +7,7 @@ is refused, since it may be either.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -85,6 +86,11 @@ class _Body(BaseModel):
         for name in given.keys() & _NOT_DONE.keys() - cls.model_fields.keys():
             if given.pop(name) not in _NOT_DONE[name]:
                 raise PydanticCustomError("unsupported_parameter", "not supported by this server", {"param": name})
+        known = [field.alias or name for name, field in cls.model_fields.items()]
+        for name in (name for name in given if name not in known):
+            if near := get_close_matches(name, known, 1):
+                said = f"not a parameter of this request; did you mean {near[0]!r}?"
+                raise PydanticCustomError("extra_forbidden", said, {"param": name})
         return given
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from trimtab.errors import NotPossible
 from trimtab.runs.models import skeleton
-from trimtab.runs.trial import Experiment
+from trimtab.runs.trial import Experiment, trained_parameters
 from trimtab.runs.ways import Way
 from trimtab.where.sites import find_blocks
 
@@ -74,9 +74,8 @@ def parameters(experiment: Experiment, way: Way, new: Sequence[str] = ()) -> tup
     Raises NotPossible.
     """
     adapted = way.build(_empty(experiment), experiment.task.task_type, new)
-    trained = {f".{name}": p.numel() for name, p in adapted.named_parameters() if p.requires_grad}
-    head = sum(count for name, count in trained.items() if any(f".{module}." in name for module in new))
-    return sum(trained.values()) - head, head
+    head = trained_parameters(adapted, new)
+    return trained_parameters(adapted) - head, head
 
 
 def _empty(experiment: Experiment) -> nn.Module:

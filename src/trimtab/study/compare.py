@@ -23,7 +23,7 @@ from trimtab.errors import DataError
 from trimtab.runs.together import joins, run_trials
 from trimtab.runs.trial import Experiment, Outcome, Trial, fingerprints, outcome_of
 from trimtab.runs.ways import Way, applicable, as_way
-from trimtab.study.progress import Counted, Standing
+from trimtab.study.progress import Standing
 from trimtab.study.workers import workers
 from trimtab.tasks.spec import Section
 
@@ -208,17 +208,21 @@ class Study:
         Raises:
             DataError, RunError: a task cannot be read or trained; what was done until then is kept.
         """
-        with workers(jobs) as processes:
-            pool = Counted(processes, standing or Standing(len(self.groups)))
+        self.read()
+        if not any(map(self.missing, self.groups)):  # which needs no process
+            for group in self.groups:
+                watch(group)
+            return self.groups
+        standing = standing or Standing(len(self.groups))
+        with workers(jobs) as pool:
             waiting: dict[Future[list[Outcome]], tuple[Group, list[Trial]]] = {}
-            asked: dict[Group, set[tuple[int, float | None]]] = {group: set() for group in self.groups}
 
             def submit(group: Group) -> None:
-                new = [one for one in self.wanted(group) if (one.seed, one.learning_rate) not in asked[group]]
-                asked[group] |= {(one.seed, one.learning_rate) for one in new}
+                running = [trial for one, trials in waiting.values() if one is group for trial in trials]
+                new = [trial for trial in self.missing(group) if trial not in running]
                 for trials in self._jobs(group, new, jobs):
                     waiting[pool.submit(run_trials, trials, self.folder, self.content[group.task])] = (group, trials)
-                if not any(one is group for one, _ in waiting.values()):
+                if not running and not new:
                     watch(group)
 
             for group in self.groups:
@@ -229,8 +233,21 @@ class Study:
                     group, trials = waiting.pop(future)
                     for trial, outcome in zip(trials, future.result(), strict=True):
                         self._take(group, trial, outcome)
+                        standing.ended()
                     submit(group)
         return self.groups
+
+    def read(self) -> None:
+        """Take the outcomes there are."""
+        for group in self.groups:
+            content = self.content[group.task]
+            while found := [
+                (trial, outcome)
+                for trial in self.missing(group, self.settings.seeds)
+                if (outcome := outcome_of(trial, self.folder, content)) is not None
+            ]:
+                for trial, outcome in found:
+                    self._take(group, trial, outcome)
 
     def _jobs(self, group: Group, trials: list[Trial], jobs: int) -> list[list[Trial]]:
         """What one process runs at a time: trials of one batch together, all others each by itself, as the first seed's
@@ -244,12 +261,12 @@ class Study:
 
     def plan(self) -> Plan:
         """What `run` would do; nothing is run."""
-        trials = [(group, trial) for group in self.groups for trial in self.wanted(group, self.settings.seeds)]
-        found = [outcome_of(trial, self.folder, self.content[group.task]) for group, trial in trials]
-        done = [outcome for outcome in found if outcome is not None]
+        self.read()
+        left = sum(len(self.missing(group, self.settings.seeds)) for group in self.groups)
+        done = [outcome for group in self.groups for tried in group.tried.values() for outcome in tried.values()]
         seconds = [outcome.seconds for outcome in done if outcome.seconds is not None]
         reaches = self.settings.reach > 0 and any(g.way.trains and len(g.rates) > 1 for g in self.groups)
-        return Plan(len(trials), len(done), median(seconds) if seconds else None, reaches)
+        return Plan(left + len(done), len(done), median(seconds) if seconds else None, reaches)
 
     def wanted(self, group: Group, seeds: int | None = None) -> list[Trial]:
         """The trials that a group needs, as far as what is known of it tells.
@@ -266,6 +283,10 @@ class Study:
             for seed in range(first, first + (count if group.random else 1))
             for rate in self._wanted_rates(group, seed)
         ]
+
+    def missing(self, group: Group, seeds: int | None = None) -> list[Trial]:
+        """Those of the `wanted` trials whose outcome is not known."""
+        return [one for one in self.wanted(group, seeds) if one.learning_rate not in group.tried.get(one.seed, {})]
 
     def _wanted_rates(self, group: Group, seed: int) -> Sequence[float | None]:
         """A seed's learning rates: those to start from, then one more beyond the edge while that is the best."""

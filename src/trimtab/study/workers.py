@@ -31,10 +31,10 @@ def workers(jobs: int) -> Iterator[Executor]:
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # processes whose threads spin for one another's cores
     pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=(devices, threads))
-    with _deaf():
-        for _ in range(jobs):
-            pool.submit(_started)
     try:
+        with _deaf():
+            for _ in range(jobs):
+                pool.submit(_started)
         yield pool
     except BrokenProcessPool:
         raise RunError(
@@ -42,7 +42,7 @@ def workers(jobs: int) -> Iterator[Executor]:
             "kept; the same command goes on from there."
         ) from None
     except BaseException:  # Ctrl-C too: now, not after the trials that run
-        for process in list(pool._processes.values()):
+        for process in list((pool._processes or {}).values()):
             process.terminate()
         raise
     finally:
@@ -51,15 +51,23 @@ def workers(jobs: int) -> Iterator[Executor]:
 
 @contextmanager
 def _deaf() -> Iterator[None]:
-    """Processes started here pay no heed to Ctrl-C, which a terminal sends them too; who started them ends them."""
+    """Processes started here pay no heed to Ctrl-C, which a terminal sends them too; who started them ends them.
+
+    They inherit that it is blocked. Whoever starts them hears it, once they are all started and can be ended.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    heard: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         signal.signal(signal.SIGINT, before)
+        for number in heard:
+            signal.raise_signal(number)
 
 
 def _started() -> None:

@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from trimtab.errors import DataError
+from trimtab.errors import DataError, NoField
 
 Row = dict[str, Any]
 
@@ -78,10 +78,13 @@ def read_rows(
     path = locate(source)
     reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise DataError(
-            f"{path}: unknown suffix {path.suffix!r}; use one of {', '.join(READERS)}. Cells with a separator between "
-            f"them are read from a copy called {path.stem}.csv; for what has none see docs/your-own-file.md"
+        remedy = (
+            f"Cells with a separator between them are read from a copy called {path.stem}.csv; for what has none see "
+            "docs/your-own-file.md"
         )
+        if path.suffix.lower() in SPREADSHEETS:
+            remedy = "Export the sheet as CSV"
+        raise DataError(f"{path}: unknown suffix {path.suffix!r}; use one of {', '.join(READERS)}. {remedy}")
     for name, given in (("columns", columns), ("separator", separator)):
         if given and path.suffix.lower() not in SEPARATED:
             raise DataError(f"{path}: {name}: is for .csv and .tsv files; this one names its own fields, remove it")
@@ -145,7 +148,8 @@ def _read_json(path: Path, *_: Any) -> list[Row]:
     rows = data.get("data") if isinstance(data, dict) and "data" in data else data
     if not isinstance(rows, list):
         found = "one object" if isinstance(rows, dict) else type(rows).__name__
-        raise DataError(f'{path}: expected a list of rows, not {found}; write [{{...}}, {{...}}], or {{"data": [...]}}')
+        remedy = 'write [{...}, {...}], or {"data": [...]}; with pandas, to_json(orient="records")'
+        raise DataError(f"{path}: expected a list of rows, not {found}; {remedy}")
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise DataError(f"{path}, row {number}: expected an object with named fields, not {type(row).__name__}")
@@ -190,7 +194,7 @@ def _read_csv(path: Path, columns: Sequence[str] | None, skip: bool, separator: 
 
 
 def find_separator(text: str) -> str:
-    """The first of a comma, a semicolon, a tab and a bar by which a CSV's first lines all have as many cells.
+    """The first of `SEPARATORS` by which a CSV's first lines all have as many cells.
 
     Where there is none, that by which the first line has most.
     """
@@ -206,9 +210,10 @@ def find_separator(text: str) -> str:
     return max(SEPARATORS, key=first.count)
 
 
-SEPARATORS, LOOKED_AT = ",;\t|", 50
+SEPARATORS, LOOKED_AT = ",;\t|^~", 50
 SEPARATED = (".csv", ".tsv")
 """Suffixes of files whose cells have a separator between them."""
+SPREADSHEETS = (".xlsx", ".xls", ".ods")
 
 
 def _read_tsv(path: Path, columns: Sequence[str] | None, skip: bool, separator: str | None) -> list[Row]:
@@ -232,9 +237,10 @@ def _table(path: Path, lines: list[tuple[int, list[str]]], columns: Sequence[str
         lines = [(number, cells) for number, cells in lines if len(cells) == len(header)]
     for number, cells in lines:
         if len(cells) != len(header):
+            other = " or, where it is another, name it (data: separator:)" if len(header) == 1 else ""
             raise DataError(
                 f"{path}, line {number}: {len(cells)} cells where there are {len(header)} columns "
-                f"({', '.join(header)[:200]}); quote cells that hold the separator; {NO_HEADER}"
+                f"({', '.join(header)[:200]}); quote cells that hold the separator{other}; {NO_HEADER}"
             )
     return [dict(zip(header, cells, strict=True)) for _, cells in lines]
 
@@ -266,10 +272,14 @@ def _with_names(rows: list[Row], features: Mapping[str, Any]) -> list[Row]:
 
 
 def _class_names(kind: Any) -> list[str]:
-    """Of a column of classes, or of lists of classes; none for any other."""
-    inner = kind[0] if isinstance(kind, list) and kind else kind
-    inner = inner.get("feature", inner) if isinstance(inner, Mapping) else {}
-    return inner.get("names") or [] if isinstance(inner, Mapping) and inner.get("_type") == "ClassLabel" else []
+    """Of a column of classes, or of lists of classes, as `datasets` describes it; none for any other."""
+    match kind:
+        case {"_type": "ClassLabel", "names": list(names)}:
+            return names
+        case {"feature": inner} | [inner]:  # a list of such, as written today and by earlier versions
+            return _class_names(inner)
+        case _:
+            return []
 
 
 def _named(value: Any, names: Sequence[str]) -> Any:
@@ -289,12 +299,16 @@ READERS: dict[str, Callable[[Path, Sequence[str] | None, bool, str | None], list
 
 
 def field(row: Row, name: str, where: str) -> Any:
-    """The value of a field; raises DataError naming the fields there are."""
+    """The value of a field; raises NoField naming the fields there are."""
     if name not in row:
         near = difflib.get_close_matches(name.casefold(), {str(one).casefold(): one for one in row}, 1)
-        hint = "; is data: separator: right?" if len(row) == 1 and set(SEPARATORS) & set(str(*row)) else ""
+        outer = name.partition(".")[0]
+        hint = f"; {outer!r} is an object: make its fields the row's" if isinstance(row.get(outer), dict) else ""
+        hint += "; is data: separator: right?" if len(row) == 1 and set(SEPARATORS) & set(str(*row)) else ""
         hint += "".join(f"; did you mean {one!r}?" for one in row if near and str(one).casefold() == near[0])
-        raise DataError(f"{where}: no field {name!r}; the fields are {', '.join(map(str, row))}{hint}")
+        error = NoField(f"{where}: no field {name!r}; the fields are {', '.join(map(str, row))}{hint}")
+        error.name = name
+        raise error
     return row[name]
 
 

@@ -53,9 +53,9 @@ class RegressionTask(TextTask[RegressionSpec]):
         except (TypeError, ValueError):
             number = math.nan
         if not math.isfinite(number):
-            raise DataError(
-                f"{where}: {self.spec.label} is {str(value)[:60]!r}, not a finite number; mend it or remove the row"
-            )
+            said = str(value)[:60]
+            remedy = "write a point for the comma" if "," in said else "mend it or remove the row"
+            raise DataError(f"{where}: {self.spec.label} is {said!r}, not a finite number; {remedy}")
         return number
 
     def census(self, examples: Sequence[Example]) -> tuple[str, list[str]]:

@@ -127,7 +127,7 @@ class DataSpec(Section):
     columns: Annotated[Names | None, Field(examples=[["sentence", "label"]])] = None
     """The field names of a CSV or TSV file that has no header line."""
     separator: Annotated[Annotated[str, Field(min_length=1, max_length=1)] | None, Field(examples=[";"])] = None
-    """What stands between the cells of a CSV or TSV file; without it, found by looking: a comma, ';', a tab or '|'."""
+    """What stands between the cells of a CSV or TSV file; without it, found by looking: a comma, ; | ^ ~ or a tab."""
     conversation: Annotated[str | None, Field(examples=["messages"])] = None
     """The field that holds a conversation (`messages`, or ShareGPT's `conversations`). To a task of another type than
     conversation it has one turn, whose texts become the fields `system`, `user` and `assistant`."""

@@ -54,8 +54,13 @@ class Positions:
 
     @property
     def needs_prompt_end(self) -> bool:
-        """Whether the edited tokens depend on where the prompt ends (a prefix does in prompts shorter than it)."""
+        """Whether the edited tokens depend on where the prompt ends, whatever its length."""
         return self.last > 0 or self.random > 0 or self.scope in ("prompt", "generated")
+
+    @property
+    def enough(self) -> int:
+        """Of a prefix alone, the tokens that make a prompt's end not matter: half of a shorter one is edited."""
+        return self.first if self.first > 1 and not self.needs_prompt_end else 0
 
     @property
     def words(self) -> str:

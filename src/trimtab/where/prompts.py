@@ -6,7 +6,7 @@ Lengths are counted in real tokens: padding, wherever it stands, belongs to no p
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,19 @@ class Prompt:
         """Whether it says something of each row of a batch: not once rows were taken out of a cache."""
         rows = self.lengths if self.lengths is not None else self.real
         return rows is None or batch % len(rows) == 0
+
+    def of_rows(self, same: Tensor) -> Prompt | None:
+        """The same for rows taken from these: (B', B) which each may be. None where that leaves open what is edited."""
+        if not self.fits(same.shape[1]):
+            return None
+        ends, first = self.lengths_of(same.shape[1], same.device), same.long().argmax(1)
+        if not bool((same.any(1) & ~(same & (ends != ends[first].unsqueeze(1))).any(1)).all()):
+            return None
+        lengths, real = (
+            None if rows is None else repeated(rows.to(same.device), same.shape[1])[first]
+            for rows in (self.lengths, self.real)
+        )
+        return replace(self, lengths=lengths, real=real)
 
     def lengths_of(self, batch: int, device: torch.device) -> Tensor:
         if self.lengths is not None:
@@ -148,12 +161,15 @@ def find_packed(position_ids: Any) -> tuple[Tensor, Tensor] | None:
     return owner, one_hot[owner, sequence]
 
 
-def as_lengths(lengths: Any, rows: int | None = None, most: int | Tensor | None = None) -> Tensor | None:
+def as_lengths(
+    lengths: Any, rows: int | None = None, most: int | Tensor | None = None, remedy: str = ""
+) -> Tensor | None:
     """`prompt_lengths` as a tensor (B,) of int64, since the arithmetic of smaller integers wraps around.
 
     Args:
         rows: how many there must be.
         most: the tokens that were given, or (B,) the real ones of each row.
+        remedy: what else to do about more than those.
 
     Raises:
         ValueError: they are not one whole, non-negative number a row, or count more tokens than were given.
@@ -164,13 +180,15 @@ def as_lengths(lengths: Any, rows: int | None = None, most: int | Tensor | None 
     if counts.dim() != 1 or counts.is_floating_point() or counts.dtype == torch.bool:
         raise ValueError(f"prompt_lengths={counts}: must be one whole number a row, the real tokens of its prompt.")
     counts = counts.long()
-    if rows is not None and not torch.compiler.is_compiling() and len(counts) != rows:  # a graph is of any number
+    if torch.compiler.is_compiling():  # a graph is of any number of rows, and would break here
+        return counts
+    if rows is not None and len(counts) != rows:
         raise ValueError(f"prompt_lengths: {len(counts)} given for a batch of {rows} rows; give one a row.")
     if not counts.is_cuda and bool((counts < 0).any()):
         raise ValueError(f"prompt_lengths={counts.tolist()}: must not be negative.")
-    if not counts.is_cuda and most is not None and bool((counts > torch.as_tensor(most).cpu()).any()):
+    if most is not None and bool((counts > torch.as_tensor(most, device=counts.device)).any()):
         given = f"{most.tolist()} real tokens a row" if isinstance(most, Tensor) else f"{most} tokens"
-        raise ValueError(f"prompt_lengths={counts.tolist()}: only {given} were given; padding is not counted.")
+        raise ValueError(f"prompt_lengths={counts.tolist()}: only {given} were given; padding is not counted.{remedy}")
     return counts
 
 
