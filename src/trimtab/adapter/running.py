@@ -358,6 +358,8 @@ class Forwards:
         call = self._take(role, None if torch.compiler.is_compiling() else sys._getframe(1))
         if call is None or call.running is None or role == "encoder":
             return
+        if any(outer.running is call.running for outer in _here.calls):
+            return  # which remembers for its parts
         past = cache_in(kwargs)
         past = past if past is not None else cache_of(output)
         if hasattr(past, "__dict__"):
