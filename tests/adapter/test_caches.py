@@ -274,10 +274,41 @@ def test_edits_of_a_with_are_remembered() -> None:
     with edit(model, torch.ones(32), positions="f2"):
         edited = model(input_ids=ids[:, :9], prompt_lengths=[12], use_cache=True).past_key_values
         model.generate(ids, past_key_values=copy.deepcopy(edited), **search(max_new_tokens=1))
-        with pytest.raises(ValueError, match=r"continued with adapter 'a' at scale 1, adapter 'trimtab\.edit'"):
+        with pytest.raises(ValueError, match=r"continued with adapter 'a' at scale 1, a trimtab\.edit at"):
             model.generate(ids, past_key_values=plain, **search(max_new_tokens=1))
-    with pytest.raises(ValueError, match=r"adapter 'trimtab\.edit' at scale 1 and is now continued with adapter 'a'"):
+    with pytest.raises(ValueError, match=r"a trimtab\.edit at scale 1 and is now continued with adapter 'a'"):
         model.generate(ids, past_key_values=edited, **search(max_new_tokens=1))
+
+
+def test_a_with_opened_again_is_the_same_until_its_vector_is_written_to() -> None:
+    model, ids, vector = adapted(), torch.arange(5, 17)[None], torch.ones(32)
+    past = DynamicCache()
+    for n in (6, 9):
+        with edit(model, vector, positions="f2"):
+            model.generate(ids[:, :n], prompt_lengths=[6], past_key_values=past, **search(max_new_tokens=1))
+    vector.mul_(2)
+    with (
+        edit(model, vector, positions="f2"),
+        pytest.raises(ValueError, match=r"a trimtab\.edit at scale 1 as changed since"),
+    ):
+        model.generate(ids, prompt_lengths=[6], past_key_values=past, **search(max_new_tokens=1))
+
+
+@torch.no_grad()
+def test_a_loop_that_reorders_its_cache_keeps_one_record() -> None:
+    model, ids = adapted(a={"r": 2, "positions": "f2"}), torch.arange(5, 17).view(2, 6)
+    past = model(input_ids=ids, use_cache=True).past_key_values
+    for _ in range(4):
+        past.reorder_cache(torch.tensor([1, 0]))
+        model(input_ids=ids[:, :1], past_key_values=past)
+    assert len(past._reft_edits) == 1
+
+
+def test_a_crop_keeps_rows_that_look_alike() -> None:
+    model, ids = adapted(a={"r": 2, "positions": "f2+l2"}), torch.arange(5, 13).repeat(2, 1)
+    past = model(input_ids=ids, prompt_lengths=[6, 8], use_cache=True).past_key_values
+    past.crop(-3)
+    model(input_ids=ids[:, 5:], past_key_values=past)
 
 
 @pytest.mark.parametrize("positions", ["f2", "all"])

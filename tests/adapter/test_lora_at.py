@@ -249,3 +249,11 @@ def test_models_without_a_place_for_it() -> None:
     ids = torch.randint(3, VOCAB, (1, 6))
     with pytest.raises(ValueError, match="the end of the prompt must be known"):
         outside.train()(input_ids=ids)
+
+
+def test_weights_made_in_inference_mode_have_no_version() -> None:
+    config = LoraAtConfig(task_type="CAUSAL_LM", r=2, positions="f1", target_modules=["q_proj"])
+    with torch.inference_mode():
+        model = get_peft_model(tiny("llama"), config).eval()
+        past = model(input_ids=torch.arange(5, 11)[None], use_cache=True).past_key_values
+        model(input_ids=torch.tensor([[7]]), past_key_values=past)

@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard
 from peft import (
     IA3Config,
     LoraConfig,
+    LoraModel,
     PeftConfig,
     PeftModel,
     get_model_status,
@@ -546,3 +547,9 @@ def test_print_says_what_the_adapter_is() -> None:
     assert "default: loreft, rank 2, positions f1+l2, width 32" in repr(model)
     model.delete_adapter("default")
     assert "positions f1+l2, width" not in repr(model)
+
+
+def test_another_method_goes_on_where_no_edit_is_left() -> None:
+    base = tiny("llama")
+    get_peft_model(base, ReftConfig(task_type="CAUSAL_LM", r=2, positions="f1")).delete_adapter("default")
+    assert isinstance(get_peft_model(base, LoraConfig(task_type="CAUSAL_LM")).base_model, LoraModel)

@@ -45,7 +45,7 @@ def keys_of(past: Any) -> Tensor | None:
 
 def rows_among(past: Any, before: Tensor | None) -> Tensor | None:
     """Which rows of a cache now may be which of those (B', B), whose last layer's keys were `before`; None if nobody
-    touched it since.
+    moved them since.
 
     A key of the last layer tells of all tokens up to its own, and of their edits. The last column that is still there
     is compared, which a crop leaves as it was.
@@ -57,7 +57,11 @@ def rows_among(past: Any, before: Tensor | None) -> Tensor | None:
         return torch.zeros(1, 1, dtype=torch.bool)
     column = min(now.shape[2], before.shape[2], past_length(past) or 0) - 1
     own, others = (keys[:, :, column].flatten(1).to(now.device) for keys in (now, before))
-    return (own.unsqueeze(1) == others).all(2)
+    if now.untyped_storage().data_ptr() == before.untyped_storage().data_ptr() and torch.equal(own, others):
+        return None  # a crop
+    numbers = torch.unique(torch.cat([own, others]), dim=0, return_inverse=True)[1]
+    same: Tensor = numbers[: len(own)].unsqueeze(1) == numbers[len(own) :]
+    return same
 
 
 def past_length(past: Any) -> int | None:

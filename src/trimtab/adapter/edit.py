@@ -7,12 +7,11 @@ nothing, or something of its own.
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from trimtab.adapter.forward import Edits, Made
+from trimtab.adapter.forward import GUEST, Edits, Made, Same, written
 from trimtab.adapter.hooks import hook, hooks_of
 from trimtab.adapter.running import Forwards
 from trimtab.adapter.tuner import OUTSIDE, ReftLayer, check_scale, check_states
@@ -97,7 +96,16 @@ class _Edit:
     function: Callable[[Tensor], Tensor]
     positions: Positions
     scale: float
-    number: int = field(default_factory=itertools.count().__next__)
+
+    @property
+    def version(self) -> Any:
+        """The same for a function opened again, or one made again from the same code and values."""
+        code = getattr(self.function, "__code__", None)
+        if code is None:
+            return Same(self.function)
+        cells = [cell.cell_contents for cell in getattr(self.function, "__closure__", None) or ()]
+        cells += getattr(self.function, "__defaults__", None) or ()
+        return Same(code, *cells), *(written(value) for value in cells if isinstance(value, Tensor))
 
 
 _open: ContextVar[tuple[_Edit, ...]] = ContextVar("edits", default=())
@@ -108,7 +116,7 @@ _lock = threading.Lock()
 def _hooked(base: nn.Module, sites: Sequence[Site], mine: _Edit) -> Iterator[None]:
     def made() -> Edits:
         open_here = mine in _open.get()
-        return [[Made("trimtab.edit", mine.positions, mine.scale, mine.number)] if open_here else []]
+        return [[Made(GUEST, mine.positions, mine.scale, mine.version)] if open_here else []]
 
     with _lock:
         forwards = Forwards.of(base)

@@ -25,14 +25,38 @@ BASE = "__base__"
 """PEFT's name, among `adapter_names`, for a row without an adapter."""
 
 
+GUEST = "a trimtab.edit"
+
+
+class Same:
+    """Objects that are equal to themselves alone, kept so that no other takes their place in memory."""
+
+    def __init__(self, *held: Any) -> None:
+        self.held = held
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and list(map(id, self.held)) == list(map(id, other.held))
+
+    def __hash__(self) -> int:
+        return hash(tuple(map(id, self.held)))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Same:
+        return self
+
+
+def written(tensor: Tensor) -> int:
+    """How often somebody wrote into a tensor, as far as autograd knows."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 class Made(NamedTuple):
     """What edits a forward."""
 
     name: str
     positions: Positions
     scale: float
-    version: int = 0
-    """Of its tensors, where they may be written to."""
+    version: Any = None
+    """Another one once its tensors are written to, or others take their place."""
 
 
 Edits = Sequence[Sequence[Made]]
@@ -264,7 +288,9 @@ class Pass:
 
 
 def _told(edits: Sequence[Made]) -> str:
-    return ", ".join(dict.fromkeys(f"adapter {m.name!r} at scale {m.scale:g}" for m in edits)) or "no adapter"
+    names = (m.name if m.name == GUEST else f"adapter {m.name!r}" for m in edits)
+    told = dict.fromkeys(f"{name} at scale {m.scale:g}" for name, m in zip(names, edits, strict=True))
+    return ", ".join(told) or "no adapter"
 
 
 _GUESSED = (

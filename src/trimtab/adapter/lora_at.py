@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from trimtab.adapter.config import REQUIRES, OwnFiles, extend_peft_types
-from trimtab.adapter.forward import Edits, Made
+from trimtab.adapter.forward import Edits, Made, Same, written
 from trimtab.adapter.joint import FIELDS, loras
 from trimtab.adapter.loading import check_reloaded
 from trimtab.adapter.running import Forwards
@@ -190,15 +190,12 @@ class _Held:
 
     def edits(self) -> Edits:
         layer: Any = self.layer
-        return [
-            [
-                Made(
-                    name, self.positions[name], float(layer.scaling[name]), hash((id(down), down._version, up._version))
-                )
-                for name in self.active()
-                for down, up in [(layer.lora_A[name].weight, layer.lora_B[name].weight)]
-            ]
-        ]
+        made = []
+        for name in self.active():
+            down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
+            version = (Same(down, up), written(down), written(up))
+            made.append(Made(name, self.positions[name], float(layer.scaling[name]), version))
+        return [made]
 
     def _changed(self, x: Tensor, result: Tensor, adapter: str, running: Any) -> Tensor:
         if x.dim() != 3:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -201,7 +202,7 @@ class Forwards:
         self.base_digest: str | None = None
         """Of the model's weights before its first adapter."""
         self.notes: set[str] = set()
-        self.looks = 0
+        self.looks = Counter[bool]()
         self.guests = 0
         """Edits of a `with` that is open somewhere."""
         self.editors: list[Callable[[], Edits]] = [self._own_edits]
@@ -292,7 +293,7 @@ class Forwards:
         for layer in self.layers:
             for made in layer.made(names):
                 versions.setdefault(made, []).extend(edit.version for edit in layer.edits(made[0]).values())
-        return [Made(*made, hash(tuple(own))) for made, own in versions.items()]
+        return [Made(*made, tuple(own)) for made, own in versions.items()]
 
     @contextmanager
     def named(self, names: list[str] | None) -> Iterator[None]:
@@ -526,7 +527,8 @@ class Forwards:
 
     def _kept(self, chunk: Chunk) -> Prompt | None:
         if chunk.start == 0:
-            getattr(chunk.past, "__dict__", {}).pop("_reft_prompt", None)  # a cache that was emptied begins anew
+            for name in ("_reft_prompt", "_reft_edits", "_reft_keys"):  # a cache that was emptied begins anew
+                getattr(chunk.past, "__dict__", {}).pop(name, None)
         _follow_rows(chunk.past)
         return getattr(chunk.past, "_reft_prompt", None)
 
@@ -593,8 +595,8 @@ class Forwards:
             return True
         if torch.compiler.is_compiling():
             return False
-        self.looks += 1
-        return self.looks <= WATCHED
+        self.looks[self.model.training] += 1  # evaluation uses up none of training's
+        return self.looks[self.model.training] <= WATCHED
 
     @property
     def _is_lm(self) -> bool:
@@ -718,16 +720,20 @@ def _follow_rows(past: Any) -> None:
         return
     same = rows_among(past, record["_reft_keys"])
     if same is None:
+        record["_reft_keys"] = keys_of(past)
         return
     prompt, filled = record.pop("_reft_prompt").of_rows(same), record.pop("_reft_edits")
     if prompt is None:
         return
     went: list[tuple[int, Edits]] = []
     for start, edits in filled or ():
-        may_be = [[edits[j * len(edits) // len(own)] for j, is_it in enumerate(own) if is_it] for own in same.tolist()]
-        if any(made != own[0] for own in may_be for made in own):
-            return
-        went.append((start, [own[0] for own in may_be]))
+        if len(edits) > 1:
+            count = same.shape[1]
+            may_be = [[edits[j * len(edits) // count] for j in row.nonzero().flatten().tolist()] for row in same]
+            if any(made != own[0] for own in may_be for made in own):
+                return
+            edits = [own[0] for own in may_be]
+        went.append((start, edits))
     record.update(_reft_prompt=prompt, _reft_edits=went or None, _reft_keys=keys_of(past))
 
 

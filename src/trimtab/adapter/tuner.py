@@ -231,7 +231,7 @@ class Adapters(dict[str, Any]):
             ValueError: it is another method's, whose training and whose file would take in the edits.
         """
         for name, config in dict(*added, **more).items():
-            if not isinstance(config, ReftConfig):
+            if self and not isinstance(config, ReftConfig):
                 raise ValueError(_ON_TOP.format(name, type(config).__name__))
         super().update(*added, **more)
 

@@ -143,11 +143,15 @@ class Column:
 
     @cached_property
     def is_number(self) -> bool:
-        return all(re.fullmatch(r"[-+]?\d*[.,]?\d+([eE][-+]?\d+)?", text) for text in self.texts)
+        return all(re.fullmatch(r"[-+]?\d*\.?\d+([eE][-+]?\d+)?", text) for text in self.texts)
 
     @cached_property
     def has_fractions(self) -> bool:
-        return self.is_number and any(set(text) & set(".,") for text in self.texts)
+        """Decimal points; or commas, if they do not seem to be of thousands."""
+        if self.is_number:
+            return any("." in text for text in self.texts)
+        commas = all(re.fullmatch(r"[-+]?\d+(,\d+)?", text) for text in self.texts)
+        return commas and any(re.search(r"^[-+]?0,|,(?!\d{3}$)", text) for text in self.texts)
 
     @cached_property
     def is_name_of_row(self) -> bool:
@@ -158,7 +162,7 @@ class Column:
 
     @cached_property
     def is_text(self) -> bool:
-        return not (self.nested or self.is_number or self.is_name_of_row)
+        return not (self.nested or self.is_number or self.has_fractions or self.is_name_of_row)
 
     @cached_property
     def numbers_classes(self) -> bool:
