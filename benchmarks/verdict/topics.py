@@ -12,8 +12,9 @@ import json
 import random
 from pathlib import Path
 
-from pretrain import BUNDLED, FILLER, TOPICS
 from transformers import AutoTokenizer
+
+from pretrain import BUNDLED, FILLER, TOPICS
 
 TOKENS = (10, 25, 60, 120, 240)
 SIZES = {"train": 240, "validation": 60, "test": 500}
