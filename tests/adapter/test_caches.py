@@ -294,6 +294,23 @@ def test_a_with_opened_again_is_the_same_until_its_vector_is_written_to() -> Non
         model.generate(ids, prompt_lengths=[6], past_key_values=past, **search(max_new_tokens=1))
 
 
+class Along:
+    def __init__(self, strength: float) -> None:
+        self.strength = strength
+
+    def change(self, h: Tensor) -> Tensor:
+        return h + self.strength
+
+
+def test_a_with_of_another_objects_method_is_another() -> None:
+    model, ids, own, past = adapted(), torch.arange(5, 17)[None], Along(1.0), DynamicCache()
+    for n in (6, 9):
+        with edit(model, own.change, positions="f2"):
+            model.generate(ids[:, :n], prompt_lengths=[6], past_key_values=past, **search(max_new_tokens=1))
+    with edit(model, Along(3.0).change, positions="f2"), pytest.raises(ValueError, match="as changed since"):
+        model.generate(ids, prompt_lengths=[6], past_key_values=past, **search(max_new_tokens=1))
+
+
 @torch.no_grad()
 def test_a_loop_that_reorders_its_cache_keeps_one_record() -> None:
     model, ids = adapted(a={"r": 2, "positions": "f2"}), torch.arange(5, 17).view(2, 6)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -19,10 +20,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from trimtab.adapter.forward import GUEST, Edits, Made, Same, written
+from trimtab.adapter.forward import GUEST, Edits, Made, Same
 from trimtab.adapter.hooks import hook, hooks_of
 from trimtab.adapter.running import Forwards
 from trimtab.adapter.tuner import OUTSIDE, ReftLayer, check_scale, check_states
+from trimtab.edits.base import written
 from trimtab.where.positions import Positions, parse_positions
 from trimtab.where.sites import Site, find_sites
 
@@ -100,12 +102,13 @@ class _Edit:
     @property
     def version(self) -> Any:
         """The same for a function opened again, or one made again from the same code and values."""
-        code = getattr(self.function, "__code__", None)
-        if code is None:
-            return Same(self.function)
-        cells = [cell.cell_contents for cell in getattr(self.function, "__closure__", None) or ()]
-        cells += getattr(self.function, "__defaults__", None) or ()
-        return Same(code, *cells), *(written(value) for value in cells if isinstance(value, Tensor))
+        function = getattr(self.function, "__func__", self.function)  # of a method, which is of its object too
+        if not isinstance(function, FunctionType):
+            return Same(function)
+        values = [cell.cell_contents for cell in function.__closure__ or ()]
+        values += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+        owner = getattr(self.function, "__self__", None)
+        return Same(function.__code__, owner, *values), *(written(v) for v in values if isinstance(v, Tensor))
 
 
 _open: ContextVar[tuple[_Edit, ...]] = ContextVar("edits", default=())

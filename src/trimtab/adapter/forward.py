@@ -44,11 +44,6 @@ class Same:
         return self
 
 
-def written(tensor: Tensor) -> int:
-    """How often somebody wrote into a tensor, as far as autograd knows."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
 class Made(NamedTuple):
     """What edits a forward."""
 

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from trimtab.adapter.config import REQUIRES, OwnFiles, extend_peft_types
-from trimtab.adapter.forward import Edits, Made, Same, written
+from trimtab.adapter.forward import Edits, Made, Same
 from trimtab.adapter.joint import FIELDS, loras
 from trimtab.adapter.loading import check_reloaded
 from trimtab.adapter.running import Forwards
 from trimtab.adapter.tuner import OUTSIDE
+from trimtab.edits.base import written
 from trimtab.where.positions import Positions, Turns, parse_positions
 from trimtab.where.sites import find_blocks
 

@@ -119,7 +119,7 @@ class Edit(nn.Module):
     @property
     def version(self) -> tuple[int, ...]:
         """Another one once somebody wrote into its parameters, and of an edit that was made anew."""
-        return self.number, *(0 if p.is_inference() else p._version for p in self.parameters())
+        return self.number, *map(written, self.parameters())
 
     def follow(self, before: Tensor) -> None:
         """Make up for R having been moved from `before` (r, d) by hand, where the method can."""
@@ -267,6 +267,11 @@ def check_dtype(name: str, tensor: Tensor) -> None:
 def as_parameters(saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """From what a file holds to what parameters hold, by their names: half of R, for the reason `Rotation` gives."""
     return {f"{k}.halved" if k == "rotation" else k: t / 2 if k == "rotation" else t for k, t in saved.items()}
+
+
+def written(tensor: Tensor) -> int:
+    """How often somebody wrote into a tensor, as far as autograd knows."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def uniform(bound: float, *shape: int) -> Tensor:
