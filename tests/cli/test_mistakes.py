@@ -151,7 +151,7 @@ IN_DATA: dict[str, tuple[str, Callable[[str], bytes], str, str]] = {
         "mood.csv, row 2",
         "fill it or remove the row",
     ),
-    "colons": ("mood.csv", lambda t: t.replace(";", ":").replace("day", ",").encode(), "2 cells where", "separator:)"),
+    "colons": ("mood.csv", lambda t: t.replace(";", ":").replace("day", ",").encode(), "2 cells where", "--separator)"),
     "spreadsheet": ("mood.csv", lambda text: b"PK\x03\x04" + text.encode(), "mood.csv", "export the rows as"),
 }
 COMMANDS: dict[str, tuple[list[str], str, str]] = {
@@ -170,6 +170,13 @@ COMMANDS: dict[str, tuple[list[str], str, str]] = {
         "is the task's name right?",
     ),
     "output below a file": (["train", "recipe.yaml", "-o", "mood.csv/runs"], "mood.csv/runs", "give another place"),
+    "picture's kind": (["explain", "out/mood", "cat", "-o", "dog.png"], "-o dog.png", "call it dog.html"),
+    "answers' kind": (["outputs", "out/mood", "-o", "dog.txt"], "-o dog.txt", "call it dog.json"),
+    "long separator": (
+        ["init", str(MODEL), "--task", "mood.csv", "--separator", "::", "-o", "x.yaml"],
+        "mood.csv: separator: '::'",
+        "one character",
+    ),
     "data folder": (["train", "recipe.yaml", "--data", "nowhere"], "'nowhere'", "no folder"),
 }
 

@@ -174,6 +174,17 @@ def test_fields_that_could_be_read_too_are_named(tmp_path: Path) -> None:
     assert guess(write(tmp_path, numbered), False).said == "label_text could stand at label: instead of label"
 
 
+def test_a_separator_that_is_not_found_can_be_named(tmp_path: Path, trimtab: Command) -> None:
+    lines = (f"at {i}, day:{'fine' if i % 2 else 'bad'}" for i in range(12))
+    (tmp_path / "mood.csv").write_text("\n".join(["text:label", *lines]))
+    with pytest.raises(DataError, match="init's --separator"):
+        guess(str(tmp_path / "mood.csv"), True)
+    command = ["init", MODEL, "--task", tmp_path / "mood.csv", "-o", tmp_path / "recipe.yaml"]
+    assert trimtab(*command, "--separator", ":")[0] == 0
+    task = load_recipe(tmp_path / "recipe.yaml").experiments()["mood"].task
+    assert all(one.texts[0].startswith("at ") for one in task.examples("train"))
+
+
 @pytest.mark.parametrize(
     ("name", "lines", "columns"),
     [

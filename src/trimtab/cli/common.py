@@ -102,8 +102,11 @@ Settings = Annotated[
 ModelName = Annotated[str | None, typer.Option(help="The base model, where it is not the one the adapter names.")]
 
 
-def must_be_new(output: Path, option: str = "-o") -> None:
-    """Raises FileExistsError for what is there already; `option` gives another."""
+def must_be_new(output: Path, option: str = "-o", suffix: str | None = None) -> None:
+    """Raises FileExistsError for what is there already, and ValueError for a name that says another kind of file than
+    `suffix`; `option` gives another."""
+    if suffix is not None and output.suffix.lower() != suffix:
+        raise ValueError(f"{option} {output}: {suffix[1:].upper()} is written; call it {output.with_suffix(suffix)}.")
     if output.exists():
         raise FileExistsError(f"{output} is there already; name another output ({option}), or remove it.")
 

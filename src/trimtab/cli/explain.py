@@ -38,7 +38,7 @@ def explain(
     from trimtab.runs.predict import check_context
 
     if output is not None:
-        must_be_new(output)
+        must_be_new(output, suffix=".html")
     found = find_adapters([str(adapter)])
     if len(found) > 1:
         raise ValueError(f"{adapter}: holds {len(found)} adapters, {', '.join(found)}; name one of them.")

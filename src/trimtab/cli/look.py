@@ -79,7 +79,7 @@ def _show_two(
     from trimtab.study.sidebyside_page import EXPLAINED, in_short, number, page
 
     if output is not None:
-        must_be_new(output)
+        must_be_new(output, suffix=".html")
     found = compare_adapters(first, second, prompts, model=model)
     if output is not None:
         write_text(output, page(found))
@@ -127,7 +127,7 @@ def outputs(
     from trimtab.interop.alpaca_eval import alpaca_eval
     from trimtab.runs.folder import write_json
 
-    must_be_new(output)
+    must_be_new(output, suffix=".json")
     rows = alpaca_eval(run, generator, untuned=untuned)
     write_json(output, rows)
     console.print(f"Wrote {len(rows)} answers by {rows[0]['generator']!r} to {output}.")

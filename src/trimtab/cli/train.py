@@ -40,6 +40,9 @@ def init(
     columns: Annotated[
         str | None, typer.Option(help="The fields of a CSV or TSV file that has no header line: id,label,text.")
     ] = None,
+    separator: Annotated[
+        str | None, typer.Option(help="What stands between the cells of a CSV or TSV file, where it is not found.")
+    ] = None,
     example: Annotated[
         str | None, typer.Option(metavar="TYPE", help="Only print a recipe of this type of task, with every key.")
     ] = None,
@@ -62,7 +65,7 @@ def init(
     must_be_new(output)
     facts = look_at(model)
     named = [name.strip() for name in columns.split(",")] if columns else None
-    tasks = look_at_tasks(task or [], facts.generates, named)
+    tasks = look_at_tasks(task or [], facts.generates, named, separator)
     text = recipe_text(facts, tasks)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(text, encoding="utf-8")
@@ -164,7 +167,7 @@ def evaluate_recipe(
     from trimtab.runs.train import evaluate_runs
 
     if predictions is not None:
-        must_be_new(predictions, "--predictions")
+        must_be_new(predictions, "--predictions", ".json")
     recipe = read_recipe(file, model, data, output, settings, task)
     results = evaluate_runs(recipe.experiments(task), recipe.output, split)
     console.print(scores_table(results))

@@ -67,15 +67,15 @@ UNKNOWN = {
 """Without a file, for a model that generates and one that does not."""
 
 
-def guess(path: str, generates: bool, columns: Sequence[str] | None = None) -> Guess:
-    """The task of a file for a model that writes text, or one that only reads it; `columns` name the fields of one
-    without a header line.
+def guess(path: str, generates: bool, columns: Sequence[str] | None = None, separator: str | None = None) -> Guess:
+    """The task of a file for a model that writes text, or one that only reads it; `columns` and `separator` as
+    `read_rows` takes them.
 
     Raises:
         DataError: the file cannot be read, or no task can be made of it.
     """
     source = locate(path)
-    rows = read_rows(source, columns=columns)
+    rows = read_rows(source, columns=columns, separator=separator)
     if talk := next((name for name in CONVERSATIONS if isinstance(rows[0].get(name), list)), None):
         found: Guess | None = _conversation(path, rows[:LOOKED_AT], talk)
     else:
@@ -104,7 +104,8 @@ def guess(path: str, generates: bool, columns: Sequence[str] | None = None) -> G
     for name in _fields_of(found):
         if found.type == "generation" and set(name) & set("{}!:"):
             raise DataError(f"{path}: the field {name!r} cannot stand in a template; rename it, without {{ }} ! and :")
-    return found if columns is None else replace(found, data={**found.data, "columns": list(columns)})
+    said = {"columns": list(columns) if columns else None, "separator": separator}
+    return replace(found, data={**found.data, **{key: value for key, value in said.items() if value is not None}})
 
 
 def _some(rows: list[Row]) -> list[Row]:

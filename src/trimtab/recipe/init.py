@@ -173,7 +173,7 @@ def _comment(key: str, value: Any) -> str:
 
 
 def look_at_tasks(
-    pairs: list[str], generates: bool, columns: Sequence[str] | None = None
+    pairs: list[str], generates: bool, columns: Sequence[str] | None = None, separator: str | None = None
 ) -> dict[str, tuple[str, Guess]]:
     """The tasks that `name=file` pairs ask for; a file alone is named after itself.
 
@@ -181,6 +181,7 @@ def look_at_tasks(
 
     Args:
         columns: the fields' names in CSV and TSV files that have no header line.
+        separator: what stands between their cells, found by looking where not given.
 
     Raises:
         DataError: two tasks share a name, or a file cannot be read or used.
@@ -195,5 +196,5 @@ def look_at_tasks(
         name = re.sub(r"[^A-Za-z0-9_.-]+", "_", name).lstrip(".-") or "task"
         if name in tasks:
             raise DataError(f"--task {pair}: there is a task {name!r} already; write other_name={path}")
-        tasks[name] = (path, guess(path, generates, columns))
+        tasks[name] = (path, guess(path, generates, columns, separator))
     return tasks

@@ -217,7 +217,7 @@ def _task_report(groups: list[Group], settings: CompareSpec) -> TaskReport:
     task: Task[Any] = groups[0].experiment.task
     validation, test = (Items.of(task, split) for split in ("validation", "test"))
     finished = [group for group in groups if group.tried]
-    samples = {group.way.name: _sample(group, task, validation, test) for group in finished}
+    samples = {group.way.name: sample(group, task, validation, test) for group in finished}
     lines = {group.way.name: _line(group, settings.margin) for group in groups}
     reference = finished[0].way.name if finished else None
     others = [name for name in samples if name != reference]
@@ -276,7 +276,7 @@ def _surely_better(sample: Sample, constant: Sample) -> bool:
     return found.difference > 0 and (found.p is None or found.p < ALPHA)
 
 
-def _sample(group: Group, task: Task[Any], validation: Items, test: Items) -> Sample:
+def sample(group: Group, task: Task[Any], validation: Items, test: Items) -> Sample:
     """A group's test scores by seed and resample, in each of which every seed chooses its learning rate anew."""
 
     def on_validation(run: Outcome) -> Array:

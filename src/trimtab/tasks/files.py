@@ -88,6 +88,8 @@ def read_rows(
     for name, given in (("columns", columns), ("separator", separator)):
         if given and path.suffix.lower() not in SEPARATED:
             raise DataError(f"{path}: {name}: is for .csv and .tsv files; this one names its own fields, remove it")
+    if separator is not None and len(separator) != 1:
+        raise DataError(f"{path}: separator: {separator!r} is not one character")
     rows = reader(path, columns, skip_bad_rows, separator)
     if not rows:
         raise DataError(f"{path}: the file holds no rows")
@@ -237,7 +239,9 @@ def _table(path: Path, lines: list[tuple[int, list[str]]], columns: Sequence[str
         lines = [(number, cells) for number, cells in lines if len(cells) == len(header)]
     for number, cells in lines:
         if len(cells) != len(header):
-            other = " or, where it is another, name it (data: separator:)" if len(header) == 1 else ""
+            other = (
+                " or, where it is another, name it (data: separator:, init's --separator)" if len(header) == 1 else ""
+            )
             raise DataError(
                 f"{path}, line {number}: {len(cells)} cells where there are {len(header)} columns "
                 f"({', '.join(header)[:200]}); quote cells that hold the separator{other}; {NO_HEADER}"
