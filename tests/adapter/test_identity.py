@@ -17,8 +17,8 @@ from torch import nn
 import trimtab
 from trimtab import OtherBase, ReftConfig
 from trimtab.adapter.compose import compose
-from trimtab.adapter.folder import CONFIG
 from trimtab.adapter.identity import base_digest
+from trimtab.adapter.weights import CONFIG
 from trimtab.errors import AdapterError
 
 CONFIGURED = {"task_type": "CAUSAL_LM", "r": 2, "init_weights": "paper"}

@@ -10,23 +10,24 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from trimtab.adapter.weights import WEIGHTS
 from trimtab.errors import RunError
-from trimtab.runs.folder import ADAPTER, RunFolder, digest_of, write_json
+from trimtab.runs.folder import RunFolder, digest_of, write_json
 
 
 @pytest.fixture
 def done(tmp_path: Path) -> RunFolder:
     folder = RunFolder(tmp_path / "run")
     folder.begin({"name": "words"}, {"train": "1"}, {})
-    save_file({"x": torch.zeros(3)}, folder.path / ADAPTER)
-    folder.finish({"digest": digest_of(folder.path / ADAPTER)}, {"tuned": ["a"]})
+    save_file({"x": torch.zeros(3)}, folder.path / WEIGHTS)
+    folder.finish({"digest": digest_of(folder.path / WEIGHTS)}, {"tuned": ["a"]})
     return folder
 
 
 @pytest.mark.parametrize("harm", ["gone", "cut", "changed", "metrics cut", "metrics empty"])
 def test_a_run_whose_files_are_not_whole_is_not_done(done: RunFolder, harm: str) -> None:
     assert done.is_done
-    adapter, metrics = done.path / ADAPTER, done.path / "metrics.json"
+    adapter, metrics = done.path / WEIGHTS, done.path / "metrics.json"
     whole = adapter.read_bytes()
     {
         "gone": adapter.unlink,
@@ -39,7 +40,7 @@ def test_a_run_whose_files_are_not_whole_is_not_done(done: RunFolder, harm: str)
 
 
 def test_a_run_from_before_there_were_digests_is_done_by_its_size(done: RunFolder) -> None:
-    size = (done.path / ADAPTER).stat().st_size
+    size = (done.path / WEIGHTS).stat().st_size
     for said, is_done in ((size, True), (size + 1, False)):
         write_json(done.path / "metrics.json", {"bytes": said})
         assert done.is_done is is_done
@@ -81,12 +82,12 @@ def test_a_checkpoint_that_was_cut_is_passed_over(tmp_path: Path) -> None:
     for step in (2, 4):
         place = folder.checkpoints / f"checkpoint-{step}"
         place.mkdir(parents=True)
-        save_file({"x": torch.zeros(3)}, place / ADAPTER)
+        save_file({"x": torch.zeros(3)}, place / WEIGHTS)
         for state in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
             torch.save({}, place / state)
         (place / "trainer_state.json").write_text(json.dumps({}))
     assert (folder.last_checkpoint() or "").endswith("checkpoint-4")
-    for name in (ADAPTER, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"):
+    for name in (WEIGHTS, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"):
         file = folder.checkpoints / "checkpoint-4" / name
         whole = file.read_bytes()
         file.write_bytes(whole[:-2])

@@ -14,8 +14,7 @@ from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
 from trimtab import ReftConfig
-from trimtab.adapter.folder import CONFIG
-from trimtab.adapter.weights import PICKLE, WEIGHTS
+from trimtab.adapter.weights import CONFIG, PICKLE, WEIGHTS
 from trimtab.edits import METHODS, RED, Edit
 from trimtab.errors import AdapterError
 from trimtab.serve.registry import NameTaken, Registry, UnknownAdapter

@@ -26,17 +26,14 @@ from torch import Tensor, nn
 from trimtab.adapter.config import ReftConfig
 from trimtab.adapter.identity import base_digest
 from trimtab.adapter.joint import check_lora, is_lora
-from trimtab.adapter.weights import WEIGHTS, check_kind, read_tensors, weights_in
+from trimtab.adapter.weights import CONFIG, WEIGHTS, check_kind, read_tensors, weights_in
 from trimtab.edits import METHODS, Edit, check_dtype
+from trimtab.edits.base import APART
 from trimtab.errors import AdapterError
 from trimtab.where.plan import Part
 from trimtab.where.sites import find_sites, host
 
-CONFIG = "adapter_config.json"
 _EDIT = re.compile(r"(?:base_model\.model\.)?(.+)\.reft\.reft_(edit|prefix|suffix)\.(\w+)")
-
-
-_APART = "the two files do not belong together. Copy both from one save."
 
 
 @dataclass(frozen=True)
@@ -117,7 +114,7 @@ def _check_others(path: Path, config: ReftConfig, others: Mapping[str, Tensor]) 
                 "is missing from the config. Copy both files from one save."
             )
     if config.lora is not None and not lora:
-        raise AdapterError(f"{path}: holds no tensor of the LoRA that its config has: {_APART}")
+        raise AdapterError(f"{path}: holds no tensor of the LoRA that its config has: {APART}")
     try:
         check_lora(f"{path}: ", lora)
         for key in others:
@@ -278,12 +275,12 @@ def _check_places(path: Path, config: ReftConfig, edits: list[tuple[str, Part]])
         if sorted(found) != sorted(config.edit_names()):
             raise AdapterError(
                 f"{path}: {module} has the edits {', '.join(sorted(found))}, but the config (tied {config.tied}) asks "
-                f"for {' and '.join(config.edit_names())}: {_APART}"
+                f"for {' and '.join(config.edit_names())}: {APART}"
             )
     if config.layers != "all" and len(modules) != len(config.layers):
         raise AdapterError(
             f"{path}: edits {len(modules)} modules ({', '.join(modules[:3])}{', ...' if modules[3:] else ''}), but the "
-            f"config lists layers {config.layers}: {_APART}"
+            f"config lists layers {config.layers}: {APART}"
         )
 
 

@@ -103,6 +103,8 @@ class Pass:
     """A row's labels are supervised, -100 and supervised again."""
     notes: set[str] = field(default_factory=set)
     """What was said once for this model."""
+    kept: dict[Any, Any] = field(default_factory=dict)
+    """What others than adapters worked out once for this pass."""
     _rows: dict[Any, EditedRows | None] = field(default_factory=dict)
 
     def rows(

@@ -15,12 +15,12 @@ from huggingface_hub.errors import (
 )
 
 from trimtab.adapter.folder import inspect_adapter
-from trimtab.adapter.weights import PICKLE, WEIGHTS
+from trimtab.adapter.weights import CONFIG, PICKLE, WEIGHTS
 from trimtab.errors import AdapterError
 
 NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 """`user/adapter`, perhaps of a revision: `user/adapter@v2`."""
-FILES = ("adapter_config.json", WEIGHTS, "README.md", "run.json", "metrics.json")
+FILES = (CONFIG, WEIGHTS, "README.md", "run.json", "metrics.json")
 """Predictions hold the user's data, and stay."""
 
 

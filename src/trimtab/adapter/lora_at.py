@@ -112,14 +112,10 @@ class LoraAtModel(LoraModel):
         forwards.release()
         return base
 
-    def merge_and_unload(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise NotImplementedError(_NOT_MERGED)
-
     def merge_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise NotImplementedError(_NOT_MERGED)
 
-    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise NotImplementedError(_NOT_MERGED)
+    merge_and_unload = add_weighted_adapter = merge_adapter
 
     # ---- files -----------------------------------------------------------------------------------------------------
 

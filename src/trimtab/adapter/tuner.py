@@ -422,7 +422,8 @@ class ReftModel(BaseTuner):
             for name, edit in layer.edits(adapter_name).items()
         ]
         expected = {f"{at}.{adapter_name}.{tensor}" for at, edit, _ in edits for tensor, _ in edit.named_parameters()}
-        mapped = {key: tensor for key, tensor in mapped.items() if key not in saved_twice(model, mapped)}
+        twice = saved_twice(model, mapped)
+        mapped = {key: tensor for key, tensor in mapped.items() if key not in twice}
         if config.lora is not None:
             expected |= (own := lora_keys(model, adapter_name))
             check_lora("", {key: mapped[key] for key in own & set(mapped)})

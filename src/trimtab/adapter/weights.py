@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from trimtab.errors import AdapterError
 
-WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
 
 def weights_in(folder: Path) -> Path:
@@ -35,8 +36,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.exists():
         raise AdapterError(f"{path}: missing; the folder holds a config without weights. Copy the file there too.")
     try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        return load_file(path)
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{path}: {_what_it_is(path)} ({error}).") from None
 

@@ -139,12 +139,13 @@ def _named(given: list[str]) -> dict[str, str | Path]:
     Raises:
         ValueError: two have one name. AdapterError: there is no adapter.
     """
-    from trimtab.runs.generate import find_adapters
+    from trimtab.adapter.hub import local
+    from trimtab.runs.generate import find_adapters, named_folder
 
     found: dict[str, str | Path] = {}
     for text in given:
-        name, equals, folder = text.partition("=")
-        new: dict[str, str | Path] = {name: folder} if equals else dict(find_adapters([text]))
+        name, equals, folder = named_folder(text)
+        new: dict[str, str | Path] = {name: local(folder)} if equals else dict(find_adapters([text]))
         taken = found.keys() & new.keys()
         if taken:
             raise ValueError(f"-a {text}: there are two adapters called {min(taken)!r}; give one as NAME=FOLDER.")

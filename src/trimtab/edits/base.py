@@ -181,7 +181,7 @@ class Edit(nn.Module):
         if set(tensors) != set(cls.shapes(1, r)):
             raise ValueError(
                 f"{where} holds {', '.join(sorted(tensors)) or 'nothing'}, but the config (method {cls.__name__}) asks "
-                f"for {', '.join(sorted(cls.shapes(1, r)))}: {_APART}"
+                f"for {', '.join(sorted(cls.shapes(1, r)))}: {APART}"
             )
         width = cls.width_of(tensors, r) if width is None else width
         for name, shape in cls.shapes(width, r).items():
@@ -231,7 +231,7 @@ class Edit(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-_APART = "the two files do not belong together. Copy both from one save."
+APART = "the two files do not belong together. Copy both from one save."
 
 
 def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], r: int | None) -> None:
@@ -244,7 +244,7 @@ def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], r: int | Non
         owner = f"the config's r={r}" if r else "the config"
         raise ValueError(
             f"{name} has shape {tuple(tensor.shape)}, but {owner} asks for "
-            f"{tuple(shape)}: {_APART} Or the adapter was trained on another base model."
+            f"{tuple(shape)}: {APART} Or the adapter was trained on another base model."
         )
     check_dtype(name, tensor)
     if not tensor.is_meta and not bool(tensor.float().isfinite().all()):

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from trimtab.errors import ConversionError
 from trimtab.runs.models import device, loading
+from trimtab.where.plan import Part, edited
 from trimtab.where.positions import Positions
 from trimtab.where.sites import Site, find_sites
 
@@ -150,18 +151,6 @@ def _head_of(parameter: str) -> str:
     return parameter.partition(".")[0]
 
 
-def tokens_of(positions: Positions, part: str, prompt: int, total: int) -> list[int]:
-    """The tokens of one unpadded row that an edit's part means: `edit`, or `prefix` or `suffix` alone."""
-    if positions.scope:
-        start, stop = {"prompt": (0, prompt), "generated": (prompt, total), "all": (0, total)}[positions.scope]
-        return list(range(start, stop))
-    first, last = positions.first, positions.last
-    if prompt < first + last:
-        first, last = min(first, prompt // 2), min(last, (prompt + 1) // 2)
-    prefix, suffix = list(range(first)), list(range(prompt - last, prompt))
-    return {"edit": prefix + suffix, "prefix": prefix, "suffix": suffix}[part]
-
-
 def by_hand(
     base: Base,
     functions: Mapping[tuple[str, str], Callable[[Tensor], Tensor]],
@@ -182,7 +171,7 @@ def by_hand(
             hidden = (output if isinstance(output, Tensor) else output[0]).clone()
             for (own, part), function in functions.items():
                 if own == name:
-                    rows = tokens_of(positions, part, prompt, ids.shape[1])
+                    rows = list(edited(positions, prompt, 0, ids.shape[1], cast(Part, part)))
                     hidden[0, rows] = function(hidden[0, rows].cpu()).to(hidden)
             return hidden if isinstance(output, Tensor) else type(output)((hidden, *output[1:]))
 
@@ -219,10 +208,11 @@ def samples(base: Base, longest: int, count: int = 3) -> list[tuple[Tensor, int]
     random = torch.Generator().manual_seed(0)
     vocabulary = base.config.get_text_config().vocab_size
     limit = getattr(base.config.get_text_config(), "max_position_embeddings", None) or 2**30
+    pad = getattr(base.config.get_text_config(), "pad_token_id", None)
     tail = 4 if base.task == TaskType.CAUSAL_LM else 0
     rows = []
     for i in range(count):
         total = min(max(12, longest + 1) + 3 * i + tail, limit - 8)
         ids = torch.randint(vocabulary, (1, total), generator=random)
-        rows.append((ids.masked_fill(ids == base.config.pad_token_id, vocabulary - 1), total - tail))
+        rows.append((ids if pad is None else ids.masked_fill(ids == pad, vocabulary - 1), total - tail))
     return rows

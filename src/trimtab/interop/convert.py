@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from trimtab.adapter.config import ReftConfig
-from trimtab.adapter.folder import fresh
+from trimtab.adapter.folder import as_edit, fresh
 from trimtab.adapter.loading import as_saved
-from trimtab.edits import METHODS, Edit
+from trimtab.edits import Edit
 from trimtab.edits.orthonormal import TOLERANCE as TOLERANCE_OF_R
 from trimtab.edits.orthonormal import orthonormality_error
 from trimtab.errors import ConversionError, ModelError
@@ -176,16 +176,8 @@ def make_adapter(
         activation=activation,
         modules_to_save=base.whole_modules(modules) if modules else None,
     )
-    edits = {key: make_edit(config, own) for key, own in tensors.items()}
+    edits = {key: as_edit(config, dict(own)) for key, own in tensors.items()}
     return Adapter(base, config, edits, dict(modules or {}), unsaid)
-
-
-def make_edit(config: ReftConfig, tensors: Tensors) -> Edit:
-    """An edit of a config's method with these tensors."""
-    width = max(tensor.shape[-1] for tensor in tensors.values())
-    edit = METHODS[config.method](width, config.r, activation=config.activation, init_weights="paper")
-    edit.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-    return edit.eval()
 
 
 def as_loreft(basis: Tensor, reads: Tensor, constant: Tensor) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from typing import Any
 from trimtab.errors import DataError
 from trimtab.tasks.classification import label_name
 from trimtab.tasks.files import NO_HEADER, SEPARATED, Row, is_missing, locate, read_rows
-from trimtab.tasks.messages import Message, answers, messages_of, one_turn
+from trimtab.tasks.messages import FIELDS, Message, answers, messages_of, one_turn
 from trimtab.tasks.scores import BIO, NUMBER
 
 LOOKED_AT, CLASSES = 2000, 50
@@ -21,7 +21,6 @@ SHORT = 40
 """Characters of an answer that can be expected word for word."""
 ID = re.compile(r"(?i)(^|[^a-z])(id|idx|index|uuid|guid|nr|no|key)$|[a-z]I[dD]$")
 DATE = re.compile(r"\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}([ T].*)?|\d{1,2}:\d{2}(:\d{2})?")
-CONVERSATIONS = ("messages", "conversations", "conversation")
 INSTRUCTIONS = (("instruction", "input"), ("instruction", "context"))
 PROMPTS = ("prompt", "question", "input", "instruction", "query", "source")
 ANSWERS = ("output", "completion", "answer", "response", "chosen", "target")
@@ -76,7 +75,7 @@ def guess(path: str, generates: bool, columns: Sequence[str] | None = None, sepa
     """
     source = locate(path)
     rows = read_rows(source, columns=columns, separator=separator)
-    if talk := next((name for name in CONVERSATIONS if isinstance(rows[0].get(name), list)), None):
+    if talk := next((name for name in FIELDS if isinstance(rows[0].get(name), list)), None):
         found: Guess | None = _conversation(path, rows[:LOOKED_AT], talk)
     else:
         rows = _some(rows)

@@ -27,7 +27,7 @@ from trimtab.runs.folder import RunFolder, digest_of, put, write_text
 from trimtab.runs.models import Base, ModelSource
 from trimtab.runs.predict import check_context, predict
 from trimtab.runs.trainer import TrainingSpec
-from trimtab.runs.trial import Experiment, digest
+from trimtab.runs.trial import Experiment, digest, hash_of_model
 from trimtab.runs.ways import AdapterSpec
 from trimtab.tasks import Example
 from trimtab.tasks.files import Row, locate
@@ -162,6 +162,7 @@ class Applied:
             "adapter": digest_of(weights_in(self.folder.path)),
             "rows": digest_of(locate(file)),
             "model": source.name,
+            "weights": hash_of_model(source),
             "run": self.folder.run,
         }
         part = output.with_name(f"{output.name}.{digest(asked)}.part")

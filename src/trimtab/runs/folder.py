@@ -17,11 +17,12 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from trimtab.adapter.weights import WEIGHTS
 from trimtab.errors import RunError
 from trimtab.runs.earlier import SECTIONS, completed
 from trimtab.tasks import TASKS, Task, build_task
 
-ADAPTER, LOCK = "adapter_model.safetensors", ".lock"
+LOCK = ".lock"
 
 
 class RunFolder:
@@ -54,7 +55,7 @@ class RunFolder:
     @property
     def is_done(self) -> bool:
         """Whether there are metrics, and the adapter that they are of is whole."""
-        metrics, adapter = self._read("metrics.json"), self.path / ADAPTER
+        metrics, adapter = self._read("metrics.json"), self.path / WEIGHTS
         if not isinstance(metrics, dict) or not adapter.is_file():
             return False
         if "digest" in metrics:
@@ -136,6 +137,8 @@ class RunFolder:
         with (self.path / LOCK).open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(file.fileno()).st_ino != (self.path / LOCK).stat().st_ino:  # removed since it was opened
+                    raise BlockingIOError
             except OSError:
                 raise RunError(
                     f"{self.path}: another process trains there; wait for it, or give another output:."
@@ -167,7 +170,7 @@ def _complete(checkpoint: Path) -> bool:
     except (OSError, ValueError):
         return False
     try:
-        with safe_open(checkpoint / ADAPTER, framework="pt"):  # which reads how long the file must be
+        with safe_open(checkpoint / WEIGHTS, framework="pt"):  # which reads how long the file must be
             pass
         states = [checkpoint / "optimizer.pt", *checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]
         return all(zipfile.ZipFile(state).testzip() is None for state in states)

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from trimtab.adapter.folder import did_you_mean, inspect_adapter, why_not_asked
 from trimtab.adapter.forward import BASE
 from trimtab.adapter.hub import local
+from trimtab.adapter.weights import CONFIG
 from trimtab.errors import AdapterError, ModelError, RunError
 from trimtab.runs.folder import RunFolder
 from trimtab.runs.models import ModelSource, load_model, load_tokenizer
@@ -21,6 +22,11 @@ from trimtab.tasks.tokens import Encoded, Turns, encode, is_templated
 from trimtab.tasks.turns import encode_messages
 
 Message = dict[str, str]
+
+
+def named_folder(asked: str) -> tuple[str, str, str]:
+    """(name, "=", folder) of `NAME=FOLDER`; the first two are empty for a folder alone, which may have a = in it."""
+    return asked.rpartition("=") if not Path(asked).exists() else ("", "", asked)
 
 
 def find_adapters(folders: Sequence[str], left_out: Callable[[str], None] | None = None) -> dict[str, Path]:
@@ -36,13 +42,9 @@ def find_adapters(folders: Sequence[str], left_out: Callable[[str], None] | None
     """
     found: dict[str, Path] = {}
     for asked in folders:
-        own, named, given = asked.rpartition("=") if not Path(asked).exists() else ("", "", asked)
+        own, named, given = named_folder(asked)
         folder = local(given)
-        inside = (
-            [folder]
-            if (folder / "adapter_config.json").exists()
-            else sorted(path.parent for path in folder.glob("*/adapter_config.json"))
-        )
+        inside = [folder] if (folder / CONFIG).exists() else sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
         if not inside:
             raise AdapterError(
                 f"{folder}: no adapter there, nor in a folder inside it (no adapter_config.json){did_you_mean(folder)}"

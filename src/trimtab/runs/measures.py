@@ -37,7 +37,8 @@ def training_memory(trainer: ReftTrainer, model: nn.Module, encoded: Sequence[En
         return tensor.detach()  # an output that its own graph node saved would keep both, and the model, for good
 
     reuse, trainer.reuse = trainer.reuse, None
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    # Dropout draws: a trial of which this is known already must not train under another stream of numbers.
+    with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = trainer.compute_loss(model, batch)
     del loss
     trainer.reuse = reuse

@@ -218,7 +218,8 @@ PEFT_HEADS = ("classifier", "score")
 
 
 def heads_of(model: Any, missing: Collection[str]) -> list[str]:
-    """What of a classifier is trained with any adapter: the highest modules all new to it, and what PEFT takes for it.
+    """What of a classifier is trained with any adapter: the modules without pretrained weights, and what PEFT takes for
+    them.
 
     Args:
         missing: names of the parameters that no weights were loaded for.

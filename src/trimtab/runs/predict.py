@@ -104,7 +104,7 @@ def predict(
             if max_new_tokens is None:
                 outputs = _logits(model(**batch, **extra).logits.float(), labels)
             else:
-                kept = reuse.started(batch["input_ids"], batch["attention_mask"]) if reuse is not None else {}
+                kept = reuse.started(batch) if reuse is not None else {}
                 how = {"max_new_tokens": max_new_tokens, "pad_token_id": collate.pad_id, **repetition, **kept}
                 outputs = _generate(model, tokenizer, batch, **how, **extra)
             for i, output in zip(chosen, outputs, strict=True):
@@ -162,7 +162,7 @@ def _generate(model: Any, tokenizer: PreTrainedTokenizerBase, batch: dict[str, T
     ids, mask = batch["input_ids"], batch["attention_mask"]
     first = ids.gather(1, mask.argmax(1, keepdim=True))
     filled = ids.where(mask.bool(), first)  # a penalty on repetition sees padding: a row's own first token adds nothing
-    out = model.generate(**{**batch, "input_ids": filled}, **how, do_sample=False)
+    out = model.generate(**{**batch, "input_ids": filled, **how}, do_sample=False)
     texts: list[str] = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
     return texts
 

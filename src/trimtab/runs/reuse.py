@@ -117,8 +117,13 @@ class Reuse(ABC):
                 is in it stays there.
         """
 
-    def started(self, ids: Tensor, mask: Tensor) -> dict[str, Any]:
-        """What to hand to `generate` beside prompts (B, T), padded on the left, so that it need not repeat the rest."""
+    def started(self, batch: dict[str, Tensor]) -> dict[str, Any]:
+        """What to hand to `generate` beside a batch, so that it need not repeat the rest.
+
+        Args:
+            batch: input_ids, attention_mask (B, T), padded on the left, and prompt_lengths (B,) where the prompts end
+                before the rows.
+        """
         return {}
 
     def summary(self) -> dict[str, Any]:
@@ -186,14 +191,15 @@ class PrefixReuse(Reuse):
         """Of the first `start` tokens of a prompt (1, n)."""
         return self.part(prompt[:, :-1])[:, :, :, :start] if start else None
 
-    def started(self, ids: Tensor, mask: Tensor) -> dict[str, Any]:
-        lengths = mask.sum(1)
-        left = lengths - self._first(lengths)  # from the first edited token on
+    def started(self, batch: dict[str, Tensor]) -> dict[str, Any]:
+        ids, lengths = batch["input_ids"], batch["attention_mask"].sum(1)
+        prompts = batch.get("prompt_lengths", lengths)
+        left = lengths - self._first(prompts)  # from the first edited token on
         width = ids.shape[1] - int(left.max())
         rows = zip(ids.split(1), lengths.tolist(), strict=True)
         parts = [self._before(row[:, -n:], max(0, width - ids.shape[1] + n)) for row, n in rows]
         cache = self._cache(parts, width)
-        return {} if cache is None else {CACHE: cache, "prompt_lengths": lengths}
+        return {} if cache is None else {CACHE: cache, "prompt_lengths": prompts}
 
     @contextmanager
     def applied(self, batch: dict[str, Tensor]) -> Iterator[dict[str, Any]]:

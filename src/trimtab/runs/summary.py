@@ -22,7 +22,7 @@ from trimtab.where.sites import find_sites
 
 SHOWN = 24
 """Tokens of an unbroken stretch that are shown at each of its ends."""
-USUAL_RATES = (9e-5, 2e-2)
+PLAUSIBLE_RATES = (9e-5, 2e-2)
 """Learning rates of edits: the paper's, from large models' lowest to several times the highest, for small ones."""
 Trained = tuple[list[Encoded], int]
 """Training examples as tokens, and how many were too long."""
@@ -141,7 +141,7 @@ CHEATED = {
 
 
 def _odd_rate(experiment: Experiment) -> list[str]:
-    rate, (low, high) = experiment.training.learning_rate, USUAL_RATES
+    rate, (low, high) = experiment.training.learning_rate, PLAUSIBLE_RATES
     if low <= rate <= high:
         return []
     side = "below" if rate < low else "above"

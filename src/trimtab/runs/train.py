@@ -22,11 +22,12 @@ from safetensors import SafetensorError
 from transformers import set_seed
 
 from trimtab.adapter.folder import inspect_adapter
+from trimtab.adapter.weights import CONFIG, WEIGHTS
 from trimtab.errors import RunError
 from trimtab.runs import processes
 from trimtab.runs.card import card
 from trimtab.runs.curve import CURVE, draw_curve
-from trimtab.runs.folder import ADAPTER, RunFolder, differing, digest_of, put
+from trimtab.runs.folder import RunFolder, differing, digest_of, put
 from trimtab.runs.forecast import forecast, told
 from trimtab.runs.measures import thinned
 from trimtab.runs.models import Base
@@ -125,7 +126,7 @@ def evaluate_runs(
     base: Base | None = None
     for name, experiment in experiments.items():
         folder, task = Path(output) / name, experiment.task
-        if not (folder / "adapter_config.json").exists():
+        if not (folder / CONFIG).exists():
             raise RunError(f"{folder}: no adapter yet; train it first.")
         inspect_adapter(folder)
         check_settings(experiment, RunFolder(folder))
@@ -301,8 +302,8 @@ class Run:
             "sets": by_set(self.task, test, untuned, tuned),
             **beside(self.task, test, tuned),
             **sizes,
-            "bytes": (self.folder.path / ADAPTER).stat().st_size,
-            "digest": digest_of(self.folder.path / ADAPTER),
+            "bytes": (self.folder.path / WEIGHTS).stat().st_size,
+            "digest": digest_of(self.folder.path / WEIGHTS),
             "seconds": round(progress.seconds, 2),
             "steps": fit.steps,
             "train_loss": sum(losses) / len(losses),

@@ -60,7 +60,7 @@ class TrainingSpec(Section):
     eval_batch_size: PositiveInt = 64
     """Examples at a time when scoring; no score depends on it."""
     checkpoint_every: Annotated[PositiveInt | None, Field(examples=[100])] = None
-    """In steps; without it, once an epoch."""
+    """In steps; without it once an epoch, or every 20 steps where epochs are shorter."""
     gradient_checkpointing: bool = False
     """Compute activations again instead of keeping them: less memory, more time."""
     packing: Literal[True, False, "auto"] = "auto"

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
 
-from trimtab.errors import DataError, MemoryFull, NotPossible, RunError
+from trimtab.errors import DataError, DivergedError, MemoryFull, NotPossible, RunError
 from trimtab.runs.earlier import completed_trial
 from trimtab.runs.folder import versions, write_json
 from trimtab.runs.measures import thinned, training_memory, window_loss, windows
@@ -239,8 +239,10 @@ def run_trial(trial: Trial, folder: Path, content: dict[str, str] | None = None)
         outcome, lasting = Outcome(impossible=str(error)), False  # another version of PEFT may know how
     except MemoryFull as error:
         outcome, lasting = Outcome(failed=str(error)), False
-    except (RunError, FloatingPointError, DataError) as error:
+    except (DivergedError, FloatingPointError, DataError) as error:
         outcome, lasting = Outcome(failed=str(error)), True
+    except RunError as error:  # of this machine or this moment
+        outcome, lasting = Outcome(failed=str(error)), False
     return keep(outcome, trial, folder, content) if lasting else _told(outcome, trial, content)
 
 
@@ -592,13 +594,13 @@ def _some_score(task: Task[Any], predictions: list[Any]) -> float:
 
 
 def _validation_loss(trial: Trial, model: nn.Module, tokenizer: PreTrainedTokenizerBase, reuse: Reuse | None) -> float:
-    """Raises RunError where it is not finite."""
+    """Raises DivergedError where it is not finite."""
     experiment, way = trial.experiment, trial.way
     encoded, _ = experiment.encode(tokenizer, experiment.task.examples("validation"), training=True)
     size = experiment.training.eval_batch_size
     loss = mean_loss(model, tokenizer, encoded, size, way.takes_prompts, way.adds_tokens, reuse)
     if not math.isfinite(loss):  # such a model's answers look like a constant, which may even score
-        raise RunError(f"{experiment.name}: after training the loss on validation is {loss}")
+        raise DivergedError(f"{experiment.name}: after training the loss on validation is {loss}")
     return loss
 
 

@@ -69,7 +69,7 @@ class Metrics:
 
     def ended(self, adapter: str, event: Event) -> None:
         """The last event of an answer; the adapter "" is the base model."""
-        if adapter not in self._named and len(self._named) == _NAMED:
+        if adapter not in self._named and len(self._named) >= _NAMED:
             adapter = "other"
         self._named.add(adapter)
         self._answers.labels(adapter, event.finish_reason).inc()

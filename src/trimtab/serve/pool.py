@@ -148,8 +148,10 @@ class _Table(AdapterTable):
             raise ValueError(
                 f"names: {len(rows.adapters)} for a batch of {len(hidden)} rows; give one a row, unpacked."
             )
-        lines = [self._ready(group) for group in _groups(rows, running, hidden, times)]
-        return [line for line in lines if name in line.sites]
+        key = (rows, *hidden.shape[:2], hidden.device)
+        if key not in running.kept:
+            running.kept[key] = [self._ready(group) for group in _groups(rows, running, hidden, times)]
+        return [line for line in running.kept[key] if name in line.sites]
 
     def _change(self, name: str, states: Tensor, lines: Lines) -> Tensor:
         with torch.autocast(states.device.type, enabled=False):

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from trimtab.adapter.config import ReftConfig
-from trimtab.adapter.folder import CONFIG, SavedAdapter, as_edit, read_adapter, why_not_asked
+from trimtab.adapter.folder import SavedAdapter, as_edit, read_adapter, why_not_asked
 from trimtab.adapter.identity import differ
-from trimtab.adapter.weights import weights_in
+from trimtab.adapter.weights import CONFIG, weights_in
 from trimtab.edits import Term
 from trimtab.errors import AdapterError
 from trimtab.serve.table import Layout
@@ -162,9 +162,10 @@ class Registry:
 
     def room(self) -> Path:
         """A new folder for an adapter that has none: it goes when its name stands for it no more."""
-        if self._uploads is None:
-            self._uploads = TemporaryDirectory(prefix="trimtab-adapters-")
-        return Path(mkdtemp(dir=self._uploads.name))
+        with self._lock:
+            if self._uploads is None:
+                self._uploads = TemporaryDirectory(prefix="trimtab-adapters-")
+            return Path(mkdtemp(dir=self._uploads.name))
 
     def _drop(self, known: _Known | None) -> None:
         if known is not None and self._uploads is not None and known.folder.is_relative_to(self._uploads.name):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from trimtab.serve.cache import PrefixStore, RowCache
-from trimtab.serve.engine import Applied, Emit, Logprob, Request, Sampling
+from trimtab.serve.engine import Applied, BadRequest, Emit, Logprob, Request, Sampling
 from trimtab.serve.model import NotServed, ServedModel
 from trimtab.serve.registry import Adapter
 from trimtab.serve.sampling import Sampler
@@ -251,6 +251,30 @@ def wanted(request: Request) -> dict[Key, Tensor]:
         for applied in request.adapters
         for part, vector in applied.adapter.parts.items()
     }
+
+
+def check_request(request: Request, room: int, vocabulary: int, entries: int, least: int = 0) -> None:
+    """Raises BadRequest for what can never run.
+
+    Args:
+        room: tokens of a prompt and its answer.
+        entries: of the table.
+        least: tokens that are answered whatever is asked for.
+    """
+    sampling, length = request.sampling, len(request.tokens)
+    if not length:
+        raise BadRequest("prompt", "prompt: holds no token.")
+    if length + max(least, sampling.max_tokens) > room:
+        raise BadRequest(
+            "max_tokens",
+            f"the prompt's {length} tokens and max_tokens={sampling.max_tokens} are more than the {room} that this "
+            "server runs; shorten one of them.",
+        )
+    for name, ids in (("prompt", request.tokens), ("logit_bias", sampling.logit_bias)):
+        if any(not 0 <= token < vocabulary for token in ids):
+            raise BadRequest(name, f"{name}: holds a token id outside 0 to {vocabulary - 1}.")
+    if (needed := len(wanted(request))) > entries:
+        raise BadRequest("model", f"needs {needed} entries of a table of {entries}.")
 
 
 def _place(rows: Sequence[Row], room: range) -> None:

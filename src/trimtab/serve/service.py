@@ -19,8 +19,7 @@ from typing import Any
 from fastapi import Request
 from transformers import PreTrainedTokenizerBase
 
-from trimtab.adapter.folder import CONFIG
-from trimtab.adapter.weights import WEIGHTS
+from trimtab.adapter.weights import CONFIG, WEIGHTS
 from trimtab.errors import AdapterError
 from trimtab.serve import schemas
 from trimtab.serve.answers import Form, Tokens, merged

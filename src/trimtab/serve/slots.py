@@ -38,7 +38,7 @@ from trimtab.serve.engine import (
 from trimtab.serve.grammar import Form, Grammars
 from trimtab.serve.model import ServedModel
 from trimtab.serve.rows import Limits as Limits
-from trimtab.serve.rows import Row, Runner, wanted
+from trimtab.serve.rows import Row, Runner, check_request, wanted
 from trimtab.serve.sampling import choose, logprobs
 from trimtab.serve.table import AdapterTable
 
@@ -113,7 +113,7 @@ class SlotsEngine:
         self._runner.check()
 
     def submit(self, request: Request, emit: Emit) -> None:
-        self._check_request(request)
+        check_request(request, self.max_len, self._model.vocabulary, len(self.table))
         with self._wake:
             if self._health in ("draining", "dead"):
                 raise Unavailable(f"the engine is {self._health} and takes no requests.")
@@ -127,22 +127,6 @@ class SlotsEngine:
 
     def form(self, grammar: str, field: str) -> Form:
         return self._grammars.form(grammar, field)
-
-    def _check_request(self, request: Request) -> None:
-        sampling, length = request.sampling, len(request.tokens)
-        if not length:
-            raise BadRequest("prompt", "prompt: holds no token.")
-        if length + sampling.max_tokens > self.max_len:
-            raise BadRequest(
-                "max_tokens",
-                f"the prompt's {length} tokens and max_tokens={sampling.max_tokens} are more than the {self.max_len} "
-                "that this server runs; shorten one of them.",
-            )
-        for name, ids in (("prompt", request.tokens), ("logit_bias", sampling.logit_bias)):
-            if any(not 0 <= token < self._model.vocabulary for token in ids):
-                raise BadRequest(name, f"{name}: holds a token id outside 0 to {self._model.vocabulary - 1}.")
-        if len(wanted(request)) > len(self.table):
-            raise BadRequest("model", f"needs {len(wanted(request))} entries of a table of {len(self.table)}.")
 
     def cancel(self, id: str) -> None:
         with self._wake:

@@ -176,7 +176,7 @@ class Study:
         folder: where the outcomes' files lie.
         sizes: numbers of training examples; None for all there are.
     Raises:
-        DataError: a task's data cannot be read, or it has no test data.
+        DataError: a task's data cannot be read, or it has no test data or none to validate on.
     """
 
     def __init__(
@@ -193,6 +193,7 @@ class Study:
                     f"{name}: learning rates are chosen on validation and scores reported on test, which without data: "
                     "test: are the same; give test data"
                 )
+            experiments[name].task.examples("validation")
         self.settings, self.folder = settings, folder
         self.groups = [
             Group(experiments[task], way, n, tuple(sorted(set(settings.learning_rates or way.learning_rates))))

@@ -58,10 +58,14 @@ class Search:
     Args:
         folder: where both lie.
         blocks: how many the model has.
+
+    Raises:
+        DataError: there is nothing to validate on.
     """
 
     def __init__(self, experiment: Experiment, space: TuneSpec, folder: Path, blocks: int) -> None:
         self.experiment, self.space, self.folder, self.blocks = experiment, space, folder, blocks
+        experiment.task.examples("validation")
         self.content = fingerprints(experiment)
 
     def own(self) -> Found | None:

@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from trimtab.adapter import compared
-from trimtab.adapter.folder import CONFIG, read_adapter
-from trimtab.adapter.weights import read_tensors, weights_in
+from trimtab.adapter.folder import read_adapter
+from trimtab.adapter.weights import CONFIG, read_tensors, weights_in
 from trimtab.errors import AdapterError, DataError, RunError
 from trimtab.runs.folder import RunFolder
 from trimtab.runs.generate import encode_as, find_adapters

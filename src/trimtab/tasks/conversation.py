@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from typing import Any, Literal, cast
 
 from transformers import PreTrainedTokenizerBase
@@ -130,7 +130,10 @@ class ConversationTask(WritingTask[ConversationSpec]):
         how, turns = self.spec.edit_turns, [cast(Turn, e) for e in examples]
         if not training:
             return [encode_messages(tokenizer, t.before, tools=t.tools, turns=how) for t in turns], 0
-        rows = [[t] for t in turns] if how == "each" else [list(own) for _, own in groupby(turns, lambda t: id(t.row))]
+        of_row = defaultdict[int, list[Turn]](list)  # few that were drawn are in no order
+        for turn in turns:
+            of_row[id(turn.row)].append(turn)
+        rows = [[t] for t in turns] if how == "each" else list(of_row.values())
         encoded = [
             encode_answers(tokenizer, own[0].messages, sorted(t.place for t in own), tools=own[0].tools, turns=how)
             for own in rows

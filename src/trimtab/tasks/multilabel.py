@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from trimtab.errors import DataError
 from trimtab.tasks.base import Example, Label
 from trimtab.tasks.classification import LabelledSpec, LabelledTask, PooledSpec, label_name, told_shares
-from trimtab.tasks.files import Row, field
+from trimtab.tasks.files import Row, field, is_missing
 from trimtab.tasks.scores import SET_SCORES
 from trimtab.tasks.spec import one_of
 from trimtab.tasks.tokens import Encoded, encode_texts
@@ -42,7 +42,8 @@ class MultiLabelTask(LabelledTask[MultiLabelSpec]):
 
     def named(self, row: Row, where: str) -> Sequence[str]:
         value = field(row, self.spec.label, where)
-        if value is None or isinstance(value, dict):
+        inside = value if isinstance(value, list) else [value]
+        if isinstance(value, dict) or any(one != "" and is_missing(one) for one in inside):
             raise DataError(
                 f"{where}: the field {self.spec.label!r} is {str(value)[:60]}; give a list of names, [] for none"
             )

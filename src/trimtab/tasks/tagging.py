@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from trimtab.errors import DataError
 from trimtab.tasks.base import Example
 from trimtab.tasks.classification import LabelledSpec, LabelledTask, label_name
-from trimtab.tasks.files import Row, as_text, needed
+from trimtab.tasks.files import Row, as_text, is_missing, needed
 from trimtab.tasks.scores import TAG_SCORES, Score, Truth
 from trimtab.tasks.spec import one_of
 from trimtab.tasks.tokens import Encoded, encode_words
@@ -116,4 +116,6 @@ class TaggingTask(LabelledTask[TaggingSpec]):
             return as_text(value, name, where).split()
         if not value:
             raise DataError(f"{where}: the field {name!r} is empty; fill it or remove the row")
+        if any(is_missing(part) and (part != "" or name == self.spec.label) for part in value):
+            raise DataError(f"{where}: the field {name!r} has an empty place; fill it or remove the row")
         return [as_text(label_name(part) if isinstance(part, int | float) else part, name, where) for part in value]

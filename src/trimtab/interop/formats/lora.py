@@ -8,6 +8,7 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
 
+from trimtab.adapter.weights import WEIGHTS
 from trimtab.errors import ConversionError
 from trimtab.interop.base import Runner, logits_of
 from trimtab.interop.convert import Adapter, Format, Given
@@ -48,7 +49,7 @@ class Lora(Format):
                 tensors[f"{change.layer}.lora_B.bias"] = change.bias
         config.save_pretrained(str(path))
         packed = {f"base_model.model.{name}": tensor.float().contiguous() for name, tensor in tensors.items()}
-        save_file(packed, path / "adapter_model.safetensors", {"format": "pt"})
+        save_file(packed, path / WEIGHTS, {"format": "pt"})
         if not needed:
             return []
         return [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import cast
 
@@ -11,16 +10,16 @@ from peft import PeftModel, TaskType
 from torch import Tensor, nn
 
 import trimtab.adapter.tuner  # noqa: F401  (registers the method with PEFT)
-from trimtab.adapter.folder import inspect_adapter, write_adapter
+from trimtab.adapter.folder import as_edit, read_adapter, write_adapter
 from trimtab.adapter.weights import read_tensors, weights_in
+from trimtab.edits import Edit
 from trimtab.errors import ConversionError
 from trimtab.interop.base import Runner, logits_of
-from trimtab.interop.convert import Adapter, Format, Given, make_edit
+from trimtab.interop.convert import Adapter, Format, Given
 from trimtab.where.plan import Part
 from trimtab.where.sites import host
 
 _PREFIX = "base_model.model."
-_EDIT = re.compile(r"(.+)\.reft\.reft_(edit|prefix|suffix)\.(\w+)")
 
 
 class Trimtab(Format):
@@ -39,33 +38,29 @@ class Trimtab(Format):
 
     def read(self, path: Path, given: Given) -> Adapter:
         """Checked as `trimtab show` does."""
-        config = inspect_adapter(path).config
+        saved = read_adapter(path)
+        config = saved.config
         given.need("positions", "", config.positions)
         if config.lora is not None:
             raise ConversionError(f"{path}: has a LoRA beside its edits, and no other format holds both.")
-        edits: dict[tuple[str, str], dict[str, Tensor]] = {}
-        modules = {}
-        for key, tensor in read_tensors(weights_in(path)).items():
-            match = _EDIT.fullmatch(key.removeprefix(_PREFIX))
-            if match:
-                edits.setdefault((match[1], match[2]), {})[match[3]] = tensor
-            else:
-                modules[key.removeprefix(_PREFIX)] = tensor
+        tensors = read_tensors(weights_in(path)) if saved.extras else {}
+        modules = {key.removeprefix(_PREFIX): tensors[key] for key in saved.extras}
         base = given.open(config.base_model_name_or_path, config.task_type, _labels(modules))
         sites = base.sites(config.site, config.layers)
         if any(site.of_input for site in sites):
             raise ConversionError(f"site={config.site!r}: no other format edits what attention's heads give.")
         names = {_host_name(base.skeleton, site.module): site.name for site in sites}
-        unknown = sorted({name for name, _ in edits} ^ set(names))
+        unknown = sorted({name for name, _ in saved.edits} ^ set(names))
         unknown += sorted(set(modules) - set(base.skeleton.state_dict()))
         if unknown:
             raise ConversionError(
                 f"{path}: edits other modules than {base.name} has for its config ({unknown[0]} is on one side only): "
                 "give --base the model it was trained on."
             )
-        return Adapter(
-            base, config, {(names[n], part): make_edit(config, own) for (n, part), own in edits.items()}, modules
-        )
+        edits: dict[tuple[str, str], Edit] = {
+            (names[name], part): as_edit(config, own) for (name, part), own in saved.edits.items()
+        }
+        return Adapter(base, config, edits, modules)
 
     def write(self, adapter: Adapter, path: Path, given: Given) -> list[str]:
         """As `save_pretrained` would."""

@@ -28,7 +28,7 @@ from trimtab.serve.engine import (
     Unavailable,
 )
 from trimtab.serve.model import NotServed
-from trimtab.serve.rows import Limits, wanted
+from trimtab.serve.rows import Limits, check_request, wanted
 from trimtab.serve.server import MakeEngine, Settings
 from trimtab.serve.slots import end_tokens
 from trimtab.serve.table import Entries, Key, Layout
@@ -141,7 +141,9 @@ class VllmEngine:
     def submit(self, request: Request, emit: Emit) -> None:
         if request.moves:
             raise BadRequest("reft_moves", "reft_moves: not done by this engine; use --engine transformers.")
-        self._check_request(request)
+        if self._llm is None:
+            raise Unavailable("the engine has not started and takes no requests.")
+        check_request(request, self.max_len, self._llm.model_config.get_vocab_size(), len(self._table), least=1)
         with self._lock:
             if self.health in ("draining", "dead"):
                 raise Unavailable(f"the engine is {self.health} and takes no requests.")
@@ -154,23 +156,6 @@ class VllmEngine:
 
     def form(self, grammar: str, field: str) -> Any:
         raise BadRequest(field, f"{field}: answers are held to no form by this engine; use --engine transformers.")
-
-    def _check_request(self, request: Request) -> None:
-        sampling, length = request.sampling, len(request.tokens)
-        if not length:
-            raise BadRequest("prompt", "prompt: holds no token.")
-        if length + max(1, sampling.max_tokens) > self.max_len:
-            raise BadRequest(
-                "max_tokens",
-                f"the prompt's {length} tokens and max_tokens={sampling.max_tokens} are more than the {self.max_len} "
-                "that this server runs; shorten one of them.",
-            )
-        vocabulary = self._llm.model_config.get_vocab_size()
-        for name, ids in (("prompt", request.tokens), ("logit_bias", sampling.logit_bias)):
-            if any(not 0 <= token < vocabulary for token in ids):
-                raise BadRequest(name, f"{name}: holds a token id outside 0 to {vocabulary - 1}.")
-        if len(wanted(request)) > len(self._table):
-            raise BadRequest("model", f"needs {len(wanted(request))} entries of a table of {len(self._table)}.")
 
     def cancel(self, id: str) -> None:
         def end() -> None:
