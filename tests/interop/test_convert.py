@@ -127,6 +127,17 @@ def test_there_and_back(to: str, config: dict[str, Any], make: Make, bases: Base
     assert (before - after).abs().max() < 1e-5 * before.abs().max()
 
 
+def test_a_base_without_padding_is_checked_too(tmp_path: Path) -> None:
+    """As Llama, Mistral and Qwen2 come."""
+    tiny("llama", initializer_range=0.2, pad_token_id=None).save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert model.config.pad_token_id is None
+    for config in ({"positions": "f2+l3"}, {"positions": "random3"}):
+        settings = ReftConfig(task_type="CAUSAL_LM", init_weights="paper", **config)  # type: ignore[arg-type]
+        get_peft_model(copy.deepcopy(model), settings).save_pretrained(tmp_path / "ours")
+        agreed(convert(tmp_path / "ours", tmp_path / config["positions"], "pyreft"))
+
+
 def test_as_loreft_computes_the_same() -> None:
     basis, reads, constant = torch.randn(3, 8).double(), torch.randn(3, 8).double(), torch.randn(3).double()
     basis[2] = basis[0] - basis[1]  # of rank 2

@@ -170,6 +170,18 @@ def test_an_interrupted_file_is_gone_on_with(left: str, runs: Path, asked: Path,
     assert not part.exists()
 
 
+def test_lines_of_another_base_are_not_gone_on_with(
+    runs: Path, asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(done: int, of: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Applied(runs / "mood").write(asked, tmp_path / "out.csv", stop)
+    monkeypatch.setattr("trimtab.runs.apply.hash_of_model", lambda source: "trained anew")
+    assert Applied(runs / "mood").write(asked, tmp_path / "out.csv") == 0
+
+
 @KINDS
 def test_the_card_runs_as_printed(
     kind: str, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,18 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path: Path) -> None:
     assert not folder.path.exists()  # nothing was left there
     with folder.locked():
         assert folder.is_empty
+
+
+def test_a_lock_that_another_process_took_away_holds_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, flock = RunFolder(tmp_path / "run"), fcntl.flock
+
+    def removed(*how: Any) -> None:
+        (folder.path / ".lock").unlink()
+        flock(*how)
+
+    monkeypatch.setattr(fcntl, "flock", removed)
+    with pytest.raises(RunError, match="another process trains there"), folder.locked():
+        pass
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"run": 3}'])

@@ -144,6 +144,11 @@ def test_generation_goes_on_from_what_is_kept(name: str, positions: str) -> None
         assert predict(model, TOKENIZER, prompts, 4, **how, reuse=reuse) == plain
     assert reuse.store.used > 0
     assert predict(model, TOKENIZER, prompts[:1], **how, reuse=reuse) == plain[:1]  # one token: nothing to go on from
+    later = [
+        Encoded(e.input_ids, e.prompt_length, None) for e in examples(7)
+    ]  # of a conversation: past its first answer
+    plain = predict(model, TOKENIZER, later, 4, **how)
+    assert predict(model, TOKENIZER, later, 4, **how, reuse=reuse) == plain
 
 
 def test_a_part_is_computed_once_for_all_positions_seeds_and_tasks(monkeypatch: pytest.MonkeyPatch) -> None:

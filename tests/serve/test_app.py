@@ -2,6 +2,8 @@
 
 import base64
 import json
+import re
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from functools import reduce
@@ -15,8 +17,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis.strategies import booleans
 from served import ADAPTERS, BASE, MODEL, Served, listening, serving, user
 
+from trimtab.cli.serve import _named
 from trimtab.serve.app import create_app
+from trimtab.serve.engine import Event
 from trimtab.serve.guard import Access
+from trimtab.serve.metrics import Metrics
 from trimtab.serve.rows import Limits
 from trimtab.serve.server import check_exposure
 from trimtab.serve.service import Service
@@ -548,6 +553,12 @@ def test_the_page_runs_nothing_but_its_own(served: Served) -> None:
     assert " style=" not in answer.text and " onclick=" not in answer.text
 
 
+def test_a_folder_with_an_equals_sign_is_no_name(served: Served, tmp_path: Path) -> None:
+    there = shutil.copytree(served.adapters / "ends", tmp_path / "lr=0.1/ends")
+    assert _named([str(there)]) == {"ends": there}
+    assert _named([f"own={there}"]) == {"own": there}
+
+
 def test_metrics_count(served: Served) -> None:
     def read() -> dict[str, float]:
         lines = served.client.get("/metrics").text.splitlines()
@@ -567,6 +578,14 @@ def test_metrics_count(served: Served) -> None:
     assert grown["trimtab_generated_tokens_total"] == 5
     assert grown["trimtab_edited_rows_total"] > 0
     assert after["trimtab_requests_running"] == after["trimtab_requests_waiting"] == 0
+
+
+def test_metrics_name_so_many_adapters(served: Served) -> None:
+    metrics = Metrics(served.service.engine)
+    for i in range(150):
+        metrics.ended(f"adapter-{i}", Event(finish_reason="stop"))
+    named = set(re.findall(r'trimtab_answers_total{adapter="(.+?)"', metrics.text().decode()))
+    assert len(named) == 101 and "other" in named
 
 
 def test_a_request_is_named(served: Served) -> None:

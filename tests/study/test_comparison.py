@@ -28,10 +28,11 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from trimtab.errors import DataError, NotPossible, RecipeError, RunError
+from trimtab.errors import DataError, DivergedError, NotPossible, RecipeError, RunError
 from trimtab.recipe.load import load_recipe
-from trimtab.runs import measures
+from trimtab.runs import kept, measures
 from trimtab.runs import trial as trials
+from trimtab.runs.fit import TOO_LARGE
 from trimtab.runs.measures import thinned, windows
 from trimtab.runs.models import Base
 from trimtab.runs.predict import mean_loss, predict
@@ -665,9 +666,9 @@ def test_edits_leave_the_model_for_the_next_trial_and_weights_do_not(
     order = ["loreft", "joint", "red", "lora", "loreft", "full", "loreft", "untuned"]
     alone = []
     for place, name in enumerate(order):
-        trials._bases.clear()
+        kept._bases.clear()
         alone.append(run_trial(trial(recipe, name, seed=place), tmp_path / "alone"))
-    trials._bases.clear()
+    kept._bases.clear()
     loaded = []
     load = Base.load
     monkeypatch.setattr(Base, "load", lambda self, *args: (loaded.append(bool(self._shared)), load(self, *args))[1])
@@ -734,11 +735,13 @@ def test_what_one_trial_cannot_do_does_not_end_the_study(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = load_recipe(write_recipe(models, tmp_path))
-    full = f"the trial does not fit into the GPU's memory; {trials.TOO_LARGE}"
+    full = f"the trial does not fit into the GPU's memory; {TOO_LARGE}"
     for error, said, seed in (
         (FloatingPointError("a rotation holds NaN"), "a rotation holds NaN", 1),
         (DataError("none fits"), "none fits", 2),
         (torch.OutOfMemoryError("on this card"), full, 3),
+        (RunError("no room on the disk"), "no room on the disk", 4),
+        (DivergedError("the loss is nan"), "the loss is nan", 5),
     ):
 
         def fail(*_: Any, error: Exception = error) -> Any:
@@ -746,7 +749,7 @@ def test_what_one_trial_cannot_do_does_not_end_the_study(
 
         monkeypatch.setattr(trials, "_run", fail)
         assert run_trial(trial(recipe, "loreft", seed=seed), tmp_path / "trials").failed == said
-    assert len(list((tmp_path / "trials").rglob("*.json"))) == 2  # another card may have more memory
+    assert len(list((tmp_path / "trials").rglob("*.json"))) == 3  # another card or day may have more room
 
 
 def test_a_group_of_which_one_seed_is_impossible_is_left_out(

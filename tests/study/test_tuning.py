@@ -65,6 +65,16 @@ def test_a_search_is_resumed_and_leaves_a_recipe(recipe: Path, trimtab: Command,
     assert {"r", "positions", "layers"} == best.settings.keys() and best.learning_rate > 0
 
 
+@pytest.mark.parametrize("name", ["tune", "compare"])
+def test_without_validation_nothing_is_chosen(name: str, recipe: Path, trimtab: Command) -> None:
+    made = json.loads(recipe.read_text())
+    made["tasks"]["plural"]["data"]["validation"] = False
+    recipe.write_text(json.dumps(made))
+    code, out = trimtab(name, recipe)
+    assert code == 2 and "validation: false" in out and "Traceback" not in out, out
+    assert not list(recipe.parent.rglob("trials/**/*.json"))
+
+
 def test_a_search_in_which_nothing_trains_says_so(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> Any:
         raise RunError("the loss is NaN")

@@ -162,6 +162,8 @@ def test_rows_of_one_prompt_are_one_example_of_training(make: Make) -> None:
         assert len(asked) == 3 and all(e.labels is None for e in asked)
         assert OWN.decode(asked[2].input_ids[:9]).startswith("<|bos|><|user|>Be kind.<|assistant|>hi")
     assert asked[1].prompt_length == asked[0].prompt_length < len(asked[1].input_ids)
+    first, second, other = task.examples("train")
+    assert task.encode(OWN, [second, other, first], training=True)[0] == encoded  # as few that were drawn stand
     _, too_long = task.encode(OWN, task.examples("train"), training=True, max_length=len(encoded[1].input_ids))
     assert too_long == 2  # both answers of the long one
 

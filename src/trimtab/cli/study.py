@@ -208,9 +208,9 @@ def _say(experiments: Mapping[str, Experiment], runs: int, jobs: int = 1) -> Non
     """What each task is tried on, how many runs there are and about how long they take, before the first."""
     from trimtab.errors import RunError
     from trimtab.runs.forecast import duration, forecast
+    from trimtab.runs.kept import close_stores
     from trimtab.runs.models import Base
     from trimtab.runs.summary import checked_summary
-    from trimtab.runs.trial import close_stores
 
     seconds = []
     for experiment in experiments.values():

@@ -11,7 +11,7 @@ _SAID = {  # several keys, then what is said of each
     "lr_scheduler lr_scheduler_type scheduler": "it is training: schedule: (linear, cosine or constant)",
     "warmup_ratio warmup_steps": "it is training: warmup:, a share of the steps such as 0.1",
     "max_seq_length max_seq_len seq_length cutoff_len sequence_len model_max_length": "it is training: max_length:",
-    "save_steps save_strategy save_total_limit": "checkpoints are kept about once an epoch, or training: checkpoint_every:",
+    "save_steps save_strategy save_total_limit": "checkpoints are kept once an epoch, or training: checkpoint_every:",
     "sample_packing pack": "it is training: packing:",
     "lora_r lora_rank rank": "it is adapter: r:",
     "lora_alpha alpha": "an edit has none, and trimtab.set_scale makes one weaker or stronger; remove it",

@@ -26,7 +26,8 @@ Message = dict[str, str]
 
 def named_folder(asked: str) -> tuple[str, str, str]:
     """(name, "=", folder) of `NAME=FOLDER`; the first two are empty for a folder alone, which may have a = in it."""
-    return asked.rpartition("=") if not Path(asked).exists() else ("", "", asked)
+    name, equals, folder = asked.partition("=")
+    return (name, equals, folder) if equals and "/" not in name and not Path(asked).exists() else ("", "", asked)
 
 
 def find_adapters(folders: Sequence[str], left_out: Callable[[str], None] | None = None) -> dict[str, Path]:

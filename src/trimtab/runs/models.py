@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +43,28 @@ class Loaded(NamedTuple):
     """The modules without pretrained weights, trained with any adapter."""
 
 
+def identity_of(source: ModelSource) -> tuple[ModelSource, str | None]:
+    """What tells a model apart, also from one that its folder held before."""
+    return source, hash_of_model(source)
+
+
+def hash_of_model(source: ModelSource) -> str | None:
+    """Of a local model's files; None of one from the Hub."""
+    kinds = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja")
+    files = sorted(f for f in Path(source.name).glob("*") if f.suffix in kinds)
+    return _hash_of(tuple((f, f.stat().st_mtime_ns) for f in files)) if files else None
+
+
+@cache
+def _hash_of(files: tuple[tuple[Path, int], ...]) -> str:
+    """Of files of some age, names and contents."""
+    whole = hashlib.sha256()
+    for file, _ in files:
+        with file.open("rb") as opened:
+            whole.update(f"{file.name} {hashlib.file_digest(opened, 'sha256').hexdigest()} ".encode())
+    return whole.hexdigest()[:16]
+
+
 class Base:
     """The frozen model and its tokenizer; loaded once for all tasks that need no new head, and for each that does.
 
@@ -49,7 +73,7 @@ class Base:
     """
 
     def __init__(self, source: ModelSource) -> None:
-        self.source = source
+        self.source, self.identity = source, identity_of(source)
         self.tokenizer = load_tokenizer(source.name)
         self._shared: dict[str, nn.Module] = {}
 

@@ -26,6 +26,8 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallba
 
 from trimtab.errors import DataError, NotPossible, RunError
 from trimtab.runs import processes
+from trimtab.runs.fit import TOO_LARGE, check_trainable
+from trimtab.runs.kept import base_for, give_back, store_for
 from trimtab.runs.measures import thinned
 from trimtab.runs.models import fitting
 from trimtab.runs.reuse import PrefixReuse
@@ -40,20 +42,15 @@ from trimtab.runs.trainer import (
 )
 from trimtab.runs.trial import (
     LATE,
-    TOO_LARGE,
     Outcome,
     Trial,
-    base_for,
-    check_trainable,
     drawn,
     fingerprints,
-    give_back,
     held_out,
     keep,
     measured,
     outcome_of,
     run_trial,
-    store_for,
 )
 from trimtab.tasks.tokens import Encoded
 
@@ -127,7 +124,7 @@ def train_together(trials: Sequence[Trial]) -> list[Outcome | None]:
 
 def _train_together(trials: Sequence[Trial]) -> list[Outcome | None]:
     experiment, task = trials[0].experiment, trials[0].experiment.task
-    base = base_for(experiment)
+    base = base_for(experiment.source)
     model, _ = base.load(task.head, trials[0].seed)
     check_trainable(model)
     texts, size = held_out(trials[0], base, model), sum(p.numel() for p in model.parameters())
@@ -140,7 +137,7 @@ def _train_together(trials: Sequence[Trial]) -> list[Outcome | None]:
         found["late_score"] = member.late_score
         with suppress(RunError):  # its loss on validation is no number
             member.outcome = measured(member.trial, adapted, base.tokenizer, size, found, reuse=reuse, texts=texts)
-    give_back(experiment, base, adapted)
+    give_back(base, adapted)
     return [member.outcome for member in members]
 
 
@@ -166,7 +163,9 @@ def _kept(adapted: Any, members: Sequence[Member]) -> PrefixReuse:
     found = []
     for member in members:
         adapted.set_adapter(member.name)
-        reuse = member.trial.way.reuse(adapted, store_for(member.trial.experiment), False)
+        reuse = member.trial.way.reuse(
+            adapted, store_for(experiment.source, experiment.training.reuse_memory_gb), False
+        )
         if not isinstance(reuse, PrefixReuse) or len(member.encoded) != len(members[0].encoded):
             raise NotPossible("no keys and values are kept, or not of as many examples")
         found.append(reuse)

@@ -27,14 +27,16 @@ from trimtab.errors import RunError
 from trimtab.runs import processes
 from trimtab.runs.card import card
 from trimtab.runs.curve import CURVE, draw_curve
+from trimtab.runs.fit import Fit
 from trimtab.runs.folder import RunFolder, differing, digest_of, put
 from trimtab.runs.forecast import forecast, told
+from trimtab.runs.kept import close_stores
 from trimtab.runs.measures import thinned
 from trimtab.runs.models import Base
 from trimtab.runs.predict import Evaluation
 from trimtab.runs.summary import checked_summary
 from trimtab.runs.trainer import LOOKED_AT, Progress, Watch
-from trimtab.runs.trial import Experiment, Fit, Trial, close_stores, fingerprints, trained_parameters
+from trimtab.runs.trial import Experiment, Trial, fingerprints, trained_parameters
 from trimtab.runs.ways import ReftWay, unload
 from trimtab.tasks import Example, Task
 from trimtab.tasks.failures import failures

@@ -5,53 +5,41 @@
 
 from __future__ import annotations
 
-import atexit
-import errno
-import gc
 import hashlib
 import json
 import math
-import pickle
-import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from trimtab.errors import DataError, DivergedError, MemoryFull, NotPossible, RunError
 from trimtab.runs.earlier import completed_trial
+from trimtab.runs.fit import TOO_LARGE, Fit
 from trimtab.runs.folder import versions, write_json
-from trimtab.runs.measures import thinned, training_memory, window_loss, windows
-from trimtab.runs.models import Base, ModelSource, fitting, pool_for
+from trimtab.runs.kept import base_for, give_back
+from trimtab.runs.measures import thinned, window_loss, windows
+from trimtab.runs.models import Base, ModelSource, fitting, hash_of_model, identity_of, pool_for
 from trimtab.runs.predict import Evaluation, context_of, evaluate, mean_loss
-from trimtab.runs.reuse import Reuse, Store
+from trimtab.runs.reuse import Reuse
 from trimtab.runs.trainer import (
     LOOKED_AT,
-    LOOKS,
-    NumberedCollator,
     Progress,
-    ReftTrainer,
-    Report,
     TrainingSpec,
-    Watch,
-    training_arguments,
 )
-from trimtab.runs.ways import AdapterSpec, Way, unload
+from trimtab.runs.ways import AdapterSpec, Way
 from trimtab.tasks import Example, Task, TaskSpec, build_task
 from trimtab.tasks.spec import SPLITS
 from trimtab.tasks.tokens import Encoded, is_templated
 
 LATE = 0.75
 """The share of the steps after which validation is scored, to tell whether it still moves at the end."""
-ROOM = 2**20
-"""Bytes free on a disk that is not full."""
 SMALL_STEPS = 100
 """Steps of a few-shot trial, whatever the number of examples."""
 _base_losses: dict[tuple[ModelSource, str], float] = {}
@@ -104,7 +92,7 @@ class Experiment:
             DataError: an example cannot be tokenised for this model, or none fits.
         """
         length, cut = self.training.max_length, self.training.too_long == "cut"
-        read = str(_model_of(self)), tokenizer.chat_template, self.task.settled.model_dump(mode="json")
+        read = str(identity_of(self.source)), tokenizer.chat_template, self.task.settled.model_dump(mode="json")
         told = (read, length, cut, training, list(map(repr, examples)))
         if (key := digest(told)) not in _encodings:
             while len(_encodings) >= SPLITS_KEPT:
@@ -281,7 +269,7 @@ def _run(trial: Trial) -> Outcome:
     experiment, way, task = trial.experiment, trial.way, trial.experiment.task
     if way.shots and not task.takes_shots:
         raise NotPossible("the task takes no solved examples")
-    base = base_for(experiment)
+    base = base_for(experiment.source)
     model, new = base.load(task.head, trial.seed)
     texts = held_out(trial, base, model)
     size = sum(p.numel() for p in model.parameters())
@@ -292,7 +280,7 @@ def _run(trial: Trial) -> Outcome:
     reuse, trained = _trained(trial, adapted, base.tokenizer, examples) if way.trains else (None, {})
     outcome = measured(trial, adapted, base.tokenizer, size, trained, reuse=reuse, shots=shots, texts=texts)
     if way.leaves_base and not trial.training.gradient_checkpointing:  # which stays switched on
-        give_back(experiment, base, adapted)
+        give_back(base, adapted)
     return outcome
 
 
@@ -345,35 +333,6 @@ def measured(
     )
 
 
-_bases: dict[Any, Base] = {}
-"""The base model that the last trial left as it was, so that the next need not load it."""
-
-
-def _model_of(experiment: Experiment) -> tuple[ModelSource, str | None]:
-    return experiment.source, hash_of_model(experiment.source)
-
-
-@cache
-def _freeze_libraries() -> None:
-    """Once: the collection that accelerate asks for in each trial would go by their 400,000 objects."""
-    gc.freeze()
-
-
-def base_for(experiment: Experiment) -> Base:
-    """The base model, which is the caller's to change: it is kept for nobody else."""
-    _freeze_libraries()
-    kept = _bases.pop(_model_of(experiment), None)
-    _bases.clear()
-    return kept or Base(experiment.source)
-
-
-def give_back(experiment: Experiment, base: Base, adapted: Any) -> None:
-    """Keep the base model, without its adapters, for the next trial."""
-    unload(adapted)
-    adapted.base_model.model.eval()
-    _bases[_model_of(experiment)] = base
-
-
 def _trained(
     trial: Trial, model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
 ) -> tuple[Reuse | None, dict[str, Any]]:
@@ -398,176 +357,6 @@ def _trained(
         "memory": fit.memory,
         "curve": thinned(fit.losses),
     }
-
-
-_memories: dict[Any, int] = {}
-_stores: dict[Any, Store] = {}
-
-
-def store_for(experiment: Experiment) -> Store:
-    """What is kept of the frozen model's work, for all trials that this process makes on the same model."""
-    key = _model_of(experiment)
-    if key not in _stores:
-        close_stores()
-        _stores[key] = Store(int(experiment.training.reuse_memory_gb * 1e9))
-    return _stores[key]
-
-
-@atexit.register
-def close_stores() -> None:
-    """Drop what is kept, in memory and on disk, and the model with it."""
-    for store in _stores.values():
-        store.close()
-    _stores.clear()
-    _bases.clear()
-
-
-TOO_LARGE = (
-    "lower training: batch_size: and raise gradient_accumulation: as much, set gradient_checkpointing: true, or lower "
-    "max_length:"
-)
-"""What helps a training that memory does not hold."""
-
-
-FOUR_BITS = (
-    "a base in bitsandbytes' 4 bits is not trained on a CPU: there it passes no gradient back once it has been "
-    "evaluated (docs/guides/quantised.md). Take a GPU, 8 bits, or the model in floating point"
-)
-
-
-def check_trainable(model: Any) -> None:
-    """Raises RunError where the base's gradients cannot be relied on."""
-    if getattr(model, "is_loaded_in_4bit", False) and next(model.parameters()).device.type == "cpu":
-        raise RunError(FOUR_BITS)
-
-
-class Fit:
-    """The training of one adapted model.
-
-    Args:
-        folder: for checkpoints.
-        look: takes the validation score, after the shares `looks` of the steps.
-        checkpoints: where the training resumes from, and leaves some for others; None for none.
-        measured: count the memory too.
-    Raises:
-        RunError: the base's gradients cannot be relied on.
-    """
-
-    def __init__(
-        self,
-        trial: Trial,
-        model: Any,
-        tokenizer: PreTrainedTokenizerBase,
-        encoded: list[Encoded],
-        folder: Path,
-        progress: Progress,
-        *,
-        watch: Watch = lambda progress: None,
-        look: Any = None,
-        looks: Sequence[float] = LOOKS,
-        checkpoints: Path | None = None,
-        measured: bool = False,
-    ) -> None:
-        spec, way = trial.training, trial.way
-        check_trainable(model)
-        store = store_for(trial.experiment)
-        found = way.reuse(model, store, spec.gradient_checkpointing) if spec.reuse else "reuse: false"
-        self._reuse = found if isinstance(found, Reuse) else None
-        self._no_reuse = None if isinstance(found, Reuse) else found
-        collate = NumberedCollator(tokenizer)
-        # What is kept for reuse belongs to an example of its own row.
-        collate.packed = trial.experiment.task.generates and self._reuse is None and _packs(spec, model, way)
-        arguments = training_arguments(spec, checkpoints or folder, trial.seed, len(encoded))
-        if checkpoints is None:
-            arguments.save_strategy = "no"
-        self.trainer = ReftTrainer(
-            model,
-            arguments,
-            encoded,
-            self._reuse,
-            supervised=trial.experiment.task.generates and not way.adds_tokens,
-            takes_prompts=way.takes_prompts,
-            progress=progress,
-            data_collator=collate,
-            callbacks=[Report(progress, watch, look, self._reuse, looks)],
-        )
-        self.trainer.remove_callback(PrinterCallback)
-        self.memory = self._memory(trial, model, encoded) if measured else 0
-
-    def _memory(self, trial: Trial, model: Any, encoded: list[Encoded]) -> int:
-        """Of training, counted once for all rates and seeds."""
-        experiment, way = trial.experiment, trial.way
-        key = (experiment.source, experiment.name, way.name, str(way.settings), len(encoded))
-        if key not in _memories:
-            with fitting(self._step, TOO_LARGE):
-                _memories[key] = training_memory(self.trainer, model, encoded, trial.training.batch_size)
-        return _memories[key]
-
-    def run(self, resume_from: str | None = None) -> None:
-        """Train, or go on.
-
-        Raises:
-            DivergedError: the loss became NaN.
-            MemoryFull: a step does not fit.
-            RunError: a checkpoint could not be read or written.
-        """
-        try:
-            with fitting(self._step, TOO_LARGE):
-                self.trainer.train(resume_from_checkpoint=resume_from)
-        except (OSError, EOFError, RuntimeError, KeyError, SafetensorError, pickle.UnpicklingError) as error:
-            if resume_from and not self.trainer.progress.step:
-                remedy = f"remove it, or start over: --no-resume --task {self.trainer.progress.task}"
-                raise RunError(f"{resume_from}: this checkpoint cannot be read; {remedy}") from error
-            folder = Path(str(self.trainer.args.output_dir))
-            if not _is_of_writing(error, folder):
-                raise
-            remedy = "make room, and the same command goes on from the last whole one"
-            raise RunError(f"{folder}: a checkpoint cannot be written, is the disk full? {remedy}") from error
-
-    @property
-    def _step(self) -> str:
-        return f"{self.trainer.progress.task}: a step of {self.trainer.args.train_batch_size} rows"
-
-    @property
-    def steps(self) -> int:
-        return int(self.trainer.state.global_step)
-
-    @property
-    def losses(self) -> list[float]:
-        """Of each step, also of those before the training was resumed."""
-        return [log["loss"] for log in self.trainer.state.log_history if "loss" in log]
-
-    @property
-    def looks(self) -> list[tuple[int, float]]:
-        """Steps after which some of validation was scored, with the scores."""
-        return [(int(log["step"]), log["validation"]) for log in self.trainer.state.log_history if "validation" in log]
-
-    @property
-    def reuse_summary(self) -> dict[str, Any]:
-        refused = self.trainer.reuse_refused or self._no_reuse
-        return {"reused": None, "because": refused} if refused or self._reuse is None else self._reuse.summary()
-
-    @property
-    def reuse(self) -> Reuse | None:
-        """What of the frozen model's work is kept, where that held."""
-        return self.trainer.reuse
-
-
-def _is_of_writing(error: Exception, folder: Path) -> bool:
-    """Whether it came of a folder that is gone, a full disk or quota, or a limit on the size of files."""
-    if isinstance(error, SafetensorError) or "PytorchStreamWriter" in str(error):
-        return True
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return True
-    return not folder.parent.exists() or shutil.disk_usage(folder.parent).free < ROOM
-
-
-def _packs(spec: TrainingSpec, model: Any, way: Way) -> bool:
-    if not way.takes_prompts:
-        return False
-    if spec.packing != "auto":
-        return spec.packing
-    return "flash" in str(model.get_base_model().config._attn_implementation)
 
 
 def _scored(
@@ -667,20 +456,3 @@ def fingerprints(experiment: Experiment, held_out: str | None = None) -> dict[st
     found = {key: hashlib.sha256(text.encode()).hexdigest()[:16] for key, text in texts.items()}
     model = hash_of_model(experiment.source)
     return {**found, "model": model} if model else found
-
-
-def hash_of_model(source: ModelSource) -> str | None:
-    """Of a local model's files; None of one from the Hub."""
-    kinds = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja")
-    files = sorted(f for f in Path(source.name).glob("*") if f.suffix in kinds)
-    return _hash_of(tuple((f, f.stat().st_mtime_ns) for f in files)) if files else None
-
-
-@cache
-def _hash_of(files: tuple[tuple[Path, int], ...]) -> str:
-    """Of files of some age, names and contents."""
-    whole = hashlib.sha256()
-    for file, _ in files:
-        with file.open("rb") as opened:
-            whole.update(f"{file.name} {hashlib.file_digest(opened, 'sha256').hexdigest()} ".encode())
-    return whole.hexdigest()[:16]
