@@ -2,8 +2,9 @@
 
     python benchmarks/verdict/seeds.py benchmarks/results/verdict/stability/compare/few-shot.json --label "examples"
 
-Writes REPORT-seeds.png beside the report (seeds as dots, their mean as a line), and prints a table in Markdown: mean,
-then worst, median and best seed.
+Writes REPORT-seeds.png beside the report (seeds as dots, their mean as a line), and prints tables in Markdown: mean,
+then worst, median and best seed; and each method's spread, with the chance that seeds as unlike come of equal spreads
+(Brown and Forsythe's test against the reference, corrected by Holm's over a column).
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ import json
 import re
 from collections import defaultdict
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean, median, stdev
 from typing import Any
 
 from matplotlib.figure import Figure
+from scipy.stats import levene
+
+from trimtab.study.statistics import holm
 
 MARKS = {"better": " ▲", "worse": " ▼", "equal": " ="}
 
@@ -52,6 +56,22 @@ def table(by_size: dict[int, dict[str, Any]], reference: str) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
+def spreads(by_size: dict[int, dict[str, Any]], reference: str) -> str:
+    """A line a method, a column a size."""
+    columns = [{name: line["scores"] for name, line in lines.items()} for _, lines in sorted(by_size.items())]
+    rows = [["spread", *map(str, sorted(by_size))], ["---"] * (1 + len(by_size))]
+    found = []
+    for of in columns:
+        names = [name for name, scores in of.items() if name != reference and len(scores) > 1]
+        ps = holm([float(levene(of[name], of[reference], center="median").pvalue) for name in names])
+        found.append(dict(zip(names, ps, strict=True)))
+    for name in dict.fromkeys(name for of in columns for name, scores in of.items() if len(scores) > 1):
+        cells = [f"{100 * stdev(of[name]):.1f}" for of in columns]
+        told = [f" (p {column[name]:.3f})" if name in column else "" for column in found]
+        rows.append([name, *(cell + p for cell, p in zip(cells, told, strict=True))])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
 def draw(found: dict[str, dict[int, dict[str, Any]]], label: str, path: Path) -> None:
     """A panel a task."""
     figure = Figure(figsize=(1 + 4.6 * len(found), 4.2), layout="constrained")
@@ -83,7 +103,8 @@ def main() -> None:
     found = sizes(report)
     for task, by_size in found.items():
         print(f"{task}, by {chosen.label}: mean (worst / median / best of the seeds)\n")
-        print(table(by_size, next(iter(report["tasks"].values()))["reference"]), "\n")
+        reference = next(iter(report["tasks"].values()))["reference"]
+        print(table(by_size, reference), "\n", spreads(by_size, reference), "\n", sep="\n")
     draw(found, chosen.label, chosen.report.with_name(f"{chosen.report.stem}-seeds.png"))
 
 

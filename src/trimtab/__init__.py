@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from trimtab.adapter.identity import OtherBase
     from trimtab.adapter.loading import expect_missing
     from trimtab.adapter.lora_at import LoraAtConfig
-    from trimtab.adapter.parts import share_rotation
     from trimtab.adapter.readout import set_pool
     from trimtab.adapter.running import prompts
     from trimtab.adapter.sharding import shard_edits
+    from trimtab.adapter.shared_rotation import share_rotation
     from trimtab.adapter.tuner import ReftModel, set_scale
     from trimtab.edits import METHODS
     from trimtab.runs.trainer import supervised_only, with_prompts
@@ -63,7 +63,7 @@ _HOMES = {
     "set_pool": "adapter.readout",
     "set_scale": "adapter.tuner",
     "shard_edits": "adapter.sharding",
-    "share_rotation": "adapter.parts",
+    "share_rotation": "adapter.shared_rotation",
     "supervised_only": "runs.trainer",
     "with_prompts": "runs.trainer",
 }

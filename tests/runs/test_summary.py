@@ -12,11 +12,12 @@ import torch
 from conftest import Command
 from transformers import AutoTokenizer
 
+from trimtab.cli.tables import result_remarks
 from trimtab.errors import DataError, MemoryFull, RunError, TrimtabError
 from trimtab.recipe.load import load_recipe
 from trimtab.runs.forecast import forecast, steps_of, told
 from trimtab.runs.models import Base
-from trimtab.runs.summary import checked_summary, marked, result_remarks
+from trimtab.runs.summary import checked_summary, marked
 from trimtab.runs.train import train
 from trimtab.runs.trainer import TrainingSpec
 from trimtab.runs.trial import Experiment

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from trimtab.study.progress import Standing
 
 
+WIDE = 0.2
+"""From here on it is remarked how wide a score's interval is."""
+
+
 def progress_table(rows: dict[str, Any]) -> Table:
     """Where each task stands."""
     table = Table("task", "state", "step", "loss", "validation", "tokens/s", "time left")
@@ -112,6 +116,30 @@ def failure_tables(name: str, result: dict[str, Any], most: int) -> Iterator[Tab
         rest += [f"{len(missed) - CLASSES} more not shown"] if len(missed) > CLASSES else []
         table.caption = "; ".join(rest) or None
         yield table
+
+
+def result_remarks(metrics: dict[str, Any]) -> list[str]:
+    """What is wrong with a finished run's metrics, and what to try."""
+    untuned, tuned = (metrics[which][metrics["score"]] for which in ("untuned", "tuned"))
+    said = []
+    if tuned < untuned:
+        said.append(f"{tuned:.3f} is worse than untuned, {untuned:.3f}: lower training: learning_rate:, or more rows")
+    majority = metrics.get("majority", {"answer": "", "score": 0.0})  # runs of earlier versions do not say
+    if 0 < tuned <= majority["score"]:
+        always = f"always answering {majority['answer']!r} would score {majority['score']:.3f}"
+        remedy = "" if said else ": more training: epochs:, or a higher learning_rate:"
+        said.append(f"{tuned:.3f} is no better than a constant, since {always}{remedy}")
+    low, high = metrics.get("interval") or (tuned, tuned)
+    if high - low > WIDE:
+        rows, split = metrics["examples"], metrics["split"]
+        said.append(
+            f"{tuned:.3f} is of {rows} {split} rows: on new ones it may be anything from {low:.2f} to {high:.2f}; give "
+            f"more rows to score (data: {split}:)"
+        )
+    start, end = metrics.get("loss_at_start"), metrics.get("loss_at_end")
+    if start is not None and end is not None and end > start:
+        said.append(f"the loss rose from {start:.3f} to {end:.3f}: lower training: learning_rate:, or try trimtab tune")
+    return said
 
 
 def shortened(text: str, most: int = 120) -> str:

@@ -24,7 +24,7 @@ from trimtab.cli.common import (
     resumable,
     size_of,
 )
-from trimtab.cli.tables import failure_tables, progress_table, results_table, scores_table
+from trimtab.cli.tables import failure_tables, progress_table, result_remarks, results_table, scores_table
 
 SHOWN, SHOWN_BY_TRAIN = 5, 3
 """Wrong predictions of a task that `eval` shows, and `train`; also the most tasks of which `train` shows any."""
@@ -103,7 +103,6 @@ def train(
     from rich.live import Live
 
     from trimtab.runs.curve import CURVE, NO_PLOT
-    from trimtab.runs.summary import result_remarks
     from trimtab.runs.train import rehearse
     from trimtab.runs.train import train as train_all
     from trimtab.runs.trainer import Progress

@@ -179,34 +179,6 @@ def first_row(experiment: Experiment) -> str:
     return f"{experiment.name} ({experiment.spec.type}), first row, «edited tokens»:\n  {shown}"
 
 
-WIDE = 0.2
-"""From here on it is remarked how wide a score's interval is."""
-
-
-def result_remarks(metrics: dict[str, Any]) -> list[str]:
-    """What is wrong with a finished run's metrics, and what to try."""
-    untuned, tuned = (metrics[which][metrics["score"]] for which in ("untuned", "tuned"))
-    said = []
-    if tuned < untuned:
-        said.append(f"{tuned:.3f} is worse than untuned, {untuned:.3f}: lower training: learning_rate:, or more rows")
-    majority = metrics.get("majority", {"answer": "", "score": 0.0})  # runs of earlier versions do not say
-    if 0 < tuned <= majority["score"]:
-        always = f"always answering {majority['answer']!r} would score {majority['score']:.3f}"
-        remedy = "" if said else ": more training: epochs:, or a higher learning_rate:"
-        said.append(f"{tuned:.3f} is no better than a constant, since {always}{remedy}")
-    low, high = metrics.get("interval") or (tuned, tuned)
-    if high - low > WIDE:
-        rows, split = metrics["examples"], metrics["split"]
-        said.append(
-            f"{tuned:.3f} is of {rows} {split} rows: on new ones it may be anything from {low:.2f} to {high:.2f}; give "
-            f"more rows to score (data: {split}:)"
-        )
-    start, end = metrics.get("loss_at_start"), metrics.get("loss_at_end")
-    if start is not None and end is not None and end > start:
-        said.append(f"the loss rose from {start:.3f} to {end:.3f}: lower training: learning_rate:, or try trimtab tune")
-    return said
-
-
 def marked(tokenizer: PreTrainedTokenizerBase, encoded: Encoded, positions: str) -> str:
     """The text up to the answer with the edited tokens in «», long stretches without an edit shortened."""
     ids, count = encoded.input_ids, len(encoded.input_ids)

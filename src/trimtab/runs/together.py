@@ -160,12 +160,11 @@ def _members(trials: Sequence[Trial], model: nn.Module, tokenizer: PreTrainedTok
 
 def _kept(adapted: Any, members: Sequence[Member]) -> PrefixReuse:
     """The keys and values kept for all of them. Raises NotPossible where none are, or batches differ in size."""
-    found = []
+    experiment, found = members[0].trial.experiment, []
+    store = store_for(experiment.source, experiment.training.reuse_memory_gb)
     for member in members:
         adapted.set_adapter(member.name)
-        reuse = member.trial.way.reuse(
-            adapted, store_for(experiment.source, experiment.training.reuse_memory_gb), False
-        )
+        reuse = member.trial.way.reuse(adapted, store, False)
         if not isinstance(reuse, PrefixReuse) or len(member.encoded) != len(members[0].encoded):
             raise NotPossible("no keys and values are kept, or not of as many examples")
         found.append(reuse)

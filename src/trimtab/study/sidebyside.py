@@ -28,7 +28,7 @@ from trimtab.runs.generate import encode_as, find_adapters
 from trimtab.runs.models import Base, ModelSource
 from trimtab.runs.predict import check_context
 from trimtab.runs.ways import unload
-from trimtab.study.settings import METHODS, Setting, Settings, side_by_side
+from trimtab.study.sidebyside_settings import METHODS, Setting, Settings, side_by_side
 from trimtab.tasks import Head, Task
 from trimtab.tasks.tokens import Collator, Encoded, encode_texts
 from trimtab.where.sites import find_sites
