@@ -26,11 +26,12 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from trimtab.runs.experiment import Experiment, Trial
 from trimtab.runs.kept import close_stores
 from trimtab.runs.models import ModelSource, quiet
 from trimtab.runs.together import run_trials
 from trimtab.runs.trainer import TrainingSpec
-from trimtab.runs.trial import Experiment, Outcome, Trial, run_trial
+from trimtab.runs.trial import Outcome, run_trial
 from trimtab.runs.ways import AdapterSpec, ReftWay
 from trimtab.tasks import TASKS
 

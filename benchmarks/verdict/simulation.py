@@ -33,9 +33,10 @@ from unittest.mock import patch
 import numpy as np
 from scipy import stats
 
+from trimtab.runs.experiment import Experiment, Trial
 from trimtab.runs.models import ModelSource
 from trimtab.runs.trainer import TrainingSpec
-from trimtab.runs.trial import Experiment, Outcome, Trial
+from trimtab.runs.trial import Outcome
 from trimtab.runs.ways import AdapterSpec, PeftWay
 from trimtab.study import compare, report
 from trimtab.study.statistics import Sample, judged, resamples

@@ -12,8 +12,9 @@ from trimtab.recipe.load import load_recipe
 from trimtab.runs import trial as trials
 from trimtab.runs.apply import Applied
 from trimtab.runs.earlier import completed, completed_trial
+from trimtab.runs.experiment import Trial
 from trimtab.runs.train import evaluate_runs, train
-from trimtab.runs.trial import Outcome, Trial, run_trial
+from trimtab.runs.trial import Outcome, run_trial
 from trimtab.runs.ways import as_way
 
 MODEL = Path(__file__).parents[2] / "models/tiny-llama"

@@ -28,9 +28,9 @@ from trimtab.adapter.readout import pool_of
 from trimtab.errors import ModelError, RunError
 from trimtab.recipe.load import load_recipe
 from trimtab.runs.apply import Applied
+from trimtab.runs.experiment import Trial
 from trimtab.runs.models import pool_for
 from trimtab.runs.train import evaluate_runs, train
-from trimtab.runs.trial import Trial
 from trimtab.runs.ways import AdapterSpec, as_way
 from trimtab.tasks import Head
 

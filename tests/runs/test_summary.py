@@ -15,12 +15,12 @@ from transformers import AutoTokenizer
 from trimtab.cli.tables import result_remarks
 from trimtab.errors import DataError, MemoryFull, RunError, TrimtabError
 from trimtab.recipe.load import load_recipe
+from trimtab.runs.experiment import Experiment
 from trimtab.runs.forecast import forecast, steps_of, told
 from trimtab.runs.models import Base
 from trimtab.runs.summary import checked_summary, marked
 from trimtab.runs.train import train
 from trimtab.runs.trainer import TrainingSpec
-from trimtab.runs.trial import Experiment
 from trimtab.tasks.scores import interval
 from trimtab.tasks.tokens import encode
 

@@ -12,11 +12,12 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from trimtab.runs import together, trial
+from trimtab.runs.experiment import Experiment, Trial
 from trimtab.runs.models import ModelSource
 from trimtab.runs.reuse import _runs
 from trimtab.runs.together import joins, run_trials, train_together
 from trimtab.runs.trainer import TrainingSpec
-from trimtab.runs.trial import Experiment, Outcome, Trial, run_trial
+from trimtab.runs.trial import Outcome, run_trial
 from trimtab.runs.ways import AdapterSpec, as_way
 from trimtab.study.compare import CompareSpec, Study
 from trimtab.study.report import summarise

@@ -32,11 +32,12 @@ from trimtab.errors import DataError, DivergedError, NotPossible, RecipeError, R
 from trimtab.recipe.load import load_recipe
 from trimtab.runs import kept, measures
 from trimtab.runs import trial as trials
+from trimtab.runs.experiment import Trial, fingerprints
 from trimtab.runs.fit import TOO_LARGE
 from trimtab.runs.measures import thinned, windows
 from trimtab.runs.models import Base
 from trimtab.runs.predict import mean_loss, predict
-from trimtab.runs.trial import Outcome, Trial, drawn, fingerprints, run_trial
+from trimtab.runs.trial import Outcome, drawn, run_trial
 from trimtab.runs.ways import WAYS, AdapterSpec, as_way
 from trimtab.study import compare as comparison
 from trimtab.study.ablations import adapter_variants

@@ -30,7 +30,7 @@ from trimtab.cli.common import (
 from trimtab.cli.tables import elsewhere, progress_said, shown
 
 if TYPE_CHECKING:
-    from trimtab.runs.trial import Experiment
+    from trimtab.runs.experiment import Experiment
     from trimtab.runs.ways import Way
     from trimtab.study.search import Found, Watch
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union
 
 from pydantic import AfterValidator, Field, NonNegativeInt, ValidationInfo, create_model, field_validator
 
+from trimtab.runs.experiment import Experiment
 from trimtab.runs.models import ModelSource
 from trimtab.runs.trainer import TrainingSpec
-from trimtab.runs.trial import Experiment
 from trimtab.runs.ways import AdapterSpec
 from trimtab.study.compare import CompareSpec
 from trimtab.study.search import TuneSpec

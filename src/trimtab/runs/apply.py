@@ -23,11 +23,11 @@ from trimtab.adapter.folder import inspect_adapter
 from trimtab.adapter.hub import local
 from trimtab.adapter.weights import weights_in
 from trimtab.errors import DataError, NoField, RunError
+from trimtab.runs.experiment import Experiment, digest
 from trimtab.runs.folder import RunFolder, digest_of, put, write_text
 from trimtab.runs.models import Base, ModelSource, hash_of_model
 from trimtab.runs.predict import check_context, predict
 from trimtab.runs.trainer import TrainingSpec
-from trimtab.runs.trial import Experiment, digest
 from trimtab.runs.ways import AdapterSpec
 from trimtab.tasks import Example
 from trimtab.tasks.files import Row, locate

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from trimtab.adapter.config import ReftConfig
-from trimtab.runs.trial import Experiment
+from trimtab.runs.experiment import Experiment
 
 
 def card(

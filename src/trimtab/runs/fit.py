@@ -7,12 +7,13 @@ import pickle
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase, PrinterCallback
 
 from trimtab.errors import RunError
+from trimtab.runs.experiment import Trial
 from trimtab.runs.kept import store_for
 from trimtab.runs.measures import training_memory
 from trimtab.runs.models import fitting
@@ -29,9 +30,6 @@ from trimtab.runs.trainer import (
 )
 from trimtab.runs.ways import Way
 from trimtab.tasks.tokens import Encoded
-
-if TYPE_CHECKING:
-    from trimtab.runs.trial import Trial
 
 ROOM = 2**20
 """Bytes free on a disk that is not full."""

@@ -12,11 +12,11 @@ from pathlib import Path
 from torch import nn
 
 from trimtab.errors import DivergedError, ModelError, NotPossible
+from trimtab.runs.experiment import Experiment, Trial
 from trimtab.runs.fit import Fit
 from trimtab.runs.models import Base, device
 from trimtab.runs.predict import predict
 from trimtab.runs.trainer import LOOKED_AT, LOOKS, Progress, TrainingSpec
-from trimtab.runs.trial import Experiment, Trial
 from trimtab.runs.ways import ReftWay, unload
 from trimtab.tasks.tokens import Encoded
 

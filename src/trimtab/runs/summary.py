@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from trimtab.adapter.config import ReftConfig
 from trimtab.errors import ModelError, RunError
+from trimtab.runs.experiment import Experiment
 from trimtab.runs.models import load_tokenizer, skeleton
 from trimtab.runs.predict import check_context, context_of
-from trimtab.runs.trial import Experiment
 from trimtab.tasks import Task
 from trimtab.tasks.tokens import Encoded
 from trimtab.where.plan import edited

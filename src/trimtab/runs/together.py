@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallba
 
 from trimtab.errors import DataError, NotPossible, RunError
 from trimtab.runs import processes
+from trimtab.runs.experiment import Trial, fingerprints
 from trimtab.runs.fit import TOO_LARGE, check_trainable
 from trimtab.runs.kept import base_for, give_back, store_for
 from trimtab.runs.measures import thinned
@@ -40,18 +41,7 @@ from trimtab.runs.trainer import (
     training_arguments,
     with_supervised,
 )
-from trimtab.runs.trial import (
-    LATE,
-    Outcome,
-    Trial,
-    drawn,
-    fingerprints,
-    held_out,
-    keep,
-    measured,
-    outcome_of,
-    run_trial,
-)
+from trimtab.runs.trial import LATE, Outcome, drawn, held_out, keep, measured, outcome_of, run_trial
 from trimtab.tasks.tokens import Encoded
 
 

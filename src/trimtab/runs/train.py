@@ -27,6 +27,7 @@ from trimtab.errors import RunError
 from trimtab.runs import processes
 from trimtab.runs.card import card
 from trimtab.runs.curve import CURVE, draw_curve
+from trimtab.runs.experiment import Experiment, Trial, fingerprints
 from trimtab.runs.fit import Fit
 from trimtab.runs.folder import RunFolder, differing, digest_of, put
 from trimtab.runs.forecast import forecast, told
@@ -36,7 +37,7 @@ from trimtab.runs.models import Base
 from trimtab.runs.predict import Evaluation
 from trimtab.runs.summary import checked_summary
 from trimtab.runs.trainer import LOOKED_AT, Progress, Watch
-from trimtab.runs.trial import Experiment, Trial, fingerprints, trained_parameters
+from trimtab.runs.trial import trained_parameters
 from trimtab.runs.ways import ReftWay, unload
 from trimtab.tasks import Example, Task
 from trimtab.tasks.failures import failures

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from trimtab.runs.trial import Experiment
+from trimtab.runs.experiment import Experiment
 from trimtab.where.layers import layer_sets
 from trimtab.where.positions import parse_positions
 

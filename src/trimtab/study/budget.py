@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from trimtab.errors import NotPossible
+from trimtab.runs.experiment import Experiment
 from trimtab.runs.models import skeleton
-from trimtab.runs.trial import Experiment, trained_parameters
+from trimtab.runs.trial import trained_parameters
 from trimtab.runs.ways import Way
 from trimtab.where.sites import find_blocks
 

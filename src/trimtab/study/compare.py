@@ -20,8 +20,9 @@ from typing import Annotated, Any
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from trimtab.errors import DataError
+from trimtab.runs.experiment import Experiment, Trial, fingerprints
 from trimtab.runs.together import joins, run_trials
-from trimtab.runs.trial import Experiment, Outcome, Trial, fingerprints, outcome_of
+from trimtab.runs.trial import Outcome, outcome_of
 from trimtab.runs.ways import Way, applicable, as_way
 from trimtab.study.progress import Standing
 from trimtab.study.workers import workers

@@ -15,8 +15,9 @@ from typing import Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from trimtab.errors import RunError
+from trimtab.runs.experiment import Experiment, Trial, digest, fingerprints
 from trimtab.runs.together import run_together
-from trimtab.runs.trial import Experiment, Trial, digest, fingerprints, run_trial
+from trimtab.runs.trial import run_trial
 from trimtab.runs.ways import as_way
 from trimtab.tasks.spec import Section
 from trimtab.where.layers import layer_sets
