@@ -174,6 +174,13 @@ def test_fields_that_could_be_read_too_are_named(tmp_path: Path) -> None:
     assert guess(write(tmp_path, numbered), False).said == "label_text could stand at label: instead of label"
 
 
+def test_halves_are_no_classes(tmp_path: Path) -> None:
+    """However few different ones there are; whole numbers with a point are."""
+    for value, kind in ((lambda i: i % 11 / 2, "regression"), (lambda i: f"{i % 5},5", "regression")):
+        assert guess(write(tmp_path, of(60, text=sentence, score=value)), False).type == kind
+    assert guess(write(tmp_path, of(60, text=sentence, stars=lambda i: float(i % 5))), False).type == "classification"
+
+
 def test_a_separator_that_is_not_found_can_be_named(tmp_path: Path, trimtab: Command) -> None:
     lines = (f"at {i}, day:{'fine' if i % 2 else 'bad'}" for i in range(12))
     (tmp_path / "mood.csv").write_text("\n".join(["text:label", *lines]))

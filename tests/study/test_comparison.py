@@ -30,6 +30,7 @@ from transformers import (
 
 from trimtab.errors import DataError, DivergedError, NotPossible, RecipeError, RunError
 from trimtab.recipe.load import load_recipe
+from trimtab.runs import experiment as asked
 from trimtab.runs import kept, measures
 from trimtab.runs import trial as trials
 from trimtab.runs.experiment import Trial, fingerprints
@@ -37,6 +38,7 @@ from trimtab.runs.fit import TOO_LARGE
 from trimtab.runs.measures import thinned, windows
 from trimtab.runs.models import Base
 from trimtab.runs.predict import mean_loss, predict
+from trimtab.runs.summary import odd_data
 from trimtab.runs.trial import Outcome, drawn, run_trial
 from trimtab.runs.ways import WAYS, AdapterSpec, as_way
 from trimtab.study import compare as comparison
@@ -312,6 +314,10 @@ def test_methods_have_rates_of_their_own(models: Path, tmp_path: Path) -> None:
     rates = {group.way.name: group.rates for group in made.groups}
     assert max(rates["full"]) < min(rates["loreft"]) < max(rates["loreft"]) < max(rates["ia3"])
     assert rates["mine"] == rates["lora"] and rates["lora"][1] / rates["lora"][0] == 2 and rates["same"] == (0.1, 0.5)
+    settings = recipe.compare.model_copy(update={"learning_rates": [0.3]})
+    of_all = Study(experiments, choose_ways(experiments, settings), settings, tmp_path)
+    assert [g.rates for g in of_all.groups] == [(0.3,)] * 5 + [(0.1, 0.5)]  # a method's own come first
+    assert as_way({"x": {"peft_type": "LORA", "learning_rates": [1]}}, AdapterSpec()).learning_rates == (1.0,)
     assert made.groups[-1].way.settings == made.groups[-2].way.settings  # the rates are no part of the method
     with pytest.raises(ValueError, match="learning_rates: 'high' is no list of positive numbers"):
         as_way({"x": {"peft_type": "LORA", "learning_rates": "high"}}, AdapterSpec())
@@ -327,6 +333,12 @@ def test_a_classifiers_report_has_the_head_alone(models: Path, tmp_path: Path) -
         found = choose_ways(recipe.experiments(), recipe.compare)["words"]
         assert [way.name for way in found] == expected
         assert [way.name for way in choose_ways(recipe.experiments(), recipe.compare, ["lora"])["words"]] == ["lora"]
+
+
+def test_a_misspelt_method_of_the_command_gets_the_nearest(models: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(write_recipe(models, tmp_path, methods=["loreft", "lora"]))
+    with pytest.raises(ValueError, match="--method 'lorra' is no method; did you mean lora"):
+        choose_ways(recipe.experiments(), recipe.compare, ["lorra"])
 
 
 def test_what_fails_counts_as_the_worst_and_is_said(
@@ -440,6 +452,65 @@ def test_a_task_on_which_nothing_beats_one_answer_tells_nothing(
         assert task.earlier == {"loreft": 4, "lora": 4}  # these know no predictions
         assert "kept neither loss nor predictions on validation: 4 of loreft, 4 of lora." in said
         assert ("tells nothing of methods" in said) != telling and "25.0 ± 0.0 (2/2 constant)" in said
+
+
+@pytest.mark.parametrize("score", ["mcc", "f1"])
+def test_constants_are_not_equal_where_one_item_tells_much(
+    score: str, models: Path, tmp_path: Path, inline: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two methods that always say the same of 38 and 2 items: one more found moves Matthews correlation by half."""
+    rows = [{"input": f"it {i}", "long": "rare" if i % 20 == 0 else "common"} for i in range(40)]
+    path = write_recipe(models, tmp_path, "classification", methods=["loreft", "lora"])
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    raw = json.loads(path.read_text())
+    raw["tasks"]["words"] |= {"score": score, "labels": ["common", "rare"]}
+    raw["tasks"]["words"]["data"].pop("limit")
+    path.write_text(json.dumps(raw))
+    recipe = load_recipe(path)
+    said = [0] * 40
+
+    def run(trial: Trial) -> Outcome:
+        return outcome(trial.learning_rate or 0.0, 0.0, 0.1, test={score: 0.0}, predictions=said)
+
+    monkeypatch.setattr(comparison, "run_trials", lambda some, *_: [run(one) for one in some])
+    report = summarise(study(recipe, tmp_path / "trials"), recipe.compare)
+    found = report.tasks["words"].methods[1].against_reference
+    assert found is not None and found.verdict == "not told apart" and found.high > 0.5
+    assert report.tasks["words"].score == ("f1 of 'rare'" if score == "f1" else "mcc")
+
+
+def test_what_is_odd_about_the_data_is_in_the_report(
+    models: Path, tmp_path: Path, inline: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_recipe(models, tmp_path, methods=["loreft", "lora"])
+    answering(monkeypatch, dict.fromkeys(("loreft", "lora"), [b for _, b in WORDS] + [b for _, b in WORDS[:2]]))
+    recipe = load_recipe(path)
+    groups = study(recipe, tmp_path / "trials")
+    said = as_markdown(summarise(groups, recipe.compare), {})
+    assert "all 8 rows of test are in train too" in said and "on 18 validation items alone" in said
+    raw = json.loads(path.read_text())
+    raw["tasks"]["again"] = raw["tasks"]["words"] | {"data": {**raw["tasks"]["words"]["data"], "test": "./rows.jsonl"}}
+    path.write_text(json.dumps(raw))
+    recipe = load_recipe(path)
+    report = summarise(study(recipe, tmp_path / "trials"), recipe.compare)
+    assert all(total.against_reference is None for total in report.overall)  # the two share their test items
+
+
+def test_sizes_that_nothing_was_trained_on_say_only_why(models: Path, tmp_path: Path, inline: None) -> None:
+    recipe = load_recipe(write_recipe(models, tmp_path, methods=["loreft", "lora"]))
+    said = as_markdown(
+        summarise(study(recipe, tmp_path / "trials", (1000,)), recipe.compare), {"words": tmp_path / "a.png"}
+    )
+    assert "Left out: loreft: 1000 examples asked for, 18 there." in said
+    assert "against None" not in said and "tells nothing" not in said and "18 training" in said
+
+
+def test_a_sorted_file_that_a_limit_leaves_one_class_of_is_said(models: Path, tmp_path: Path) -> None:
+    path = write_recipe(models, tmp_path, "classification")
+    rows = [{"input": f"it {i}", "long": "no" if i < 10 else "yes"} for i in range(20)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = load_recipe(path).experiments()["words"].task
+    assert odd_data(task)[0].startswith("all 8 rows of test are 'no'; limit: takes the first 8 rows, and the file is")
 
 
 def test_test_items_of_one_group_count_as_one(
@@ -585,7 +656,7 @@ def test_another_held_out_text_is_another_trial(models: Path, tmp_path: Path) ->
 def test_few_shot_draws_by_the_seed_and_trains_on_those_only(
     models: Path, tmp_path: Path, inline: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trials, "SMALL_STEPS", 3)
+    monkeypatch.setattr(asked, "SMALL_STEPS", 3)
     recipe = load_recipe(write_recipe(models, tmp_path, methods=["loreft", "few-shot"], learning_rates=[1e-2]))
     examples = recipe.experiments()["words"].task.examples("train")
     picked = [drawn(examples, 4, seed) for seed in (0, 0, 1)]
@@ -622,7 +693,9 @@ def test_an_ablation_changes_one_thing_at_a_time(models: Path, tmp_path: Path) -
         ({"methods": ["loreft", {"x": {"peft_type": "NOPE"}}]}, "peft_type 'NOPE' is none of"),
         ({"methods": ["loreft", {"x": {"peft_type": "LORA", "rank": 3}}]}, "rank"),
         ({"methods": ["loreft", {"x": {"r": -1}}]}, "r=-1"),
-        ({"methods": ["loreft"]}, "at least 2"),
+        ({"methods": ["loreft"]}, "fewer than two; name another to compare with, such as untuned"),
+        ({"methods": ["loreft", {"../x": {"r": 2}}]}, "'../x' is no name for a method"),
+        ({"margin": 2}, "margin: is 2; give a share between 0 and 1, of which 0.02 is 2 points"),
         ({"seeds": 0}, "seeds"),
         ({"learning_rates": []}, "learning_rates"),
         ({"held_out": "nowhere.txt"}, "no file 'nowhere.txt'"),

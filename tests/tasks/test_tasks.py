@@ -176,6 +176,20 @@ def test_labels_are_names_or_numbers(make: Make) -> None:
     assert make(MOOD, train=[{"text": "a", "label": v} for v in (True, False)]).labels == ["false", "true"]
 
 
+def test_numbers_are_no_names_that_nobody_put_in_order(make: Make) -> None:
+    """AG News with names in train and numbers in test, which are not those of the sorted names."""
+    train = [{"text": "a", "label": name} for name in ("World", "Sports", "Business")]
+    task = make(MOOD, train=train, validation=train)
+    assert task.labels == ["Business", "Sports", "World"]
+    with pytest.raises(DataError, match=r"label is '0', not one of .* or in the order of its numbers"):
+        task.place("0", "row 1")
+    assert make(MOOD | {"labels": ["World", "Sports", "Business"]}, train=train).place("0", "row 1") == 0
+    points = make(MOOD, train=[{"text": "a", "label": n} for n in ("1.0", "2.0", "3.0")])
+    assert [points.place(n, "row 1") for n in ("1", "3", "2.00")] == [0, 2, 1]
+    with pytest.raises(DataError, match="label is '4', not one of the labels"):
+        points.place("4", "row 1")
+
+
 def test_numbers_of_named_labels_count_from_one_where_train_does(make: Make) -> None:
     named = MOOD | {"labels": ["world", "sports", "tech"]}
     rows = [{"text": "a", "label": v} for v in (3, "1", 2)]

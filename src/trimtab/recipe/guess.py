@@ -154,6 +154,11 @@ class Column:
         return commas and any(re.search(r"^[-+]?0,|,(?!\d{3}$)", text) for text in self.texts)
 
     @cached_property
+    def has_amounts(self) -> bool:
+        """Whether there are halves or the like, and not whole numbers alone that are written with a point."""
+        return self.has_fractions and any(float(text.replace(",", ".")) % 1 for text in self.texts)
+
+    @cached_property
     def is_name_of_row(self) -> bool:
         """An id, a date, or always the same: nothing to learn from."""
         numbered = self.distinct == self.rows > 2 and all(re.fullmatch(r"\S*\d\S*", text) for text in self.texts)
@@ -269,7 +274,7 @@ def _labelled(columns: dict[str, Column]) -> Guess | None:
     pair = _pair([c.name for c in texts])
     longest = max(texts, key=lambda c: c.length).name
     keys = {"text": pair or longest, "label": label.name}
-    if label.is_number and not (label.names_classes or label.numbers_classes):
+    if label.has_amounts or (label.is_number and not (label.names_classes or label.numbers_classes)):
         return Guess("regression", {**keys, "score": "correlation"})
     others = [c for c in others if c is not label and c.name not in (pair or [longest])]
     names = ", ".join(c.name for c in others)

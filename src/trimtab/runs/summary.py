@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import combinations
 from statistics import median
 from typing import Any
@@ -15,6 +16,7 @@ from trimtab.runs.experiment import Experiment
 from trimtab.runs.models import load_tokenizer, skeleton
 from trimtab.runs.predict import check_context, context_of
 from trimtab.tasks import Task
+from trimtab.tasks.classification import ClassificationTask
 from trimtab.tasks.tokens import Encoded
 from trimtab.where.plan import edited
 from trimtab.where.positions import parse_positions
@@ -86,9 +88,9 @@ def summary(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, model: n
         "first row": _first(experiment, tokenizer),
     }
     text = "".join(f"\n  {key:<11}{value}" for key, value in lines.items())
-    odd = [*_left_out(experiment, trained), *_shared(task), *_odd_rate(experiment), *odd]
+    odd = [*_too_long(experiment, trained), *odd_data(task), *_odd_rate(experiment), *odd]
     remarks = "".join(f"\n  ! {said}" for said in odd)
-    return f"{experiment.name} ({experiment.spec.type}, {task.score.name}){text}{remarks}"
+    return f"{experiment.name} ({experiment.spec.type}, {task.score_said}){text}{remarks}"
 
 
 def _rows(experiment: Experiment, split: str) -> str:
@@ -113,14 +115,33 @@ def _tokens(experiment: Experiment, trained: Trained, model: nn.Module) -> str:
     return f"{median(lengths):g} at the median, {max(lengths)} at most{cut}{context}"
 
 
-def _shared(task: Task[Any]) -> list[str]:
-    """What is in two splits, of which one is to be new to the other."""
-    data, said = task.spec.data, []
+def odd_data(task: Task[Any]) -> list[str]:
+    """What is odd about the rows: some cannot be used, all of a split have one class, or two splits share some."""
+    data = task.spec.data
     splits = [
         "train",
         *([] if data.validation is False else ["validation"]),
         *([] if task.test_is_validation else ["test"]),
     ]
+    skipped = f"{task.skipped} rows cannot be used and are left out, first {task.first_flaw}"
+    return [*([skipped] if task.skipped else []), *_of_one_class(task, splits), *_shared(task, splits)]
+
+
+def _of_one_class(task: Task[Any], splits: Sequence[str]) -> list[str]:
+    said = []
+    for split in splits if isinstance(task, ClassificationTask) else ():
+        examples = task.examples(split)
+        if len(examples) > 1 and len({e.label for e in examples}) == 1:
+            only = task.readable(examples[0].label)
+            limit = getattr(task.spec.data.limit, split)
+            why = f"; limit: takes the first {limit} rows, and the file is sorted: shuffle it" if limit else ""
+            said.append(f"all {len(examples)} rows of {split} are {only!r}{why}")
+    return said
+
+
+def _shared(task: Task[Any], splits: Sequence[str]) -> list[str]:
+    """What is in two splits, of which one is to be new to the other."""
+    data, said = task.spec.data, []
     for one, other in combinations(splits, 2):
         count, whole = task.shared(one, other), len(task.examples(other))
         if not count:
@@ -148,17 +169,14 @@ def _odd_rate(experiment: Experiment) -> list[str]:
     return [f"learning_rate {rate:g} is {side} the usual {low:g} to {high:g}; trimtab tune finds one"]
 
 
-def _left_out(experiment: Experiment, trained: Trained) -> list[str]:
+def _too_long(experiment: Experiment, trained: Trained) -> list[str]:
     task, training, (_, too_long) = experiment.task, experiment.training, trained
-    said = []
-    if too_long:
-        done = "cut" if training.too_long == "cut" or not task.generates else "left out"
-        of = f"{too_long} of {len(task.examples('train'))} {task.unit}"
-        more = f"more fit with a larger training: max_length: (now {training.max_length}), as far as the model reads"
-        said.append(f"{of} are longer than {training.max_length} tokens and {done}; {more}")
-    if task.skipped:
-        said.append(f"{task.skipped} rows cannot be used and are left out, first {task.first_flaw}")
-    return said
+    if not too_long:
+        return []
+    done = "cut" if training.too_long == "cut" or not task.generates else "left out"
+    of = f"{too_long} of {len(task.examples('train'))} {task.unit}"
+    more = f"more fit with a larger training: max_length: (now {training.max_length}), as far as the model reads"
+    return [f"{of} are longer than {training.max_length} tokens and {done}; {more}"]
 
 
 def _first(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> str:

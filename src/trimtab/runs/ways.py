@@ -85,6 +85,8 @@ class Way(ABC):
     """Those that a search starts from; no part of the method."""
     first_seed: int | None = None
     """Of its trials, where it is not the experiment's; no part of the method either."""
+    own_rates: bool = False
+    """Whether its settings gave the learning rates."""
 
     trains = True
     """Whether there is anything to train."""
@@ -339,6 +341,8 @@ def as_way(entry: str | Mapping[str, Mapping[str, Any]], adapter: AdapterSpec) -
         name, settings = next((n, dict(s)) for n, s in entry.items())
     else:
         raise ValueError(f"a method is a name or one {{name: settings}}, not {dict(entry)!r}")
+    if "/" in name or name in ("", ".", ".."):
+        raise ValueError(f"{name!r} is no name for a method: a folder of trials is called so too; leave out the /")
     way = _made(name, settings, adapter)
     way.check()
     return way
@@ -346,28 +350,29 @@ def as_way(entry: str | Mapping[str, Mapping[str, Any]], adapter: AdapterSpec) -
 
 def _made(name: str, settings: dict[str, Any], adapter: AdapterSpec) -> Way:
     own, seed = settings.pop("learning_rates", None), settings.pop("seed", None)
-    if own is not None and not (isinstance(own, list) and own and all(isinstance(r, float) and r > 0 for r in own)):
+    numbers = isinstance(own, list) and own and all(type(r) in (int, float) and r > 0 for r in own)
+    if own is not None and not numbers:
         raise ValueError(f"{name}: learning_rates: {own!r} is no list of positive numbers")
     if seed is not None and (type(seed) is not int or seed < 0):
         raise ValueError(f"{name}: seed: {seed!r} is no whole number of at least 0")
     kind = str(settings.get("peft_type", "")).upper() or settings.get("trains", "")
-    rates = tuple(sorted(set(own or RATES.get(kind, USUAL_RATES))))
+    rates = tuple(sorted({float(rate) for rate in own or RATES.get(kind, USUAL_RATES)}))
     if "peft_type" in settings:
         known = [t.name for t in PeftType if t in PEFT_TYPE_TO_CONFIG_MAPPING and t.name != "REFT"]
         if kind not in known:
             raise ValueError(f"{name}: peft_type {kind!r} is none of {', '.join(known)}")
         if kind == LORA_AT:
             settings = {"positions": adapter.positions, **settings}
-        return PeftWay(name, {**settings, "peft_type": kind}, rates, seed)
+        return PeftWay(name, {**settings, "peft_type": kind}, rates, seed, own is not None)
     if "trains" in settings:
         if settings["trains"] not in PARTS:
             raise ValueError(f"{name}: trains: {settings['trains']!r} is none of {', '.join(PARTS)}")
         if more := settings.keys() - {"trains", "shots"}:
             raise ValueError(f"{name}: {sorted(more)[0]!r} does not go with trains:")
-        return PartWay(name, settings, rates, seed)
+        return PartWay(name, settings, rates, seed, own is not None)
     merged = AdapterSpec.model_validate({**adapter.model_dump(), **settings})
     # A field that came later is left out where it says nothing, so that outcomes from before are found again.
-    return ReftWay(name, merged.model_dump(exclude=None if merged.lora else {"lora"}), rates, seed)
+    return ReftWay(name, merged.model_dump(exclude=None if merged.lora else {"lora"}), rates, seed, own is not None)
 
 
 def applicable(task_type: str) -> list[str]:

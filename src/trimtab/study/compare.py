@@ -13,17 +13,18 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from trimtab.errors import DataError
 from trimtab.runs.experiment import Experiment, Trial, fingerprints
 from trimtab.runs.together import joins, run_trials
 from trimtab.runs.trial import Outcome, outcome_of
-from trimtab.runs.ways import Way, applicable, as_way
+from trimtab.runs.ways import WAYS, Way, applicable, as_way
 from trimtab.study.progress import Standing
 from trimtab.study.workers import workers
 from trimtab.tasks.spec import Section
@@ -32,11 +33,23 @@ MARGIN = 0.02
 """Differences below this are as good as none, where nothing else is said."""
 
 
+def _a_share(value: Any) -> Any:
+    if not isinstance(value, int | float) or not 0 < value < 1:
+        raise ValueError(f"is {value!r}; give a share between 0 and 1, of which 0.02 is 2 points")
+    return float(value)
+
+
+def _several(value: Any) -> Any:
+    if isinstance(value, list) and len(value) < 2:
+        raise ValueError("holds fewer than two; name another to compare with, such as untuned")
+    return value
+
+
 class CompareSpec(Section):
     """What `trimtab compare` tries: all methods with the same seeds, steps and data."""
 
     methods: Annotated[
-        Annotated[list[str | dict[str, dict[str, Any]]], Field(min_length=2)] | None,
+        Annotated[list[str | dict[str, dict[str, Any]]], BeforeValidator(_several)] | None,
         Field(examples=[["lora", "loreft", {"big": {"peft_type": "LORA", "r": 32}}]]),
     ] = None
     """Names, {name: {peft_type: LORA, r: 32, …}} or {name: {method: loreft, r: 8, …}}; the first is the reference.
@@ -44,14 +57,15 @@ class CompareSpec(Section):
     learning_rates: Annotated[
         Annotated[list[PositiveFloat], Field(min_length=1)] | None, Field(examples=[[1e-3, 4e-3]])
     ] = None
-    """Of all methods, instead of each one's own (which `learning_rates` in a method's settings gives too)."""
+    """Of all methods whose settings give none (`learning_rates` in them), instead of those usual for each."""
     reach: NonNegativeInt = 3
     """How far a seed goes on beyond the lowest or highest rate while that is the best, in steps of the rates' own."""
     seeds: PositiveInt = 5
     """How many, each of which goes through the whole choice of a rate; from the recipe's `seed` on, or from a `seed`
     in a method's settings, which shows how far a method is from itself."""
-    margin: PositiveFloat = MARGIN
-    """Differences below this are as good as none; methods that are surely this alike are called equal."""
+    margin: Annotated[PositiveFloat, BeforeValidator(_a_share)] = MARGIN
+    """Differences below this share, 0.02 for 2 points, are as good as none; methods that are surely this alike are
+    called equal."""
     budget: Annotated[PositiveInt | None, Field(examples=[50_000])] = None
     """Trained parameters, a new head aside: each method gets the largest rank, or the most layers, that fit."""
     held_out: Annotated[str | None, Field(examples=["data/text.txt"])] = None
@@ -123,6 +137,11 @@ def by_worth(tried: Mapping[float | None, Outcome]) -> list[Outcome]:
     return sorted(tried.values(), key=worth)
 
 
+def _rates_of(way: Way, settings: CompareSpec) -> tuple[float, ...]:
+    """To start from: those of the method's settings, else those of all, else those usual for its kind."""
+    return way.learning_rates if way.own_rates else tuple(sorted(set(settings.learning_rates or way.learning_rates)))
+
+
 PROBE = "head"
 """The frozen model with a new head alone, without which nobody can tell what the other methods add."""
 Watch = Callable[[Group], None]
@@ -143,7 +162,10 @@ def choose_ways(
         entries = settings.methods or applicable(experiment.task.task_type)
         found = [as_way(entry, experiment.adapter) for entry in entries]
         for method in only or ():
-            if method not in (way.name for way in found):
+            names = [way.name for way in found]
+            if method not in names and method not in WAYS and (near := get_close_matches(method, [*names, *WAYS])):
+                raise ValueError(f"--method {method!r} is no method; did you mean {' or '.join(near)}?")
+            if method not in names:
                 found.append(as_way(method, experiment.adapter))
         if not experiment.task.generates and not only and PROBE not in (way.name for way in found):
             found.append(as_way(PROBE, experiment.adapter))
@@ -197,7 +219,7 @@ class Study:
             experiments[name].task.examples("validation")
         self.settings, self.folder = settings, folder
         self.groups = [
-            Group(experiments[task], way, n, tuple(sorted(set(settings.learning_rates or way.learning_rates))))
+            Group(experiments[task], way, n, _rates_of(way, settings))
             for n in sizes
             for task, own in ways.items()
             for way in own

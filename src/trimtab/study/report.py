@@ -7,12 +7,15 @@ import statistics as plain
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from trimtab.runs.folder import versions
+from trimtab.runs.summary import odd_data
 from trimtab.runs.trial import Outcome
 from trimtab.study.compare import WORST, CompareSpec, Group, by_worth
 from trimtab.study.statistics import ALPHA, Difference, Sample, chosen_scores, compare, judged, over_tasks, resamples
@@ -25,6 +28,8 @@ SHOWN = 3
 """Items on which methods disagree that are shown."""
 COMMONEST = 10
 """Answers of train that are tried as the one given to all."""
+FLIPPED = 50
+"""Wrong answers that are put right one at a time, to see what one item does to the score."""
 
 
 @dataclass(frozen=True)
@@ -88,11 +93,13 @@ class TaskReport:
     test_items: int
     methods: list[Line]
     constant: float | None = None
-    """The test score of the one answer that scores best on train."""
+    """The best test score of one answer given to all, of the commonest of train."""
     earlier: dict[str, int] = field(default_factory=dict)
     """By method, trials of versions that kept neither the loss nor the predictions on validation."""
     telling: bool = True
     """Whether some method is better than that; if none is, the task tells nothing of methods."""
+    odd: list[str] = field(default_factory=list)
+    """What is odd about the data."""
     disagreements: list[Disagreement] = field(default_factory=list)
     """Those on which methods differ most."""
 
@@ -227,15 +234,16 @@ def _task_report(groups: list[Group], settings: CompareSpec) -> TaskReport:
         lines[name] = replace(lines[name], against_reference=one, sentence=said)
     constant = _constant(task, test)
     return TaskReport(
-        score=task.score.name,
+        score=task.score_said,
         reference=reference,
-        train_items=groups[0].examples or len(task.examples("train")),
+        train_items=(groups[0].examples if finished else None) or len(task.examples("train")),
         validation_items=len(validation.examples),
         test_items=len(test.examples),
         methods=sorted(lines.values(), key=lambda line: float("inf") if line.mean is None else -line.mean),
         constant=None if constant is None else float(constant.scores[0, 0]),
         earlier={group.way.name: count for group in finished if (count := earlier_trials(group))},
-        telling=constant is None or any(_surely_better(sample, constant) for sample in samples.values()),
+        telling=constant is None or not samples or _some_surely_better(list(samples.values()), constant),
+        odd=odd_data(task),
         disagreements=_disagreements(finished, task, test.examples),
     )
 
@@ -271,9 +279,10 @@ def earlier_trials(group: Group) -> int:
     return sum(less or not run.validation_predictions for less, run in zip(lossless, runs, strict=True))
 
 
-def _surely_better(sample: Sample, constant: Sample) -> bool:
-    found = compare(sample, replace(constant, random=False))
-    return found.difference > 0 and (found.p is None or found.p < ALPHA)
+def _some_surely_better(samples: Sequence[Sample], constant: Sample) -> bool:
+    """Whether a method is better than one answer to all, beside the others; of one seed, by the luck of the items."""
+    found = judged([compare(sample, constant) for sample in samples])
+    return any(one.low > 0 if one.p is None else one.verdict == "better" for one in found)
 
 
 def sample(group: Group, task: Task[Any], validation: Items, test: Items) -> Sample:
@@ -289,19 +298,32 @@ def sample(group: Group, task: Task[Any], validation: Items, test: Items) -> Sam
 
     seeds = [by_worth(tried) for _, tried in sorted(group.tried.items())]
     scores = [chosen_scores(*(np.array(list(map(on, runs))) for on in (on_validation, on_test))) for runs in seeds]
-    return Sample(np.array(scores), test.groups, group.random)
+    return Sample(np.array(scores), test.groups, group.random, _step(task, seeds[0][0], test))
+
+
+def _step(task: Task[Any], run: Outcome, test: Items) -> float:
+    """How much the score of a run grows where one wrong answer is put right: the most of some, one of each kind."""
+    if task.score.whole is None or run.failed:
+        return 0.0  # an item's share of all
+    wanted = task.truth(test.examples).wanted
+    ones, predictions = test.weights[:1], list(run.predictions)
+    wrong = {repr(w): i for i, (p, w) in enumerate(zip(predictions, wanted, strict=True)) if p != w}
+    score = task.weighted(test.examples)
+    now = float(score(predictions, ones)[0])
+    tried = list(wrong.values())
+    tried = tried[:: max(1, len(tried) // FLIPPED)]
+    righted = (float(score([*predictions[:i], wanted[i], *predictions[i + 1 :]], ones)[0]) for i in tried)
+    return max((abs(one - now) for one in righted), default=0.0)
 
 
 def _constant(task: Task[Any], test: Items) -> Sample | None:
-    """The scores of the answer that is best given to all of train, among the commonest; None where there is none."""
-    train = task.examples("train")
-    wanted = task.truth(train).wanted
+    """The scores of the answer that is best given to all of test, of the commonest of train; None where there is
+    none."""
+    wanted = task.truth(task.examples("train")).wanted
     if not all(isinstance(one, str | int | float) for one in wanted):
         return None
-    commonest = [answer for answer, _ in Counter(wanted).most_common(COMMONEST)]
-    ones = np.ones((1, len(train)))
-    best = max(commonest, key=lambda answer: float(task.weighted(train)([answer] * len(train), ones)[0]))
-    return Sample(test.scores(task, [best] * len(test.examples))[None], test.groups, random=False)
+    each = [test.scores(task, [answer] * len(test.examples)) for answer, _ in Counter(wanted).most_common(COMMONEST)]
+    return Sample(max(each, key=lambda scores: float(scores[0]))[None], test.groups, random=False)
 
 
 def _line(group: Group, margin: float) -> Line:
@@ -377,7 +399,8 @@ def late_move(seeds: Sequence[float | None], margin: float) -> float | None:
     if len(moves) < 2:
         return None
     mean, error = plain.mean(moves), plain.stdev(moves) / len(moves) ** 0.5
-    return mean if abs(mean) > max(margin, 2 * error) else None
+    chance = float(stats.t.ppf(1 - ALPHA / 2, len(moves) - 1)) * error
+    return mean if abs(mean) > max(margin, chance) else None
 
 
 def sentence(line: Line, found: Difference, reference: Line, items: str) -> str:
@@ -391,9 +414,10 @@ def sentence(line: Line, found: Difference, reference: Line, items: str) -> str:
     )
     if found.detectable is None:
         return f"{text} One seed says nothing of other seeds."
+    least = f"A difference of {100 * found.detectable:.1f} points" if found.detectable < 1 else "No difference"
     return (
-        f"{text} p {found.p:.2g}, and {found.corrected:.2g} beside the table's others (Holm). A difference of "
-        f"{100 * found.detectable:.1f} points would have been found 80 times in 100."
+        f"{text} p {found.p:.2g}, and {found.corrected:.2g} beside the table's others (Holm). {least} would have been "
+        "found 80 times in 100."
     )
 
 
@@ -412,9 +436,10 @@ SAID = {
 
 def _distinct(groups: Sequence[Group]) -> bool:
     """Whether no two tasks share test items, so that there is an interval for their mean."""
-    specs = {group.task: group.experiment.spec.data for group in groups}
-    sources = {data.model_dump_json(include={"name", "config", "train", "test"}) for data in specs.values()}
-    return len(sources) == len(specs) and all(group.examples is None for group in groups)
+    tasks = {group.task: group.experiment.task for group in groups}
+    items = [{task.told_apart(e) for e in task.examples("test")} for task in tasks.values()]
+    apart = all(one.isdisjoint(other) for one, other in combinations(items, 2))
+    return apart and all(group.examples is None for group in groups)
 
 
 def _overall(tasks: Mapping[str, TaskReport], reference: str | None) -> list[Total]:

@@ -30,9 +30,11 @@ class Sample:
     scores: Array
     """(seeds, 1 + B): on all items, and on each of B resamples."""
     items: int
-    """How many are independent, of validation or test, whichever has fewer."""
+    """How many of test are independent."""
     random: bool = True
     """Whether another seed could score otherwise."""
+    step: float = 0.0
+    """By how much one item alone can change the score, where that is more than an item's share of all."""
 
     @property
     def lone(self) -> bool:
@@ -93,11 +95,12 @@ def compare(a: Sample, b: Sample, margin: float = MARGIN) -> Difference:
     """Two methods on the same items; what of it is sure, `judged` says.
 
     The items' variance is never less than if one item alone told the methods apart: that all of few items came out the
-    same does not show that all others would.
+    same does not show that all others would. With scores that are no mean of the items', as F1 and Matthews
+    correlation, one item may tell much.
     """
     items = min(a.items, b.items)
     of_items = float(np.var(a.scores[:, 1:].mean(0) - b.scores[:, 1:].mean(0)))
-    parts = [(max(of_items, items**-2.0), items - 1.0)]
+    parts = [(max(of_items, max(1 / items, a.step, b.step) ** 2), items - 1.0)]
     for one in (a, b):
         if len(one.scores) > 1:
             parts.append((float(one.scores[:, 0].var(ddof=1)) / len(one.scores), len(one.scores) - 1.0))

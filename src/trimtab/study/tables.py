@@ -10,6 +10,9 @@ from trimtab.study.compare import Plan
 from trimtab.study.report import Disagreement, Line, Report, SizeReport, TaskReport
 from trimtab.study.statistics import Difference
 
+FEW = 30
+"""Validation items below which it is remarked that rates are chosen on little."""
+
 
 def introduction(report: Report) -> str:
     """How the figures came about."""
@@ -114,7 +117,7 @@ def cells(line: Line) -> list[str]:
         *_against(found),
         "" if found is None or found.p is None else f"{found.p:.2g}",
         "" if found is None or found.corrected is None else f"{found.corrected:.2g}",
-        "" if found is None or found.detectable is None else f"{100 * found.detectable:.1f}",
+        _finds(found),
         f"{line.parameters:,}",
         f"{100 * line.share:.3g}%" if line.parameters else "",
         "" if line.seconds is None else f"{line.seconds:.1f}",
@@ -122,6 +125,13 @@ def cells(line: Line) -> list[str]:
         "" if line.forgetting is None else f"{line.forgetting:+.3f}",
         _rates(line),
     ]
+
+
+def _finds(found: Difference | None) -> str:
+    """The difference that would have been found, if any could."""
+    if found is None or found.detectable is None:
+        return ""
+    return f"{100 * found.detectable:.1f}" if found.detectable < 1 else "none"
 
 
 def _of(count: int, seeds: int) -> str:
@@ -137,11 +147,15 @@ def _rates(line: Line) -> str:
 
 def remarks(task: TaskReport) -> list[str]:
     """What speaks against reading a task's table as it stands."""
-    said = []
+    if not task.finished:
+        return task.odd
+    said = list(task.odd)
+    if task.validation_items < FEW:
+        said.append(f"Rates are chosen on {task.validation_items} validation items alone: mostly by luck.")
     if not task.telling:
         said.append(
-            f"This task tells nothing of methods: none is surely better than the one answer that is best on train, "
-            f"given to every item ({100 * (task.constant or 0):.1f})."
+            "This task tells nothing of methods: none is surely better than one and the same answer to every item "
+            f"({100 * (task.constant or 0):.1f})."
         )
     moving = [line.name for line in task.finished if 2 * line.moving_seeds > len(line.scores)]
     if moving:
@@ -222,8 +236,9 @@ def as_markdown(report: Report, plots: dict[str, Path]) -> str:
     lines += [explained(report)]
     for name, task in report.tasks.items():
         lines += ["", f"## {name}", "", sizes(task), ""]
-        head, rows = table_of(task)
-        lines += _markdown_table(head, [_bold(row) if row[0] == task.reference else row for row in rows])
+        if task.finished:
+            head, rows = table_of(task)
+            lines += _markdown_table(head, [_bold(row) if row[0] == task.reference else row for row in rows])
         lines += [
             f"\nLeft out: {_cell(line.name)}: {_cell(line.impossible)}." for line in task.methods if line.impossible
         ]

@@ -201,6 +201,11 @@ class Task(ABC, Generic[SpecT]):
         return (self.score, *self.score.beside)
 
     @property
+    def score_said(self) -> str:
+        """What the main score is, in words."""
+        return self.score.name
+
+    @property
     def binary(self) -> bool:
         """Whether the main score is the plain share of right items."""
         return self.score.binary and not self.sets

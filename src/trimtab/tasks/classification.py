@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from trimtab.errors import DataError
 from trimtab.tasks.base import Example, Head, Label, Task, crossed
 from trimtab.tasks.files import Row, as_text, field, is_missing, needed
-from trimtab.tasks.scores import CLASS_SCORES, Score, Truth
+from trimtab.tasks.scores import CLASS_SCORES, F1, Score, Truth
 from trimtab.tasks.spec import FieldNames, Names, TaskSpec, one_of
 from trimtab.tasks.tokens import Encoded, encode_texts
 
@@ -86,9 +86,10 @@ class LabelledSpec(TextSpec):
     label: Annotated[str, Field(examples=["label"])]
     """the field that holds the class"""
     labels: Annotated[Names | None, Field(examples=[["refund", "delivery"]])] = None
-    """The classes in order; without it, those of the training file, sorted."""
+    """The classes in order, of two that which `f1` is of last; without it, those of the training file, sorted."""
 
 
+NUMBER = re.compile(r"[-+]?\d+(\.\d+)?")
 LabelledSpecT = TypeVar("LabelledSpecT", bound=LabelledSpec)
 
 
@@ -111,6 +112,11 @@ class LabelledTask(TextTask[LabelledSpecT]):
         label2id = {name: i for i, name in names.items()}
         config = {"num_labels": len(names), "id2label": names, "label2id": label2id, **self.problem}
         return Head(self.auto, config, getattr(self.spec, "pool", "model"))
+
+    @property
+    def score_said(self) -> str:
+        """With the class, where the score is of one of two."""
+        return f"f1 of {self.labels[1]!r}" if self.score is F1 and len(self.labels) == 2 else self.score.name
 
     @property
     def settled(self) -> LabelledSpecT:
@@ -154,15 +160,20 @@ class LabelledTask(TextTask[LabelledSpecT]):
         return ", ".join(names)
 
     def place(self, name: str, where: str) -> int:
-        """The class of a name or, where no class is named by a number, of a number that counts from `first`."""
+        """The class of a name, of the same number spelt otherwise or, where the recipe names the classes in order and
+        none by a number, of a number that counts from `first`."""
         if name in self.labels:
             return self.labels.index(name)
-        is_number = name.isdecimal() and not any(n.isdecimal() for n in self.labels)
-        if is_number and 0 <= int(name) - self.first < len(self.labels):
-            return int(name) - self.first
+        if NUMBER.fullmatch(name):
+            numbers = [float(n) if NUMBER.fullmatch(n) else None for n in self.labels]
+            if numbers.count(float(name)) == 1:
+                return numbers.index(float(name))
+            ordered = self.spec.labels is not None and name.isdecimal() and not any(n.isdecimal() for n in self.labels)
+            if ordered and 0 <= int(name) - self.first < len(self.labels):
+                return int(name) - self.first
         raise DataError(
             f"{where}: {self.spec.label} is {name[:60]!r}, not one of the labels {', '.join(self.labels[:20])}; mend "
-            "the row, or name every class in labels:, in quotes, as the file spells it"
+            "the row, or name every class in labels:, in quotes, as the file spells it or in the order of its numbers"
         )
 
     @cached_property
@@ -200,7 +211,7 @@ class LabelledTask(TextTask[LabelledSpecT]):
             both = " and ".join(sorted(repr(self.readable(one)) for one in labels[torn[0]])[:2])
             said = f"{len(torn)} texts have" if len(torn) > 1 else "a text has"
             odd.append(f"{said} more than one label; {torn[0][0][:40]!r} has {both}; keep the right one")
-        return ", ".join([*most, *more]), odd + ([f"all rows are {next(iter(counts))!r}"] if len(counts) == 1 else [])
+        return ", ".join([*most, *more]), odd
 
 
 class ClassificationSpec(LabelledSpec, PooledSpec):
