@@ -35,6 +35,7 @@ def experiment(monkeypatch: pytest.MonkeyPatch) -> Any:
         ("lora", 12_320, {"r": 1, "lora_alpha": 2}),
         ({"at": {"peft_type": "LORA_AT", "r": 8, "lora_alpha": 16}}, 41_000, {"r": 8, "positions": "f1+l2"}),
         ("prompt", 12_320, {"num_virtual_tokens": 64}),
+        ("loreft", 1_000_000, {"r": 192}),  # the model's width
     ],
 )
 def test_a_method_gets_the_most_that_fits(name: Any, budget: int, settings: dict[str, Any], experiment: Any) -> None:
@@ -53,6 +54,7 @@ def test_a_method_gets_the_most_that_fits(name: Any, budget: int, settings: dict
         ("full", 12_320, "3,935,424 parameters, with nothing to choose"),
         ("loreft", 100, "the fewest it can have; the budget is 100"),
         ("bitfit", 100, "the model has no biases"),
+        ({"ada": {"peft_type": "ADALORA", "total_step": 9}}, 12_320, "of which r makes no more"),
     ],
 )
 def test_what_cannot_be_fitted_is_said(name: str, budget: int, said: str, experiment: Any) -> None:

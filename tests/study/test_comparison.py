@@ -45,7 +45,7 @@ from trimtab.study import compare as comparison
 from trimtab.study.ablations import adapter_variants
 from trimtab.study.compare import Group, Study, by_worth, choose_ways
 from trimtab.study.pages import write_report
-from trimtab.study.report import late_move, still_falling, summarise
+from trimtab.study.report import Items, _step, late_move, still_falling, summarise
 from trimtab.study.tables import as_markdown
 from trimtab.tasks.tokens import encode
 
@@ -477,6 +477,41 @@ def test_constants_are_not_equal_where_one_item_tells_much(
     found = report.tasks["words"].methods[1].against_reference
     assert found is not None and found.verdict == "not told apart" and found.high > 0.5
     assert report.tasks["words"].score == ("f1 of 'rare'" if score == "f1" else "mcc")
+
+
+@pytest.mark.parametrize(
+    ("kind", "score", "wanted", "wrong", "step"),
+    [
+        ("classification", "f1", [0, 0, 0, 0, 0, 0, 1, 1], None, 1 / 3),  # all right: one of two rare ones missed
+        ("classification", "f1", [0, 0, 0, 0, 0, 0, 1, 1], {6: 0}, 2 / 3),  # and the other missed too
+        ("multi_label_classification", None, [(0,), (), (), (), (), (), (), (0,)], {7: []}, 2 / 3),
+    ],
+)
+def test_the_weight_of_one_item(
+    kind: str,
+    score: str | None,
+    wanted: list[Any],
+    wrong: dict[int, Any] | None,
+    step: float,
+    models: Path,
+    tmp_path: Path,
+) -> None:
+    """By which the score moves most when one answer is changed, wherever it stands."""
+    path = write_recipe(models, tmp_path, kind)
+    names = ["no", "yes"] if kind == "classification" else ["yes", "no"]
+    several = kind == "multi_label_classification"
+    labels = [[names[i] for i in w] if several else names[w] for w in wanted]
+    rows = [{"input": f"it {i}", "long": label, "ends": label} for i, label in enumerate(labels)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    raw = json.loads(path.read_text())
+    raw["tasks"]["words"] |= {"labels": names, **({"score": score} if score else {})}
+    path.write_text(json.dumps(raw))
+    task = load_recipe(path).experiments()["words"].task
+    said = [(wrong or {}).get(i, list(w) if several else w) for i, w in enumerate(wanted)]
+    for order in (range(8), range(7, -1, -1)):
+        items = Items.of(task, "test")
+        turned = Items([items.examples[i] for i in order], items.weights, [items.sources[i] for i in order])
+        assert _step(task, [outcome(1.0, 1.0, predictions=[said[i] for i in order])], turned) == pytest.approx(step)
 
 
 def test_what_is_odd_about_the_data_is_in_the_report(

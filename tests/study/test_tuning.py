@@ -49,6 +49,8 @@ def test_a_search_is_resumed_and_leaves_a_recipe(recipe: Path, trimtab: Command,
     adapter = tuned.tasks["plural"].adapter
     assert adapter.positions in TuneSpec().positions and adapter.r in TuneSpec().r
     assert tuned.tasks["plural"].training.max_steps == 1
+    tried = [json.loads(p.read_text())["run"] for p in (tmp_path / "runs/tune/trials").rglob("*.json")]
+    assert all(rate is None or rate == float(f"{rate:.3g}") for rate in (one["learning_rate"] for one in tried))
     trials = [json.loads(p.read_text()) for p in (tmp_path / "runs/tune/trials").rglob("*.json")]
     assert len(trials) == 2 and all("validation" in t and "test" not in t for t in trials)
     code, out = trimtab("tune", recipe, "--trials", 2)

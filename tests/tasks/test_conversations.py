@@ -168,6 +168,15 @@ def test_rows_of_one_prompt_are_one_example_of_training(make: Make) -> None:
     assert too_long == 2  # both answers of the long one
 
 
+def test_what_follows_an_answer_and_what_is_in_no_text(make: Make) -> None:
+    first, second, other = make([LONG, GIVEN]).examples("train")
+    assert [one.follows for one in (first, second, other)] == [False, True, False]
+    thought = {
+        "messages": [*talk("cat", "cats"), {"role": "user", "content": "dog", "name": "me"}, *talk("", "dogs")[1:]]
+    }
+    assert [bool(one.beside) for one in make([thought]).examples("train")] == [False, True]
+
+
 def test_a_row_to_be_answered_ends_with_a_question_or_its_answer(make: Make) -> None:
     task = make([LONG, GIVEN])
     for said, asked in (

@@ -58,7 +58,7 @@ def tuned(recipe: Recipe, best: Mapping[str, Found]) -> Recipe:
     for name, found in best.items():
         task = tasks[name]
         adapter = task.adapter.model_validate({**task.adapter.model_dump(), **found.settings})
-        rate = {"learning_rate": _rounded(found.learning_rate)}
+        rate = {"learning_rate": found.learning_rate}
         tasks[name] = task.model_copy(update={"adapter": adapter, "training": task.training.model_copy(update=rate)})
     return recipe.model_copy(update={"tasks": tasks})
 
@@ -107,17 +107,13 @@ def _found(recipe: Recipe, best: Mapping[str, Found]) -> Iterator[Change]:
     """What is another value than the task's; at the top of the recipe where it has one task that says nothing."""
     for name, found in best.items():
         task = recipe.tasks[name]
-        changes = {"adapter": found.settings, "training": {"learning_rate": _rounded(found.learning_rate)}}
+        changes = {"adapter": found.settings, "training": {"learning_rate": found.learning_rate}}
         for section, values in changes.items():
             old = getattr(task, section)
             top = len(recipe.tasks) == 1 and not old.model_fields_set - getattr(recipe, section).model_fields_set
             for key, value in values.items():
                 if getattr(old, key) != value:
                     yield [section, key] if top else ["tasks", name, section, key], value
-
-
-def _rounded(rate: float) -> float:
-    return float(f"{rate:.3g}")
 
 
 def _unused(name: str) -> str:

@@ -18,6 +18,7 @@ from trimtab.runs.predict import Evaluation, evaluate
 from trimtab.runs.trainer import TrainingSpec
 from trimtab.runs.ways import AdapterSpec, Way
 from trimtab.tasks import Example, Task, TaskSpec, build_task
+from trimtab.tasks.conversation import Turn
 from trimtab.tasks.spec import SPLITS
 from trimtab.tasks.tokens import Encoded
 
@@ -142,13 +143,17 @@ def digest(described: Any) -> str:
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def _said(example: Example) -> tuple[Any, ...]:
+    beside = (example.beside,) if isinstance(example, Turn) and example.beside else ()
+    return (example.texts, example.answer, example.label, example.set, *beside)
+
+
 def fingerprints(experiment: Experiment, held_out: str | None = None) -> dict[str, str]:
     """Short hashes of what a task's splits, the held-out text and a local model's files say. Raises DataError."""
     task = build_task(experiment.name, experiment.spec, experiment.seed)  # which reads the data as it is now
     splits = [s for s in SPLITS if s != "validation" or experiment.spec.data.validation is not False]
     texts = {
-        split: json.dumps([(e.texts, e.answer, e.label, e.set) for e in task.examples(split)], ensure_ascii=False)
-        for split in splits
+        split: json.dumps(list(map(_said, task.examples(split))), ensure_ascii=False, default=str) for split in splits
     }
     if held_out:
         texts["held_out"] = Path(held_out).read_text(encoding="utf-8")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -37,14 +37,44 @@ def fitted(experiment: Experiment, way: Way, budget: int, new: Sequence[str] = (
         if way.size_field is None:
             return Fitted(way, own, f"{own:,} parameters, with nothing to choose{_beside(own, head)}")
         (one, _), (two, _) = (parameters(experiment, way.resized(size), new) for size in (1, 2))
-        size = 1 + (budget - one) // (two - one)
-        if size < 1:
+        if two <= one:
+            return Fitted(way, own, f"{own:,} parameters, of which {way.size_field} makes no more{_beside(own, head)}")
+        if one > budget:
             return _on_layers(experiment, way.resized(1), one, budget, new)
-        found, count = way.resized(size), one + (size - 1) * (two - one)
+        size, count = _largest(lambda size: _counted(experiment, way, size, new), budget, one, two)
         said = f"{way.size_field} {size} gives {count:,} of {budget:,} parameters{_beside(count, head)}"
-        return Fitted(found, count, said)
+        return Fitted(way.resized(size), count, said)
     except NotPossible as error:
         return Fitted(way, None, str(error))
+
+
+def _counted(experiment: Experiment, way: Way, size: int, new: Sequence[str]) -> int | None:
+    """None where there is no such size: a rank above the model's width, say."""
+    try:
+        return parameters(experiment, way.resized(size), new)[0]
+    except NotPossible:
+        return None
+
+
+def _largest(counted: Callable[[int], int | None], budget: int, one: int, two: int) -> tuple[int, int]:
+    """The largest size within the budget, and its count: in equal steps, as it mostly is, or found by halving.
+
+    Args:
+        one, two: the counts at sizes 1 and 2.
+    """
+    size = 1 + (budget - one) // (two - one)
+    expected = one + (size - 1) * (two - one)
+    if counted(size) == expected:
+        return size, expected
+    low, high, best = 1, size, one
+    while low < high:
+        middle = (low + high + 1) // 2
+        count = counted(middle)
+        if count is None or count > budget:
+            high = middle - 1
+        else:
+            low, best = middle, count
+    return low, best
 
 
 def _on_layers(experiment: Experiment, way: Way, whole: int, budget: int, new: Sequence[str]) -> Fitted:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import statistics as plain
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
@@ -28,8 +28,8 @@ SHOWN = 3
 """Items on which methods disagree that are shown."""
 COMMONEST = 10
 """Answers of train that are tried as the one given to all."""
-FLIPPED = 50
-"""Wrong answers that are put right one at a time, to see what one item does to the score."""
+FLIPPED = 30
+"""Answers that are changed one at a time, to see what one item does to the score."""
 
 
 @dataclass(frozen=True)
@@ -200,14 +200,19 @@ class Items:
     examples: list[Example]
     weights: Array
     """(1 + B, n)"""
-    groups: int
-    """How many are independent."""
+    sources: list[Hashable]
+    """Of each; those of one source are not independent."""
+
+    @property
+    def groups(self) -> int:
+        """How many are independent."""
+        return len(set(self.sources))
 
     @classmethod
     def of(cls, task: Task[Any], split: str) -> Items:
         examples = task.examples(split)
         sources = task.sources(examples, split)
-        return cls(examples, resamples(len(examples), sources), len(set(sources)))
+        return cls(examples, resamples(len(examples), sources), sources)
 
     @property
     def said(self) -> str:
@@ -298,22 +303,29 @@ def sample(group: Group, task: Task[Any], validation: Items, test: Items) -> Sam
 
     seeds = [by_worth(tried) for _, tried in sorted(group.tried.items())]
     scores = [chosen_scores(*(np.array(list(map(on, runs))) for on in (on_validation, on_test))) for runs in seeds]
-    return Sample(np.array(scores), test.groups, group.random, _step(task, seeds[0][0], test))
+    return Sample(np.array(scores), test.groups, group.random, _step(task, [runs[0] for runs in seeds], test))
 
 
-def _step(task: Task[Any], run: Outcome, test: Items) -> float:
-    """How much the score of a run grows where one wrong answer is put right: the most of some, one of each kind."""
-    if task.score.whole is None or run.failed:
+def _step(task: Task[Any], runs: Sequence[Outcome], test: Items) -> float:
+    """By how much one item can change the score of a run, wrong put right or right put wrong: the most of some, one of
+    each kind. Items of one source go together."""
+    if task.score.whole is None:
         return 0.0  # an item's share of all
-    wanted = task.truth(test.examples).wanted
-    ones, predictions = test.weights[:1], list(run.predictions)
-    wrong = {repr(w): i for i, (p, w) in enumerate(zip(predictions, wanted, strict=True)) if p != w}
-    score = task.weighted(test.examples)
-    now = float(score(predictions, ones)[0])
-    tried = list(wrong.values())
-    tried = tried[:: max(1, len(tried) // FLIPPED)]
-    righted = (float(score([*predictions[:i], wanted[i], *predictions[i + 1 :]], ones)[0]) for i in tried)
-    return max((abs(one - now) for one in righted), default=0.0)
+    wanted = list(task.truth(test.examples).wanted)
+    score, ones, most = task.weighted(test.examples), test.weights[:1], 0.0
+    names = [str(task.readable(one)) for one in wanted]
+    for run in (one for one in runs if not one.failed):
+        said = list(run.predictions)
+        kinds = {(str(task.readable(one)), names[i]): i for i, one in enumerate(said)}
+        now = float(score(said, ones)[0])
+        for (answer, right), place in list(kinds.items())[:: max(1, len(kinds) // FLIPPED)]:
+            others = [w for w, name in zip(wanted, names, strict=True) if name != right]
+            others = wanted[place : place + 1] if answer != right else others[:1]
+            if others:
+                own = test.sources[place]
+                changed = [others[0] if one == own else p for p, one in zip(said, test.sources, strict=True)]
+                most = max(most, abs(float(score(changed, ones)[0]) - now))
+    return most
 
 
 def _constant(task: Task[Any], test: Items) -> Sample | None:

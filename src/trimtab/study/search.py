@@ -176,4 +176,4 @@ def suggested(trial: Any, space: TuneSpec, blocks: int) -> tuple[dict[str, Any],
     }
     low, high = min(space.learning_rates), max(space.learning_rates)
     rate = trial.suggest_float("learning_rate", low, high, log=True) if low < high else low
-    return settings, float(rate)
+    return settings, float(f"{rate:.3g}")  # as it is written into a recipe

@@ -30,6 +30,7 @@ from trimtab.runs.predict import check_context
 from trimtab.runs.ways import unload
 from trimtab.study.sidebyside_settings import METHODS, Setting, Settings, side_by_side
 from trimtab.tasks import Head, Task
+from trimtab.tasks.conversation import Turn
 from trimtab.tasks.tokens import Collator, Encoded, encode_texts
 from trimtab.where.sites import find_sites
 
@@ -297,9 +298,11 @@ def _texts(
     found: list[Encoded] = []
     tasks = {task.name: task for own in known if (task := own.task) is not None}
     try:
+        alone = any(task.edit_turns == "first" for task in tasks.values())  # to whom the prompt ends before later turns
         for task in tasks.values():
-            examples = [*task.examples("test"), *task.examples("train")][: PROMPTS // len(tasks)]
-            found += task.encode(tokenizer, examples, training=False)[0]
+            examples = [*task.examples("test"), *task.examples("train")]
+            examples = [one for one in examples if not (alone and isinstance(one, Turn) and one.follows)]
+            found += task.encode(tokenizer, examples[: PROMPTS // len(tasks)], training=False)[0]
     except DataError as error:
         return list(map(put, TEXTS)), f"{len(TEXTS)} short texts, since the tasks' own are not at hand ({error})"
     if found:

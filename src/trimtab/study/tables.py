@@ -240,7 +240,9 @@ def as_markdown(report: Report, plots: dict[str, Path]) -> str:
             head, rows = table_of(task)
             lines += _markdown_table(head, [_bold(row) if row[0] == task.reference else row for row in rows])
         lines += [
-            f"\nLeft out: {_cell(line.name)}: {_cell(line.impossible)}." for line in task.methods if line.impossible
+            f"\nLeft out: {_cell(line.name)}: {_cell(line.impossible.removesuffix('.'))}."
+            for line in task.methods
+            if line.impossible
         ]
         lines += [f"\n{_cell(remark)}" for remark in remarks(task)]
         lines += ["", *(f"- {_cell(line.sentence)}" for line in task.finished if line.sentence)]

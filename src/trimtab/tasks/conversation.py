@@ -57,6 +57,17 @@ class Turn(Example):
     def before(self) -> Sequence[Message]:
         return self.messages[: self.place]
 
+    @property
+    def follows(self) -> bool:
+        """Whether another answer comes before it."""
+        return bool(answers(self.before))
+
+    @property
+    def beside(self) -> list[dict[str, Any]]:
+        """What of the messages before is in no text here, though a chat template may write it; empty for nothing."""
+        said = [{k: v for k, v in m.items() if k not in ("role", "content", "tool_calls")} for m in self.before]
+        return said if any(said) else []
+
 
 class ConversationTask(WritingTask[ConversationSpec]):
     """An example is an answer with all that comes before it; in training with `edit_turns: first`, a conversation."""
