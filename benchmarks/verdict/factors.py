@@ -4,7 +4,8 @@
 
 Of a comparison that `trimtab compare CONFIG` has run, whose methods are named HOW-WHERE or HOW-WHERE-large. Each row of
 the result is a mean of differences between methods that are alike in all but one of the three, with its interval over
-items and seeds as in the report; the rows about all methods are corrected as one table, those about some as another.
+items and seeds as in the report; rows about all methods are corrected as one table, those with one of the other two
+fixed as another, and those with both, of two methods each, as a third.
 Writes factors.json and .png beside the report.
 """
 
@@ -14,7 +15,7 @@ import argparse
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
@@ -46,21 +47,20 @@ def cell_of(name: str) -> Cell | None:
     return (found[1], found[2], "large" if found[3] else "small") if found else None
 
 
-def contrasts(cells: set[Cell], by_other: bool) -> Iterator[Contrast]:
-    """Each two levels of each factor: over all cells, or for each level of the other factors."""
+def contrasts(cells: set[Cell], fixed: int) -> Iterator[Contrast]:
+    """Each two levels of each factor: over all cells, for each level of another factor, or of both (`fixed` of them)."""
     for factor, levels in enumerate(LEVELS):
-        for one, other in combinations(levels, 2):
-            pairs = [
-                (cell, twin)
-                for cell in sorted(cells)
-                if cell[factor] == one and (twin := (*cell[:factor], other, *cell[factor + 1 :])) in cells
-            ]
-            if not by_other:
-                yield Contrast(f"{one} − {other}", pairs)
-                continue
-            for second in range(len(LEVELS)):
-                for level in LEVELS[second] if second != factor else ():
-                    yield Contrast(f"{one} − {other}, {level}", [pair for pair in pairs if pair[0][second] == level])
+        others = [other for other in range(len(LEVELS)) if other != factor]
+        for one, twin in combinations(levels, 2):
+            for held in combinations(others, fixed):
+                for at in product(*(LEVELS[other] for other in held)):
+                    pairs = [
+                        (cell, (*cell[:factor], twin, *cell[factor + 1 :]))
+                        for cell in sorted(cells)
+                        if cell[factor] == one and all(cell[o] == level for o, level in zip(held, at, strict=True))
+                    ]
+                    there = [(cell, other) for cell, other in pairs if other in cells]
+                    yield Contrast(", ".join([f"{one} − {twin}", *at]), there)
 
 
 def mean_sample(samples: list[Sample]) -> Sample:
@@ -117,8 +117,8 @@ def main() -> None:
     tasks = samples_of(study.run(jobs=1))
     shared = set.intersection(*({*of} for of in tasks.values()))
     written, drawn = [], []
-    for by_other in (False, True):
-        rows = [row for row in contrasts(shared, by_other) if row.pairs]
+    for fixed in range(len(LEVELS)):
+        rows = [row for row in contrasts(shared, fixed) if row.pairs]
         by_task = [differences(row, tasks, recipe.compare.margin) for row in rows]
         whole = judged([over_tasks(found) for found in by_task])
         columns = [judged(list(column)) for column in zip(*by_task, strict=True)]
@@ -131,7 +131,8 @@ def main() -> None:
             print(f"| {row.title} | {' | '.join(cells)} | {interval}{MARKS.get(total.verdict, '')} | {p} | {least} |")
             of_tasks = {name: asdict(column[i]) for name, column in zip(tasks, columns, strict=True)}
             written.append({"contrast": row.title, "pairs": row.pairs, "all": asdict(total), "tasks": of_tasks})
-            drawn.append((row.title, total))
+            if fixed < 2:
+                drawn.append((row.title, total))
     write_json(folder / "factors.json", {"contrasts": written})
     titles, found = zip(*drawn, strict=True)
     draw(list(titles), list(found), folder / "factors.png")
