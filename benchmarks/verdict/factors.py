@@ -48,7 +48,7 @@ def cell_of(name: str) -> Cell | None:
 
 
 def contrasts(cells: set[Cell], fixed: int) -> Iterator[Contrast]:
-    """Each two levels of each factor: over all cells, for each level of another factor, or of both (`fixed` of them)."""
+    """Each two levels of each factor: over all cells, or for each level of so many other factors."""
     for factor, levels in enumerate(LEVELS):
         others = [other for other in range(len(LEVELS)) if other != factor]
         for one, twin in combinations(levels, 2):
