@@ -50,11 +50,13 @@ def test_readme_commands_exist(capfd: pytest.CaptureFixture[str]) -> None:
         command.make_context(name, arguments, resilient_parsing=False)
 
 
-@pytest.mark.parametrize("name", ["skills", "sets", "minilm", "where", "length", "facts"])
+@pytest.mark.parametrize(
+    "name", ["skills", "sets", "minilm", "sts-b", "where", "length", "facts", "topics", "topics-steps"]
+)
 def test_the_study_and_its_report_are_of_one_config(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(ROOT)
     config = ROOT / f"benchmarks/verdict/{name}.yaml"
-    folders = "glue|llm-adapters|text|ladder|pairs"
+    folders = "glue|llm-adapters|text|ladder|pairs|topics"
     not_ours = re.findall(rf"(?:{folders})/[\w./-]+\.(?:jsonl|json|tsv|txt)", config.read_text())
     for file in not_ours:
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)

@@ -161,7 +161,7 @@ def test_a_tuned_recipe_keeps_its_comments_and_has_an_output_of_its_own(recipe: 
         made = load_recipe(place)
         task = made.tasks["plural"]
         assert (task.adapter.r, task.adapter.positions, task.adapter.layers) == (8, "f3+l3", [0, 1])
-        assert (task.training.learning_rate, task.training.max_steps, made.seed) == (0.00123, 1, 3)
+        assert (task.training.learning_rate, task.training.max_steps, made.seed) == (0.0012345, 1, 3)
         assert made.output == runs == str(tmp_path / "runs-tuned")
         kept = ["# my words", "# the small one", "# rank", "# short", "# one -> many", "# as it is"]
         assert [comment for comment in kept if comment not in place.read_text()] == []
