@@ -300,6 +300,15 @@ def test_a_seed_goes_on_past_an_edge_that_is_best(
     assert (edge in as_markdown(summarise(groups, recipe.compare), {})) == (best < 1e-3)
 
 
+def test_a_plan_knows_that_of_two_rates_one_is_at_the_edge(models: Path, tmp_path: Path, inline: None) -> None:
+    recipe = load_recipe(write_recipe(models, tmp_path, methods=["loreft", "untuned"], reach=1))
+    experiments = recipe.experiments()
+    made = Study(experiments, choose_ways(experiments, recipe.compare), recipe.compare, tmp_path / "trials")
+    assert made.plan().runs == 2 * 3 + 1
+    made.run(1)
+    assert (made.plan().runs, made.plan().done) == (7, 7)
+
+
 def test_methods_have_rates_of_their_own(models: Path, tmp_path: Path) -> None:
     path = write_recipe(
         models, tmp_path, methods=["loreft", "full", "lora", "ia3", {"mine": {"peft_type": "LORA", "r": 2}}]

@@ -286,11 +286,17 @@ class Study:
     def plan(self) -> Plan:
         """What `run` would do; nothing is run."""
         self.read()
-        left = sum(len(self.missing(group, self.settings.seeds)) for group in self.groups)
+        left = sum(len(self.missing(group, self.settings.seeds)) + self._past_an_edge(group) for group in self.groups)
         done = [outcome for group in self.groups for tried in group.tried.values() for outcome in tried.values()]
         seconds = [outcome.seconds for outcome in done if outcome.seconds is not None]
         reaches = self.settings.reach > 0 and any(g.way.trains and len(g.rates) > 1 for g in self.groups)
         return Plan(left + len(done), len(done), median(seconds) if seconds else None, reaches)
+
+    def _past_an_edge(self, group: Group) -> int:
+        """Trials that are sure to come when others have: of two rates the better is at an edge."""
+        if not (self.settings.reach and group.way.trains and len(group.rates) == 2) or group.impossible:
+            return 0
+        return self.settings.seeds - sum(len(tried) > 1 for tried in group.tried.values())
 
     def wanted(self, group: Group, seeds: int | None = None) -> list[Trial]:
         """The trials that a group needs, as far as what is known of it tells.
