@@ -7,18 +7,17 @@ method does, with an interval over items and seeds drawn anew. Writes report-len
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from trials import asked_for
 
-from trimtab.recipe.load import load_recipe
 from trimtab.runs.folder import write_json
 from trimtab.runs.models import load_tokenizer
-from trimtab.study.compare import Group, Study, choose_ways
+from trimtab.study.compare import Group
 
 PARTS = 4
 DRAWS = 2000
@@ -79,14 +78,7 @@ def draw(labels: list[str], scores: dict[str, list[float]], path: Path) -> None:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path)
-    parser.add_argument("--model")
-    parser.add_argument("--data", type=Path)
-    asked = parser.parse_args()
-    recipe = load_recipe(asked.config, [f"model={asked.model}"] if asked.model else [], data=asked.data)
-    folder, experiments = Path(recipe.output) / "compare", recipe.experiments()
-    groups = Study(experiments, choose_ways(experiments, recipe.compare), recipe.compare, folder / "trials").run(jobs=1)
+    folder, _, groups = asked_for(__doc__)
     tokens, first = lengths(groups[0]), groups[0]
     parts = parts_of(tokens)
     labels = [f"{tokens[part].min()} to {tokens[part].max()}" for part in parts]

@@ -11,7 +11,6 @@ Writes factors.json and .png beside the report.
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -20,17 +19,17 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from trials import asked_for
 
-from trimtab.recipe.load import load_recipe
 from trimtab.runs.folder import write_json
-from trimtab.study.compare import Group, Study, choose_ways
+from trimtab.study.compare import Group
 from trimtab.study.report import Items, sample
 from trimtab.study.statistics import Difference, Sample, compare, judged, over_tasks
+from trimtab.study.tables import MARKS
 
 Cell = tuple[str, str, str]
 """What is changed, where, and how large it is."""
 LEVELS = (("loreft", "lora", "direft"), ("all", "prompt", "some"), ("large", "small"))
-MARKS = {"better": " ▲", "worse": " ▼", "equal": " ="}
 
 
 @dataclass(frozen=True)
@@ -106,20 +105,13 @@ def draw(titles: list[str], found: list[Difference], path: Path) -> None:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path)
-    parser.add_argument("--model")
-    parser.add_argument("--data", type=Path)
-    asked = parser.parse_args()
-    recipe = load_recipe(asked.config, [f"model={asked.model}"] if asked.model else [], data=asked.data)
-    folder, experiments = Path(recipe.output) / "compare", recipe.experiments()
-    study = Study(experiments, choose_ways(experiments, recipe.compare), recipe.compare, folder / "trials")
-    tasks = samples_of(study.run(jobs=1))
+    folder, settings, groups = asked_for(__doc__)
+    tasks = samples_of(groups)
     shared = set.intersection(*({*of} for of in tasks.values()))
     written, drawn = [], []
     for fixed in range(len(LEVELS)):
         rows = [row for row in contrasts(shared, fixed) if row.pairs]
-        by_task = [differences(row, tasks, recipe.compare.margin) for row in rows]
+        by_task = [differences(row, tasks, settings.margin) for row in rows]
         whole = judged([over_tasks(found) for found in by_task])
         columns = [judged(list(column)) for column in zip(*by_task, strict=True)]
         print(f"\n| | {' | '.join(tasks)} | all, 95% interval | p | would have found |")

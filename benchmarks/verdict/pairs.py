@@ -6,26 +6,20 @@ For configs whose rows are one method under other seeds, of which no pair should
 
 from __future__ import annotations
 
-import argparse
 from itertools import combinations
-from pathlib import Path
 
-from trimtab.recipe.load import load_recipe
+from trials import asked_for
+
 from trimtab.runs.folder import write_json
-from trimtab.study.compare import Study, choose_ways
 from trimtab.study.report import summarise
 
 
 def main() -> None:
     """Print the pairs that are told apart, and write all."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("config", type=Path)
-    recipe = load_recipe(parser.parse_args().config)
-    folder, experiments = Path(recipe.output) / "compare", recipe.experiments()
-    groups = Study(experiments, choose_ways(experiments, recipe.compare), recipe.compare, folder / "trials").run(jobs=1)
+    folder, settings, groups = asked_for(__doc__)
     pairs = []
     for first, second in combinations(groups, 2):
-        for name, task in summarise([first, second], recipe.compare).tasks.items():
+        for name, task in summarise([first, second], settings).tasks.items():
             line = next(one for one in task.methods if one.name == second.way.name)
             found = line.against_reference
             assert found is not None

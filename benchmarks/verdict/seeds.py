@@ -21,8 +21,7 @@ from matplotlib.figure import Figure
 from scipy.stats import levene
 
 from trimtab.study.statistics import holm
-
-MARKS = {"better": " ▲", "worse": " ▼", "equal": " ="}
+from trimtab.study.tables import MARKS
 
 
 def sizes(report: dict[str, Any]) -> dict[str, dict[int, dict[str, Any]]]:

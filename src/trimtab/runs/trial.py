@@ -27,10 +27,7 @@ from trimtab.runs.measures import thinned, window_loss, windows
 from trimtab.runs.models import Base, ModelSource, fitting
 from trimtab.runs.predict import Evaluation, context_of, mean_loss
 from trimtab.runs.reuse import Reuse
-from trimtab.runs.trainer import (
-    LOOKED_AT,
-    Progress,
-)
+from trimtab.runs.trainer import LOOKED_AT, Progress
 from trimtab.tasks import Example, Task
 from trimtab.tasks.tokens import is_templated
 

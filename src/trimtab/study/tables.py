@@ -10,6 +10,8 @@ from trimtab.study.compare import Plan
 from trimtab.study.report import Disagreement, Line, Report, SizeReport, TaskReport
 from trimtab.study.statistics import Difference
 
+MARKS = {"better": " ▲", "worse": " ▼", "equal": " ="}
+"""What stands behind a score, by its verdict."""
 FEW = 30
 """Validation items below which it is remarked that rates are chosen on little."""
 
@@ -82,7 +84,7 @@ def _brief(name: str, task: TaskReport) -> str:
     if line is None or line.mean is None:
         return ""
     verdict = line.against_reference.verdict if line.against_reference else ""
-    return f"{100 * line.mean:.1f}" + {"better": " ▲", "worse": " ▼", "equal": " ="}.get(verdict, "")
+    return f"{100 * line.mean:.1f}" + MARKS.get(verdict, "")
 
 
 def _against(found: Difference | None) -> list[str]:
