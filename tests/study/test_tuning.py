@@ -110,6 +110,11 @@ def test_compare_writes_its_report_and_reads_what_is_done(
     made = {p: p.stat().st_mtime_ns for p in (folder / "trials").rglob("*.json")}
     code, _ = trimtab("compare", recipe, "--jobs", 1)
     assert code == 0 and made == {p: p.stat().st_mtime_ns for p in (folder / "trials").rglob("*.json")}
+    whole = (folder / "report.md").read_text()
+    code, out = trimtab("compare", recipe, "--jobs", 1, "--method", "loreft")
+    assert code == 0 and "report.md has more methods or tasks and is left as it is" in " ".join(out.split()), out
+    assert whole == (folder / "report.md").read_text()
+    assert "untuned" not in (folder / "report-part.md").read_text()
 
 
 @pytest.mark.parametrize(

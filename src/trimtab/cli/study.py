@@ -57,7 +57,7 @@ def compare(
 ) -> None:
     """Compare methods on a recipe's tasks: same data, steps, seeds and learning rates, with statistics."""
     with extra("bench"):
-        from trimtab.study.pages import write_report
+        from trimtab.study.pages import holds_more, write_report
     from trimtab.recipe.init import look_at
     from trimtab.runs.ways import as_way
     from trimtab.study.ablations import adapter_variants
@@ -106,6 +106,9 @@ def compare(
     with resumable(KEPT), shown(board):
         study.run(jobs, watch, standing)
     name = "-".join(["ablation"] * bool(ablate) + ["few-shot"] * bool(few_shot)) or "report"
+    if (method or task) and holds_more(folder / f"{name}.json", study.groups):
+        console.print(f"{name}.md has more methods or tasks and is left as it is.")
+        name += "-part"
     command = " ".join(["trimtab", *sys.argv[1:]])
     report = write_report(study.groups, chosen, folder, name, command)
     if (folder / "earlier" / f"{name}.md").exists():

@@ -38,7 +38,8 @@ def training_memory(trainer: ReftTrainer, model: nn.Module, encoded: Sequence[En
 
     reuse, trainer.reuse = trainer.reuse, None
     # Dropout draws: a trial of which this is known already must not train under another stream of numbers.
-    with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    gpus = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(gpus), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = trainer.compute_loss(model, batch)
     del loss
     trainer.reuse = reuse

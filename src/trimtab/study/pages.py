@@ -14,7 +14,7 @@ from trimtab.runs.folder import write_bytes, write_json, write_text
 from trimtab.study import tables
 from trimtab.study.compare import CompareSpec, Group
 from trimtab.study.plots import draw, draw_sizes
-from trimtab.study.report import PROCEDURE, Line, Report, TaskReport, procedure_of, summarise
+from trimtab.study.report import PROCEDURE, Line, Report, TaskReport, procedure_of, summarise, title_of
 from trimtab.study.tables import as_markdown
 
 
@@ -35,6 +35,15 @@ def write_report(groups: Sequence[Group], settings: CompareSpec, folder: Path, n
     write_text(folder / f"{name}.md", as_markdown(report, plots))
     write_text(folder / f"{name}.html", as_page(report, wide))
     return report
+
+
+def holds_more(report: Path, groups: Sequence[Group]) -> bool:
+    """Whether a report's JSON is there and has tasks, or methods of them, that these groups have not."""
+    if not report.exists():
+        return False
+    tasks = json.loads(report.read_text(encoding="utf-8"))["tasks"]
+    there = {(title, line["name"]) for title, task in tasks.items() for line in task["methods"]}
+    return not there <= {(title_of(group.task, group.examples), group.way.name) for group in groups}
 
 
 EARLIER = (

@@ -162,7 +162,7 @@ def summarise(groups: Sequence[Group], settings: CompareSpec, command: str = "")
         own = [g for g in groups if g.task == name]
         for size in dict.fromkeys(g.examples for g in own):
             found = _task_report([g for g in own if g.examples == size], settings)
-            tasks[_title(name, size)] = found
+            tasks[title_of(name, size)] = found
             if size is not None:
                 whole = sized.setdefault(name, SizeReport(found.score, found.test_items))
                 for line in found.finished:
@@ -189,7 +189,8 @@ def _versions(groups: Sequence[Group]) -> dict[str, str]:
     return {name: " and ".join(sorted({run[name] for run in runs if name in run})) for name in runs[0]}
 
 
-def _title(task: str, size: int | None) -> str:
+def title_of(task: str, size: int | None) -> str:
+    """What a report calls a task, of so many examples in a few-shot study."""
     return task if size is None else f"{task}, {size} examples"
 
 

@@ -16,6 +16,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from trimtab.errors import RunError
 from trimtab.runs.experiment import Experiment, Trial, digest, fingerprints
+from trimtab.runs.summary import PLAUSIBLE_RATES
 from trimtab.runs.together import run_together
 from trimtab.runs.trial import run_trial
 from trimtab.runs.ways import as_way
@@ -32,7 +33,7 @@ class TuneSpec(Section):
     """each as `adapter: positions:` takes it"""
     layers: list[Literal["all", "lower", "middle", "upper"]] = Field(["all", "lower", "middle", "upper"], min_length=1)
     """all, or a third of the blocks"""
-    learning_rates: list[PositiveFloat] = Field([9e-5, 2e-2], min_length=1, max_length=2)
+    learning_rates: list[PositiveFloat] = Field(list(PLAUSIBLE_RATES), min_length=1, max_length=2)
     """lowest and highest, between which the search is logarithmic; the paper's highest, 3e-3, is for large models"""
 
 
