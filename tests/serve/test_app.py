@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 from conftest import Command
+from fastapi import FastAPI
 from hypothesis import HealthCheck, given, settings
 from hypothesis.strategies import booleans
 from served import ADAPTERS, BASE, MODEL, Served, listening, serving, user
@@ -283,6 +284,36 @@ def test_keys(guarded: httpx.Client, key: str, path: str, status: int) -> None:
     assert answer.status_code == status
     if status == 401:
         assert answer.json()["error"]["code"] == "invalid_api_key"
+
+
+def test_keys_are_asked_for_below_a_mount_too(served: Served) -> None:
+    whole = FastAPI()
+    whole.mount("/llm", create_app(served.service, KEYS))
+    with listening(whole) as url:
+        for route in (LOAD, UNLOAD):
+            assert (
+                httpx.post(f"{url}/llm{route}", json={"lora_name": "ends"}, headers=bearer("first")).status_code == 401
+            )
+        answer = httpx.post(f"{url}/llm{UNLOAD}", json={"lora_name": "nobody"}, headers=bearer("chief"))
+        assert answer.status_code == 404 and answer.json()["error"]["param"] == "lora_name"
+        assert httpx.get(f"{url}/llm/health").status_code == 200
+        assert httpx.get(f"{url}/llm/v1/models").status_code == 401
+
+
+def test_probes_may_ask_for_the_head_alone(guarded: httpx.Client) -> None:
+    for path in ("/", "/health", "/ready"):
+        answer = guarded.head(path)
+        assert answer.status_code == 200 and not answer.content
+
+
+@pytest.mark.parametrize("name", ["x" * 256, "é" * 200])
+def test_a_name_too_long_for_a_file_is_unknown(served: Served, name: str) -> None:
+    for answer in (
+        served.client.post(TEXT, json=text(model=name)[1]),
+        served.client.get(f"/v1/models/{name}"),
+        served.client.post(UNLOAD, json={"lora_name": name}),
+    ):
+        assert answer.status_code == 404, answer.text
 
 
 def test_with_keys_but_no_admin_key_there_are_no_admin_routes(served: Served) -> None:
@@ -583,7 +614,7 @@ def test_metrics_count(served: Served) -> None:
 def test_metrics_name_so_many_adapters(served: Served) -> None:
     metrics = Metrics(served.service.engine)
     for i in range(150):
-        metrics.ended(f"adapter-{i}", Event(finish_reason="stop"))
+        metrics.ended([f"adapter-{i}"], Event(finish_reason="stop"))
     named = set(re.findall(r'trimtab_answers_total{adapter="(.+?)"', metrics.text().decode()))
     assert len(named) == 101 and "other" in named
 

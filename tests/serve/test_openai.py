@@ -156,6 +156,16 @@ def test_logprobs_are_the_models(served: Served) -> None:
     assert all(top is None or 2 <= len(top) <= 3 for top in logprobs.top_logprobs)
 
 
+def test_a_likelier_token_of_the_same_text_is_not_hidden(served: Served) -> None:
+    """Tokens of half a character all read alike; lm-eval tells by the likeliest whether a text is the model's own."""
+    prompt = [*served.ids("The cat and the dog went"), 110, 99]  # where another half, 228, is likelier than 99
+    answer = served.openai.completions.create(model=BASE, prompt=prompt, max_tokens=0, logprobs=1, echo=True)
+    found = answer.choices[0].logprobs
+    assert found is not None and found.token_logprobs is not None and found.top_logprobs is not None
+    (text, likeliest), *rest = (found.top_logprobs[-1] or {}).items()
+    assert text == "\ufffd" and not rest and likeliest > found.token_logprobs[-1]
+
+
 def test_a_prompt_is_scored_without_an_answer(served: Served) -> None:
     answer = served.openai.completions.create(model="ends", prompt=PROMPT, max_tokens=0, logprobs=0, echo=True)
     logprobs = answer.choices[0].logprobs

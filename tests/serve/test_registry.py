@@ -17,7 +17,7 @@ from trimtab import ReftConfig
 from trimtab.adapter.weights import CONFIG, PICKLE, WEIGHTS
 from trimtab.edits import METHODS, RED, Edit
 from trimtab.errors import AdapterError
-from trimtab.serve.registry import NameTaken, Registry, UnknownAdapter
+from trimtab.serve.registry import Adapter, NameTaken, Registry, UnknownAdapter
 from trimtab.serve.table import Layout
 from trimtab.where.sites import find_sites
 
@@ -94,6 +94,23 @@ def test_what_is_unloaded_stays_away_until_it_is_loaded(folder: Path) -> None:
             call("a") if call == registry.get else call("c")
     registry.load("a", "a")
     assert registry.names() == ["a"] and registry.get("a").digest
+
+
+def test_what_is_unloaded_while_it_is_first_read_stays_away(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = Registry(LAYOUT, folder)
+    read = registry.read
+
+    def slowly(place: str | Path, name: str = "") -> Adapter:
+        registry.unload("a")
+        return read(place, name)
+
+    monkeypatch.setattr(registry, "read", slowly)
+    with pytest.raises(UnknownAdapter):
+        registry.get("a")
+    monkeypatch.undo()
+    with pytest.raises(UnknownAdapter):
+        registry.get("a")
+    assert registry.load("a", "a").name == "a"
 
 
 def test_memory_is_bounded_and_what_left_it_is_read_again(folder: Path) -> None:

@@ -78,6 +78,15 @@ def test_a_seed_gives_the_same_alone_and_among_others() -> None:
     assert len({tuple(row[i] for row in rows) for i in range(5)}) == 5
 
 
+def test_numbers_at_the_ends_of_what_can_be_asked_for() -> None:
+    logits = torch.randn(8, V) * 30
+    every, cold = Sampler(Sampling(seed=1, top_k=2**63), PROMPT), Sampler(Sampling(temperature=1e-40), PROMPT)
+    plain = Sampler(Sampling(seed=1, top_k=V), PROMPT)
+    for step in logits.unsqueeze(1):
+        assert choose(step, [every]) == choose(step, [plain])
+        assert choose(step, [cold]) == [step.argmax().item()]
+
+
 def test_log_probabilities_are_the_model_own() -> None:
     logits = torch.randn(2, V)
     one, other = logprobs(logits, [4, 5], 3)

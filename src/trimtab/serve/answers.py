@@ -251,7 +251,8 @@ class Text:
 
     def _top(self, one: Logprob) -> dict[str, float]:
         top = {self.tokens.text(token): _finite(logprob) for token, logprob in reversed(one.top)}
-        return {**top, self.tokens.text(one.token): _finite(one.logprob)}
+        top.setdefault(self.tokens.text(one.token), _finite(one.logprob))  # a likelier token of the same text stays
+        return top
 
 
 def _moves(tokens: Tokens, prompt: Sequence[int], event: Event) -> dict[str, Any]:

@@ -30,9 +30,12 @@ from trimtab.serve.answers import Chat, Form, Text, Tokens, usage_of
 from trimtab.serve.engine import EngineError, Event, Unavailable
 from trimtab.serve.engine import Request as EngineRequest
 from trimtab.serve.errors import ApiError, of_engine, of_http, of_validation
-from trimtab.serve.guard import ADMIN, Access, Guard
+from trimtab.serve.guard import ADMIN, Access, Guard, route_of
 from trimtab.serve.registry import UnknownAdapter
 from trimtab.serve.service import ClientGone, Events, Service
+
+_UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+"""A proxy passes parts on as they come."""
 
 
 async def _answer(service: Service, http: Request, form: Callable[[Any, Tokens], Form], body: Any) -> Response:
@@ -45,7 +48,7 @@ async def _answer(service: Service, http: Request, form: Callable[[Any, Tokens],
     made, requests = await run_in_threadpool(prepared)
     events = await _begun(service.events(requests, http, parts=body.stream))
     if body.stream:
-        return StreamingResponse(_parts(made, events), media_type="text/event-stream")
+        return StreamingResponse(_parts(made, events), media_type="text/event-stream", headers=_UNBUFFERED)
     found = dict([item async for item in events])
     ends = [found[i] for i in range(len(requests))]
     _check_ends(ends)
@@ -162,6 +165,7 @@ def unload_adapter(body: schemas.UnloadAdapter, service: Shared) -> schemas.Dele
     return schemas.Deleted(id=body.lora_name)
 
 
+@routes.head("/health", include_in_schema=False)
 @routes.get("/health")
 async def health(service: Shared) -> schemas.Health:
     """Whether the server lives; if not, start it anew."""
@@ -170,6 +174,7 @@ async def health(service: Shared) -> schemas.Health:
     return schemas.Health(status=service.engine.health)
 
 
+@routes.head("/ready", include_in_schema=False)
 @routes.get("/ready")
 async def ready(service: Shared) -> schemas.Health:
     """Whether requests are taken."""
@@ -184,6 +189,7 @@ def metrics(service: Shared) -> Response:
     return Response(service.metrics.text(), media_type="text/plain; version=1.0.0")
 
 
+@routes.head("/", include_in_schema=False)
 @routes.get("/", response_class=HTMLResponse)
 async def page() -> Response:
     """A page to try the model and its adapters on."""
@@ -237,7 +243,7 @@ def create_app(service: Service, access: Access, body_bytes: int = 4 << 20) -> F
     @app.exception_handler(AdapterError)
     @app.exception_handler(UnknownAdapter)
     async def _engine(http: Request, error: Exception) -> Response:
-        fields = ("lora_name", "lora_path") if http.url.path in ADMIN else ()
+        fields = ("lora_name", "lora_path") if route_of(http.scope) in ADMIN else ()
         return of_engine(error, *fields).response()
 
     @app.exception_handler(ClientGone)

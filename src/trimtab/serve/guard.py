@@ -89,6 +89,12 @@ def _place(url: str) -> SplitResult:
         return urlsplit("")
 
 
+def route_of(scope: Scope) -> str:
+    """The path that routes are looked up by: below where the app is mounted, or a proxy puts it."""
+    path, root = str(scope["path"]), str(scope.get("root_path", ""))
+    return path.removeprefix(root) or "/" if f"{path}/".startswith(f"{root}/") else path
+
+
 class Guard:
     """ASGI middleware: refuses, counts, and reads the body whole.
 
@@ -110,7 +116,7 @@ class Guard:
         headers = Headers(scope=scope)
         answer = _Answer(send, headers.get("x-request-id", "")[:128] or uuid.uuid4().hex)
         try:
-            scope.setdefault("state", {})["tenant"] = self.access.check(scope["path"], headers)
+            scope.setdefault("state", {})["tenant"] = self.access.check(route_of(scope), headers)
             body = await self._body(receive, headers)
             await self.app(scope, _replayed(body, receive), answer)
         except ApiError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -22,14 +22,17 @@ _GAUGES = {
     "prefix_bytes": ("prefix_store_bytes", "Size of the store of prompt prefixes."),
 }
 _COUNTERS = {
-    "steps": ("steps", "Forwards of the model."),
+    "steps": ("steps", "Steps of the engine: a forward of prompts, one of answers, or both."),
     "step_seconds": ("step_seconds", "Time in them."),
-    "failed_steps": ("steps_failed", "Forwards that raised."),
+    "failed_steps": ("steps_failed", "Steps that raised."),
     "prompt_tokens": ("prompt_tokens", "Tokens of prompts, computed."),
     "cached_tokens": ("prompt_tokens_cached", "Tokens of prompts, taken from the store of prefixes."),
     "generated_tokens": ("generated_tokens", "Tokens of answers."),
     "edited_rows": ("edited_rows", "Hidden states edited, counted once for all layers."),
-    "table_hits": ("adapter_table_hits", "Requests whose adapter was resident."),
+    "table_hits": (
+        "adapter_table_hits",
+        "Adapters that were in the table when asked for; an untied one counts twice.",
+    ),
     "table_misses": ("adapter_table_misses", "Adapters copied to the table."),
     "table_evictions": ("adapter_table_evictions", "Adapters that made room in the table."),
 }
@@ -44,7 +47,7 @@ class Metrics:
         self._requests = Counter("trimtab_requests", "Answered requests.", ["route", "status"], registry=registry)
         self._first = Histogram(
             "trimtab_time_to_first_token_seconds",
-            "From the request to its first token.",
+            "From when the engine has the request to its first token.",
             buckets=_FIRST,
             registry=registry,
         )
@@ -67,13 +70,13 @@ class Metrics:
             for _ in range(tokens):
                 self._next.observe(seconds / tokens)
 
-    def ended(self, adapter: str, event: Event) -> None:
-        """The last event of an answer; the adapter "" is the base model."""
-        if adapter not in self._named and len(self._named) >= _NAMED:
-            adapter = "other"
-        self._named.add(adapter)
-        self._answers.labels(adapter, event.finish_reason).inc()
-        self._tokens.labels(adapter).inc(event.completion_tokens)
+    def ended(self, adapters: Iterable[str], event: Event) -> None:
+        """The last event of an answer, which counts for each of its adapters; the adapter "" is the base model."""
+        for name in adapters:
+            label = name if name in self._named or len(self._named) < _NAMED else "other"
+            self._named.add(label)
+            self._answers.labels(label, event.finish_reason).inc()
+            self._tokens.labels(label).inc(event.completion_tokens)
 
     def text(self) -> bytes:
         return generate_latest(self._registry)

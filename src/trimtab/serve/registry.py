@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from os.path import isfile
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any, NamedTuple
@@ -132,7 +133,7 @@ class Registry:
         if not self._is_found(name):
             raise UnknownAdapter(name)
         try:
-            return self.load(name, name)
+            return self._add(name, self._below(name), found=True)
         except NameTaken:  # by another thread, which asked for it too
             return self.get(name)
 
@@ -147,12 +148,18 @@ class Registry:
 
     def add(self, name: str, folder: str | Path, replace: bool = False) -> Adapter:
         """`load` from anywhere, at the operator's own word."""
+        return self._add(name, folder, replace)
+
+    def _add(self, name: str, folder: str | Path, replace: bool = False, found: bool = False) -> Adapter:
+        """Args: found: nobody loads it, so that one that is unloaded while it is read stays so."""
         if not self._may_be_named(name):
             raise NameTaken(f"adapter name {name!r}: is reserved, or no plain name; choose another.")
         with self._lock:
             self._check_free(name, replace)
         adapter = self.read(folder, name)
         with self._lock:
+            if found and name in self._gone:
+                raise UnknownAdapter(name)
             self._check_free(name, replace)
             self._drop(self._known.get(name))
             self._known[name] = _Known(adapter.digest, Path(folder))
@@ -253,7 +260,7 @@ class Registry:
     def _is_found(self, name: str) -> bool:
         if self.folder is None or not self._may_be_named(name) or name in self._gone:
             return False
-        return (self.folder / name / CONFIG).is_file()
+        return isfile(self.folder / name / CONFIG)  # unlike Path's, also of names too long for any file
 
     def _below(self, path: str | Path) -> Path:
         """The folder, and both its files, without a way out by `..` or a link."""

@@ -15,6 +15,9 @@ from torch import Tensor
 from trimtab.serve.engine import Logprob, Sampling
 from trimtab.serve.grammar import Form
 
+COLDEST = 1e-6
+"""Temperatures below it are none: logits divided by them leave what floats can hold."""
+
 
 class Sampler:
     """What one request's choices depend on besides its logits: settings, tokens so far, a random sequence."""
@@ -34,7 +37,7 @@ class Sampler:
 
     @property
     def greedy(self) -> bool:
-        return self.sampling.temperature == 0
+        return self.sampling.temperature < COLDEST
 
     @property
     def filters(self) -> bool:
@@ -107,7 +110,7 @@ def _drawn(logits: Tensor, samplers: Sequence[Sampler], filters: bool) -> Tensor
 def _filtered(probabilities: Tensor, settings: Sequence[Sampling]) -> Tensor:
     """Sorted probabilities (B, V) with 0 for what top_k, top_p and min_p leave out; top_p counts what top_k left."""
     rank = torch.arange(probabilities.shape[-1], device=probabilities.device)
-    k = _column([s.top_k or len(rank) for s in settings], rank)
+    k = _column([min(s.top_k or len(rank), len(rank)) for s in settings], rank)
     kept = torch.where(rank < k, probabilities, 0)
     before = kept.cumsum(-1) - kept
     keep = before < _column([s.top_p for s in settings], kept) * kept.sum(-1, keepdim=True)

@@ -200,12 +200,14 @@ class Service:
         watch = asyncio.create_task(_until_gone(http))
         watch.add_done_callback(lambda _: queue.put_nowait(None))
         left: dict[int, EngineRequest] = {}
+        told: dict[int, int] = {}  # tokens so far
 
         def emit_for(index: int) -> Callable[[Event], None]:
             held, clock = list[Event](), _Clock(self.metrics)
 
             def emit(event: Event) -> None:
                 clock.count(event)
+                told[index] = event.completion_tokens
                 held.append(event)
                 if parts or event.finish_reason is not None:
                     post(queue, (index, merged(held)))
@@ -223,7 +225,7 @@ class Service:
                     raise ClientGone
                 index, event = item
                 if event.finish_reason is not None:
-                    self.metrics.ended(_adapter(left.pop(index)), event)
+                    self.metrics.ended(_names(left.pop(index)), event)
                 if event.error is not None:
                     raise event.error
                 yield index, event
@@ -231,9 +233,10 @@ class Service:
             raise of_engine(error) from None
         finally:
             watch.cancel()
-            for request in left.values():
+            for index, request in left.items():
                 self.engine.cancel(request.id)
-                self.metrics.ended(_adapter(request), Event(finish_reason="abort"))
+                gone = Event(finish_reason="abort", completion_tokens=told.get(index, 0))
+                self.metrics.ended(_names(request), gone)
 
 
 def _write(brought: schemas.BroughtAdapter, folder: Path) -> None:
@@ -291,8 +294,9 @@ class _Clock:
             self.last, self.first = now, False
 
 
-def _adapter(request: EngineRequest) -> str:
-    return request.adapters[0].adapter.name if request.adapters else ""
+def _names(request: EngineRequest) -> list[str]:
+    """Of the request's adapters; the base model's is ""."""
+    return [one.adapter.name for one in request.adapters] or [""]
 
 
 async def _until_gone(http: Request) -> None:

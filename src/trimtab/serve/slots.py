@@ -328,7 +328,17 @@ class SlotsEngine:
 
     def _advance(self, rows: Sequence[Row], logits: Tensor) -> None:
         """Choose the next token of each row from logits (B, V), and say so."""
-        tokens = choose(logits, [row.sampler for row in rows])
+        try:
+            tokens = choose(logits, [row.sampler for row in rows])
+        except Exception as error:  # one row's own settings: its neighbours go on
+            if len(rows) == 1:
+                _LOG.exception("choosing a token failed")
+                said = f"the next token could not be chosen: {type(error).__name__}: {error}"
+                self._finish(rows[0], "error", StepFailed(said))
+            else:
+                for i, row in enumerate(rows):
+                    self._advance([row], logits[i : i + 1])
+            return
         for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
             if row.request.form is not None and (failed := row.request.form.failed):
                 self._finish(row, "error", StepFailed(f"the answer could not be kept to its form: {failed}"))

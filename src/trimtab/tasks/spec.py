@@ -137,7 +137,7 @@ class DataSpec(Section):
     skip_bad_rows: bool = False
     """Leave out lines of a CSV or TSV file with too many or too few cells, and rows of train that cannot be used."""
     limit: Limits = Limits()
-    """At most so many rows of each split, for a trial."""
+    """At most so many rows of each split, the first there are, for a trial; shuffle a file that is sorted."""
 
     @model_validator(mode="after")
     def _one_source(self) -> DataSpec:
