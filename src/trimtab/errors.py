@@ -22,6 +22,10 @@ class NoField(DataError):
     """The field's."""
 
 
+class BrokenLine(DataError):
+    """A line of a file with too many or too few cells."""
+
+
 class ModelError(TrimtabError):
     """A base model that cannot be loaded. The message names it and says what to check."""
 

@@ -174,6 +174,22 @@ def test_fields_that_could_be_read_too_are_named(tmp_path: Path) -> None:
     assert guess(write(tmp_path, numbered), False).said == "label_text could stand at label: instead of label"
 
 
+@pytest.mark.parametrize("nothing", ["NaN", "NA", "n/a", "null"])
+def test_what_programs_write_for_no_number_is_no_class(tmp_path: Path, nothing: str) -> None:
+    rows = of(40, text=sentence, rating=lambda i: nothing if i % 3 == 0 else f"{i % 7 + 0.5}")
+    assert guess(write(tmp_path, rows), False).type == "regression"
+
+
+def test_pairs_of_preference_and_columns_of_labels_are_named(tmp_path: Path) -> None:
+    found = guess(write(tmp_path, of(prompt=sentence, chosen=sentence, rejected=sentence)), True)
+    assert "rejected is not read; training on preferences: docs/guides/trl.md" in found.said
+    marks: Rows = [
+        {"comment_text": sentence(i), "toxic": str(i % 2), "insult": str(int(i % 3 == 0))} for i in range(24)
+    ]
+    found = guess(write(tmp_path, marks), False)
+    assert "of several labels at once make one field with a list" in found.said
+
+
 def test_halves_are_no_classes(tmp_path: Path) -> None:
     """However few different ones there are; whole numbers with a point are."""
     for value, kind in ((lambda i: i % 11 / 2, "regression"), (lambda i: f"{i % 5},5", "regression")):
@@ -228,6 +244,8 @@ def test_a_first_line_that_is_a_row_is_no_header(
         ),
         (of(messages=talk("user", "assistant")), False, "the model writes no text"),
         (of(messages=talk("user", "user")), True, "no conversation has an answer"),
+        (of(text=sentence, labels="['a', 'b']"), False, "labels: lists written as text: write the file as .jsonl"),
+        (of(chosen=talk("user", "assistant"), rejected=talk("user")), True, "chosen, rejected: lists, which no task"),
         (of(**{"a:b": sentence, "c": sentence}), True, "the field 'a:b' cannot stand in a template; rename it"),
     ],
 )
@@ -268,12 +286,13 @@ def test_files_that_are_no_table_become_rows_as_the_page_says(tmp_path: Path, mo
         Path(name).write_bytes("".join(f"a clich\u00e9 of {name} , {i} times\n" for i in range(20)).encode("latin-1"))
     questions = [f"{'DESC:manner' if i % 2 else 'HUM:ind'} What did Pel\u00e9 do : {i} ?\n" for i in range(24)]
     Path("train_5500.label").write_bytes("".join(questions).encode("latin-1"))
-    with pytest.raises(DataError, match=r"a copy called train_5500\.csv; for what has none see docs"):
+    with pytest.raises(DataError, match=r"a file a class.*your-own-file\.md; .*a copy called train_5500\.csv"):
         guess("train_5500.label", False)
     for label in ("pos", "neg"):
         Path("aclImdb/train", label).mkdir(parents=True)
         Path("aclImdb/train", label, "0_9.txt").write_text(f"A {label} film.")
-    Path("eng.train").write_text("John NNP B-PER\nsings VBZ O\n\nParis NNP B-LOC\n\n")
+    Path("comments.csv").write_text('id,comment_text,toxic,obscene,insult\n1,fool,1,0,1\n2,"well, no",0,0,0\n')
+    Path("eng.train").write_text("-DOCSTART- -X- O\n\nJohn NNP B-PER\nsings VBZ O\n\nParis NNP B-LOC\n\n")
     (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     exec(code, {})
     assert read_rows("subj.jsonl")[0] == {
@@ -281,6 +300,7 @@ def test_files_that_are_no_table_become_rows_as_the_page_says(tmp_path: Path, mo
         "label": "subjective",
     }
     assert {"text": "A pos film.", "label": "pos"} in read_rows("imdb.jsonl")
+    assert [row["labels"] for row in read_rows("comments.jsonl")] == [["toxic", "insult"], []]
     assert read_rows("conll.jsonl")[0] == {"words": ["John", "sings"], "tags": ["B-PER", "O"]}
     assert read_rows("trec.jsonl")[1] == {"label": "DESC:manner", "text": "What did Pel\u00e9 do : 1 ?"}
     assert {guess(f"{name}.jsonl", True).keys["label"] for name in ("subj", "trec")} == {"label"}

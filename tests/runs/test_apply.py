@@ -9,7 +9,6 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -296,15 +295,16 @@ def test_what_cannot_be_predicted_is_said_first(runs: Path, trimtab: Command, tm
         Answerer({"plural": runs / "plural"}).answer("cat " * 600, ["plural"])
 
 
-def test_rows_that_training_would_leave_out_are_left_out(runs: Path, tmp_path: Path) -> None:
+def test_rows_that_cannot_be_used_are_left_out_on_request(runs: Path, tmp_path: Path, trimtab: Command) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ("cat", "", "dog")))
-    applied = Applied(runs / "mood")
-    spec = applied.experiment.spec
-    skipping = spec.model_copy(update={"data": spec.data.model_copy(update={"skip_bad_rows": True})})
-    applied.experiment = replace(applied.experiment, spec=skipping)
+    with pytest.raises(DataError, match=r"row 2: .*; or leave out such rows: predict --skip-bad-rows"):
+        Applied(runs / "mood").examples(tmp_path / "rows.jsonl")
+    applied = Applied(runs / "mood", skip_bad_rows=True)
     applied.write(tmp_path / "rows.jsonl", tmp_path / "out.csv")
     assert [line["row"] for line in read(tmp_path / "out.csv")] == ["1", "3"]
     assert len(applied.left_out) == 1 and "row 2: the field 'text' is ''" in applied.left_out[0]
+    code, text = trimtab("predict", tmp_path / "rows.jsonl", "-a", runs / "mood", "--skip-bad-rows")
+    assert code == 0 and "1 rows cannot be used and are left out, first" in text, text
 
 
 def test_two_processes_do_not_write_one_file(runs: Path, asked: Path, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ def experiment(monkeypatch: pytest.MonkeyPatch) -> Any:
         ("loreft", 2_000, {"r": 1, "layers": [1, 3, 4, 6, 7]}),
         ("lora-qv", 41_000, {"r": 8, "lora_alpha": 16}),
         ("lora", 12_320, {"r": 1, "lora_alpha": 2}),
+        ({"mine": {"peft_type": "LORA", "r": 64, "target_modules": "all-linear"}}, 12_320, {"r": 1, "lora_alpha": 2}),
         ({"at": {"peft_type": "LORA_AT", "r": 8, "lora_alpha": 16}}, 41_000, {"r": 8, "positions": "f1+l2"}),
         ("prompt", 12_320, {"num_virtual_tokens": 64}),
         ("loreft", 1_000_000, {"r": 192}),  # the model's width

@@ -523,6 +523,29 @@ def test_the_weight_of_one_item(
         assert _step(task, [outcome(1.0, 1.0, predictions=[said[i] for i in order])], turned) == pytest.approx(step)
 
 
+def test_the_weight_of_a_source_in_a_mean(models: Path, tmp_path: Path) -> None:
+    """A document that holds half of the items moves the mean by half, and an item of a small set that set's share."""
+    path = write_recipe(models, tmp_path, "classification")
+    rows = [{"input": f"it {i}", "long": "yes" if i % 2 else "no", "from": min(i, 4)} for i in range(8)]
+    for name, some in (("rows", rows), ("few", rows[:2])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    raw = json.loads(path.read_text())
+    whole = raw["tasks"]["words"]
+    raw["tasks"] = {
+        "documents": whole | {"data": whole["data"] | {"group": "from"}},
+        "sets": whole | {"data": whole["data"] | {"test": {"many": "rows.jsonl", "few": "few.jsonl"}}},
+        "plain": whole,
+    }
+    path.write_text(json.dumps(raw))
+    experiments = load_recipe(path).experiments()
+    weights = {name: _step(one.task, [], Items.of(one.task, "test")) for name, one in experiments.items()}
+    assert weights == {
+        "documents": pytest.approx(4 / 8),
+        "sets": pytest.approx(1 / 2 / 2),
+        "plain": pytest.approx(1 / 8),
+    }
+
+
 def test_what_is_odd_about_the_data_is_in_the_report(
     models: Path, tmp_path: Path, inline: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -186,6 +186,14 @@ BAD: list[tuple[str, bytes, list[str]]] = [
     ("a.csv", b"\x1f\x8b\x08\x00", ["a.csv", "gzip", ".jsonl"]),
     ("a.csv", b"a,b\n1,2\n\n1,2,3\n", ["a.csv, line 4", "3 cells", "2 columns (a, b)", "quote"]),
     ("a.tsv", b"a\tb\n1\n", ["a.tsv, line 2", "1 cells", "2 columns"]),
+    (
+        "a.tsv",
+        b'a\tb\n"1\n2"\tx\n',
+        ["a.tsv, line 2", "quotes are plain characters in a .tsv file", "copy called .csv"],
+    ),
+    ("a.tsv", b'"a"\t"b"\n"1"\t"x"\n', ["a.tsv, line 1", "the names are in quotes", "copy called .csv"]),
+    ("a.jsonl.gz", b"\x1f\x8b", ["unknown suffix '.gz'", "Unpack it first"]),
+    ("data-00000-of-00001.arrow", b"x", ["`datasets` wrote its folder", "to_parquet"]),
     ("a.csv", b'a,b\n1,"2\n', ["a.csv, line 2", "quotes"]),
     ("a.csv", b"a,a\n1,2\n", ["a.csv, line 1", "repeated", "columns:"]),
     ("a.txt", b"hello", ["a.txt", "unknown suffix", ".jsonl, .csv", "a copy called a.csv"]),
@@ -337,3 +345,12 @@ def test_files_that_are_odd_are_named(tmp_path: Path, name: str, raw: bytes, sai
     (tmp_path / name).write_bytes(raw)
     with pytest.raises(DataError, match=said):
         read_rows(tmp_path / name)
+
+
+def test_a_folder_that_datasets_saved_is_told_from_others(tmp_path: Path) -> None:
+    (tmp_path / "saved").mkdir()
+    with pytest.raises(DataError, match="is a folder; name a file in it"):
+        locate("saved", tmp_path)
+    (tmp_path / "saved/dataset_dict.json").write_text("{}")
+    with pytest.raises(DataError, match="a folder that `datasets` wrote; in Python, load_from_disk"):
+        locate("saved", tmp_path)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from trimtab.errors import DataError
+from trimtab.runs.summary import odd_data
 from trimtab.tasks import TASKS, Task, build_task
 from trimtab.tasks.base import share
 from trimtab.tasks.scores import (
@@ -29,6 +30,7 @@ from trimtab.tasks.scores import (
     named_choice,
     overlap,
     ranks,
+    same_number,
 )
 
 MODEL = Path(__file__).parents[2] / "models/tiny-llama"
@@ -379,6 +381,48 @@ def test_rows_of_train_that_cannot_be_used_are_left_out_on_request(make: Make) -
         make(PLURAL, {"skip_bad_rows": True}, train=[{"input": "a"}] * 3, validation=rows).examples("train")
 
 
+def test_broken_lines_are_left_out_on_request_and_counted(tmp_path: Path, make: Make) -> None:
+    lines = ["text,label", *(f"a film{', oh well,' * (i % 3 == 0)} {i},{'no' if i % 2 else 'yes'}" for i in range(12))]
+    (tmp_path / "rows.csv").write_text("\n".join(lines))
+    file = str(tmp_path / "rows.csv")
+    files = {"train": file, "validation": file, "test": file, "group": "text"}
+    with pytest.raises(DataError, match="line 2: 4 cells where there are 2 columns"):
+        make(MOOD, files).examples("train")
+    task = make(MOOD, {**files, "skip_bad_rows": True})
+    assert [len(task.examples(split)) for split in ("train", "validation", "test")] == [8, 8, 8]
+    assert task.skipped == 4 and task.first_flaw == f"{file}, line 2: 4 cells where there are 2 columns"
+    said = [one for one in odd_data(task) if "lines of" in one]
+    assert len(said) == 2 and said[1].startswith(
+        "4 lines of test cannot be used and are left out, so test's score is of"
+    )
+    cut = make(MOOD, {**files, "validation": None, "skip_bad_rows": True})
+    assert len(cut.examples("train")) + len(cut.examples("validation")) == 8 and cut.skipped == 4
+
+
+def test_rows_without_a_class_are_left_out_on_request(make: Make) -> None:
+    rows = [{"text": "a", "label": name} for name in ("x", "y", None, "")]
+    with pytest.raises(DataError, match=r"row 3: .* or leave out such rows: data: skip_bad_rows: true"):
+        _ = make(MOOD, train=rows).labels
+    task = make(MOOD, {"skip_bad_rows": True, "validation": False, "test": "train.jsonl"}, train=rows)
+    assert (task.labels, len(task.examples("train")), task.skipped) == (["x", "y"], 2, 2)
+
+
+def test_a_class_that_looks_like_none_is_remarked(make: Make) -> None:
+    rows = [{"text": f"{i}", "label": name} for i, name in enumerate(("x", "y", "NA") * 4)]
+    _, odd = make(MOOD, {"validation": False}, train=rows, test=rows).census(
+        make(MOOD, {"validation": False}, train=rows, test=rows).examples("train")
+    )
+    assert odd == ["'NA' is a class; if it marks rows without a label, empty it"]
+
+
+def test_cells_as_a_spreadsheet_quotes_them_are_remarked(tmp_path: Path, make: Make) -> None:
+    text = 'text\tlabel\n"he said ""no"""\tx\n"well" he said, "no"\ty\n'
+    for name, remarked in (("rows.tsv", True), ("rows.csv", False)):
+        (tmp_path / name).write_text(text if remarked else text.replace('"well" he said, "no"', "well"))
+        task = make(MOOD, {"train": str(tmp_path / name), "validation": False, "test": str(tmp_path / name)})
+        assert any("1 cells of" in one and "copy called .csv" in one for one in odd_data(task)) is remarked
+
+
 def test_of_several_prompts_the_first_that_is_filled_is_used(make: Make) -> None:
     rows = [{"input": "a", "note": note, "output": "b"} for note in ("n", "", None)] + [{"input": "a", "output": "b"}]
     task = make(PLURAL | {"prompt": ["{input} ({note})", "{input}."]}, train=rows, validation=rows)
@@ -399,4 +443,27 @@ def test_answers_can_be_cut_to_the_length(make: Make) -> None:
 def test_the_overlap_of_words() -> None:
     assert overlap("The red fish.", "the fish is red") == pytest.approx(2 * 3 / 7)
     assert overlap("a a", "a") == pytest.approx(2 / 3)
-    assert overlap("", "a") == overlap("a", "") == 0.0
+    assert overlap("", "a") == overlap("a", "") == overlap("+", "-") == 0.0
+    assert overlap("", "") == overlap("+", "+\n") == overlap("🙂", "🙂") == 1.0
+    assert overlap("हिन्दी", "हिन्द") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [("0.0004", "0.0012", False), ("3.142", "3.1416", True), ("0.25", "0.2502", True), ("0", "0.0", True)],
+)
+def test_numbers_below_one_are_the_same_by_their_own_size(one: str, other: str, same: bool) -> None:
+    assert same_number(one, other) is same_number(other, one) is same
+
+
+def test_the_best_constant_answer_of_each_type(make: Make) -> None:
+    tags = [{"text": "a b c d", "label": "O O O B-X"}] * 2
+    task = make({**MOOD, "type": "token_classification", "score": "accuracy"}, train=tags, validation=tags)
+    examples = task.examples("validation")
+    first, second = task.constants(examples, 5)
+    assert first == [[task.labels.index("O")] * 4] * 2 and second == [[task.labels.index("B-X")] * 4] * 2
+    assert task.majority(examples) == ("O", 0.75)
+    several = [{"text": "a", "label": names} for names in (["x"], ["x"], ["x", "y"], [])]
+    task = make({**MOOD, "type": "multi_label_classification"}, train=several, validation=several)
+    examples = task.examples("validation")
+    assert task.scores(task.constants(examples, 1)[0], examples)["f1"] == pytest.approx(6 / 8)

@@ -99,7 +99,9 @@ def compare(
 
     jobs = jobs or room_for(recipe.model)
     _say(experiments, plan.runs - plan.done, jobs)
-    console.print(f"{len(study.groups)} comparisons, {jobs} trials at a time; what is done already is read.")
+    console.print(
+        f"{len(study.groups)} comparisons, {jobs} trial{'s' * (jobs > 1)} at a time; what is done already is read."
+    )
     if dry_run:
         console.print(planned(plan))
         return

@@ -93,6 +93,9 @@ def predict(
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Rows at a time; the training's eval_batch_size by default.")
     ] = None,
+    skip_bad_rows: Annotated[
+        bool, typer.Option("--skip-bad-rows", help="Leave out rows that cannot be used, and say how many.")
+    ] = False,
 ) -> None:
     """Answer, classify or rate every row of a file; called again after an interruption, it goes on."""
     from rich.progress import Progress
@@ -101,10 +104,12 @@ def predict(
 
     if output is not None:
         must_be_new(output)
-    applied = Applied(adapter, model, batch_size)
+    applied = Applied(adapter, model, batch_size, skip_bad_rows)
     if output is None:
         for number, lines in enumerate(applied.lines(applied.examples(file))):
             typer.echo(as_csv(iter(lines), header=not number), nl=False)
+        for remark in applied.remarks():
+            typer.echo(remark, err=True)
         return
     bar = Progress(console=console, transient=True, disable=not console.is_terminal)
     with resumable("What is done is kept; the same command goes on from there."), bar:
@@ -112,12 +117,6 @@ def predict(
         before = applied.write(file, output, lambda done, of: bar.update(rows, completed=done, total=of))
     if before:
         console.print(f"{before} rows were done already.")
-    if applied.left_out:
-        said = f"{len(applied.left_out)} rows cannot be used and are left out, first {applied.left_out[0]}"
-        console.print(said)
-    if applied.cut:
-        length = applied.experiment.training.max_length
-        console.print(f"{applied.cut} texts are longer than {length} tokens and were cut to that, as in training.")
-    if applied.blank:
-        console.print(f"{applied.blank} predictions are empty: {applied.experiment.task.blank}.")
+    for remark in applied.remarks():
+        console.print(remark)
     console.print(f"Wrote {output}.")

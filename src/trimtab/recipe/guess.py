@@ -11,7 +11,7 @@ from typing import Any
 
 from trimtab.errors import DataError
 from trimtab.tasks.classification import label_name
-from trimtab.tasks.files import NO_HEADER, SEPARATED, Row, is_missing, locate, read_rows
+from trimtab.tasks.files import NO_HEADER, SEPARATED, Row, is_blank, is_missing, locate, read_rows
 from trimtab.tasks.messages import FIELDS, Message, answers, messages_of, one_turn
 from trimtab.tasks.scores import BIO, NUMBER
 
@@ -96,6 +96,10 @@ def guess(path: str, generates: bool, columns: Sequence[str] | None = None, sepa
         told = f" ({', '.join(same)} with one value in all rows, which tells nothing)" if same else ""
         nested = [str(name) for name, value in rows[0].items() if isinstance(value, dict)]
         told += f"; {', '.join(nested)}: objects, whose fields are read once they are the row's own" if nested else ""
+        several = [str(name) for name, value in rows[0].items() if isinstance(value, list)]
+        told += f"; {', '.join(several)}: lists, which no task of this file's fields reads" if several else ""
+        written = [name for name, column in _columns(rows).items() if column.written]
+        told += f"; {', '.join(written)}: lists written as text: write the file as .jsonl" if written else ""
         raise DataError(
             f"{path}: {model}no columns look like {kind}; the fields are {', '.join(map(str, rows[0]))}{told}. "
             "Call them text and label, or write the task by hand: trimtab init --example classification, say, shows one"
@@ -127,7 +131,8 @@ def _with_unused(found: Guess, columns: dict[str, Column]) -> Guess:
     """Said of it, which fields hold what no task of this kind reads."""
     unused = [name for name, column in columns.items() if column.nested and name not in found.keys.values()]
     told = f"{', '.join(unused)}: lists or objects, which are not used" if unused else ""
-    return replace(found, said="; ".join(filter(None, [found.said, told])))
+    pairs = f"{WORSE} is not read; training on preferences: docs/guides/trl.md" if WORSE in columns else ""
+    return replace(found, said="; ".join(filter(None, [found.said, told, pairs])))
 
 
 class Column:
@@ -136,7 +141,11 @@ class Column:
     def __init__(self, name: str, values: Sequence[Any]) -> None:
         self.name, self.rows = name, len(values)
         there = [value for value in values if not is_missing(value)]
-        self.nested = any(isinstance(value, list | dict) for value in there)
+        if (named := [v for v in there if not is_blank(str(v))]) and all(NUMBER.fullmatch(str(v)) for v in named):
+            there = named  # what R and pandas write for a number that is not there is no class
+        self.written = bool(there) and all(str(value)[:1] == "[" and str(value)[-1:] == "]" for value in there)
+        """Whether these are lists written as text."""
+        self.nested = self.written or any(isinstance(value, list | dict) for value in there)
         self.texts = [label_name(value) for value in there]
         self.distinct = len(set(self.texts))
         self.full = len(there) == len(values)
@@ -279,6 +288,9 @@ def _labelled(columns: dict[str, Column]) -> Guess | None:
     others = [c for c in others if c is not label and c.name not in (pair or [longest])]
     names = ", ".join(c.name for c in others)
     said = f"{names} could stand at label: instead of {label.name}" if names and (not named or label.is_number) else ""
+    marks = [c.name for c in [*others, label] if set(c.texts) == {"0", "1"}]
+    if len(marks) > 1:
+        said += "; of several labels at once make one field with a list of those that are 1: docs/your-own-file.md"
     unread = [c.name for c in texts if c.name not in (pair or [longest]) and not c.names_classes]
     more = f"{', '.join(unread)} could be read too: text: [{unread[0]}, {longest}]" if unread and not pair else ""
     return Guess("classification", {**keys, "score": "accuracy"}, {}, "; ".join(filter(None, [said, more])))

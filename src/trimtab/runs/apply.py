@@ -45,13 +45,20 @@ class Applied:
         folder: of one task, or its name on the Hub.
         model: the base model, where it is not the one that the run names.
         batch_size: rows at a time; the training's `eval_batch_size` by default.
+        skip_bad_rows: leave out rows that cannot be used, also where training did not.
 
     Raises:
         RunError: trimtab left no run there.
         AdapterError: the adapter is not there, or damaged.
     """
 
-    def __init__(self, folder: str | Path, model: str | None = None, batch_size: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        model: str | None = None,
+        batch_size: int | None = None,
+        skip_bad_rows: bool = False,
+    ) -> None:
         self.folder = RunFolder(local(folder))
         run, task = self.folder.run, self.folder.task
         inspect_adapter(self.folder.path)
@@ -64,12 +71,13 @@ class Applied:
             run["seed"],
         )
         self.batch_size = batch_size or self.experiment.training.eval_batch_size
+        self.skip = skip_bad_rows or task.spec.data.skip_bad_rows
         self.cut = 0
         """How many texts were longer than training's `max_length`, and cut to it."""
         self.left_out: list[str] = []
         """Why rows could not be used."""
         self.blank = 0
-        """How many predictions that were written are empty."""
+        """How many of the predictions are empty; of `lines`, those given so far."""
 
     @cached_property
     def _base(self) -> Base:
@@ -85,21 +93,23 @@ class Applied:
 
         They need no answers.
 
-        Where training left out rows that cannot be used (`skip_bad_rows`), they are left out here too (`left_out`).
+        Where training left out rows that cannot be used (`skip_bad_rows`), or this is told to, they are left out here
+        too (`left_out`).
 
         Raises:
             DataError: a row cannot be used.
         """
         task, path, found = self.experiment.task, locate(file), {}
-        for number, row in enumerate(task.rows(path), 1):
+        for number, row in enumerate(task.rows(path, self.skip), 1):
             where = f"{path}, row {number}"
             try:
                 found[number] = replace(task.question(task.prepared(row, where), where), row=row)
             except DataError as error:
                 lacking = self._lacking(row)
                 remedy = f" (rename columns, so that {self.folder.path} finds {', '.join(lacking)})" if lacking else ""
-                if not task.spec.data.skip_bad_rows:
-                    raise DataError(f"{error}{remedy}") from None
+                if not self.skip:
+                    others = "" if lacking else "; or leave out such rows: predict --skip-bad-rows"
+                    raise DataError(f"{error}{remedy}{others}") from None
                 self.left_out.append(f"{error}{remedy}")
         if not found:
             raise DataError(self.left_out[0])
@@ -136,8 +146,21 @@ class Applied:
         for at in range(start, len(encoded), size * CHUNK):
             some = encoded[at : at + size * CHUNK]
             told = task.told(predict(self._model, self._base.tokenizer, some, size, **decoding))
+            self.blank += sum(line["prediction"] == "" for line in told)
             rows = [(number, examples[number].row) for number in numbers[at : at + len(told)]]
             yield [_line(number, row, columns, line) for (number, row), line in zip(rows, told, strict=True)]
+
+    def remarks(self) -> list[str]:
+        """What whoever reads the predictions should know."""
+        said = []
+        if self.left_out:
+            said.append(f"{len(self.left_out)} rows cannot be used and are left out, first {self.left_out[0]}")
+        if self.cut:
+            length = self.experiment.training.max_length
+            said.append(f"{self.cut} texts are longer than {length} tokens and were cut to that, as in training.")
+        if self.blank:
+            said.append(f"{self.blank} predictions are empty: {self.experiment.task.blank}.")
+        return said
 
     def write(self, file: str | Path, output: Path, watch: Callable[[int, int], None] = lambda done, of: None) -> int:
         """Predict a file's rows into `output`, a .csv or .jsonl file; an interrupted call is gone on with.

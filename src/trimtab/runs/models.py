@@ -185,6 +185,8 @@ def loading(name: str) -> Iterator[None]:
         remedy = (
             "are its config.json, weights and tokenizer files there and whole?"
             if Path(name).is_dir()
+            else f"{name} is a file; name the folder of a model, and files of rows with --task."
+            if Path(name).is_file()
             else f"there is no such folder in {Path.cwd()}; on the Hub, check name and network."
         )
         raise ModelError(f"cannot load the model {name!r}: {remedy}\n{reason}") from error

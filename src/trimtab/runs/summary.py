@@ -17,6 +17,7 @@ from trimtab.runs.models import load_tokenizer, skeleton
 from trimtab.runs.predict import check_context, context_of
 from trimtab.tasks import Task
 from trimtab.tasks.classification import ClassificationTask
+from trimtab.tasks.files import QUOTES_OF_TSV, quoted_cells
 from trimtab.tasks.tokens import Encoded
 from trimtab.where.plan import edited
 from trimtab.where.positions import parse_positions
@@ -124,7 +125,26 @@ def odd_data(task: Task[Any]) -> list[str]:
         *([] if task.test_is_validation else ["test"]),
     ]
     skipped = f"{task.skipped} rows cannot be used and are left out, first {task.first_flaw}"
-    return [*([skipped] if task.skipped else []), *_of_one_class(task, splits), *_shared(task, splits)]
+    own = [skipped] if task.skipped else []
+    return [*own, *_broken(task, splits), *_quoted(task), *_of_one_class(task, splits), *_shared(task, splits)]
+
+
+def _broken(task: Task[Any], splits: Sequence[str]) -> list[str]:
+    """Lines of test, and of a file for validation, that are left out."""
+    said = []
+    for split in splits:
+        whole = len(task.examples(split))
+        if found := [error for one in (task, *task.sets.values()) for error in one.broken.get(split, ())]:
+            score = f"{split}'s score is of the other {whole} alone"
+            said.append(f"{len(found)} lines of {split} cannot be used and are left out, so {score}; first {found[0]}")
+    return said
+
+
+def _quoted(task: Task[Any]) -> list[str]:
+    file = task.source("train")
+    if not file.lower().endswith(".tsv") or not (count := quoted_cells([e.row for e in task.examples("train")])):
+        return []
+    return [f"{count} cells of {file} are in quotes, with quotes doubled in them: {QUOTES_OF_TSV}"]
 
 
 def _of_one_class(task: Task[Any], splits: Sequence[str]) -> list[str]:

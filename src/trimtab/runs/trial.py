@@ -216,7 +216,7 @@ def _trained(
     """Train in a folder that is thrown away; what is kept of the frozen model's work, and what the training cost."""
     encoded, _ = trial.experiment.encode(tokenizer, examples, training=True)
     progress = Progress(trial.experiment.name)
-    some = trial.experiment.task.examples("validation")[:LOOKED_AT] if trial.looks else []
+    some = _looked_at(trial.experiment.task.examples("validation")) if trial.looks else []
 
     def look() -> float:
         how = {"examples": some, "equal_lengths": trial.way.adds_tokens, "reuse": fit.reuse}
@@ -255,8 +255,14 @@ def _scored(
 
 def _some_score(task: Task[Any], predictions: list[Any]) -> float:
     """Of what is predicted on validation, on those of it that were looked at in training."""
-    some = task.examples("validation")[:LOOKED_AT]
-    return next(iter(task.scores(predictions[:LOOKED_AT], some).values()))
+    some = _looked_at(task.examples("validation"))
+    return next(iter(task.scores(_looked_at(predictions), some).values()))
+
+
+def _looked_at(items: Sequence[Any]) -> list[Any]:
+    """Some of as many as validation has, from all over it, which may be sorted."""
+    count = min(len(items), LOOKED_AT)
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 def _validation_loss(trial: Trial, model: nn.Module, tokenizer: PreTrainedTokenizerBase, reuse: Reuse | None) -> float:

@@ -361,6 +361,8 @@ def _made(name: str, settings: dict[str, Any], adapter: AdapterSpec) -> Way:
         known = [t.name for t in PeftType if t in PEFT_TYPE_TO_CONFIG_MAPPING and t.name != "REFT"]
         if kind not in known:
             raise ValueError(f"{name}: peft_type {kind!r} is none of {', '.join(known)}")
+        if kind in ("LORA", LORA_AT):  # PEFT's alpha of 8, whatever r is, would be another strength for each
+            settings = {**settings, "lora_alpha": settings.get("lora_alpha", 2 * settings.get("r", 8))}
         if kind == LORA_AT:
             settings = {"positions": adapter.positions, **settings}
         return PeftWay(name, {**settings, "peft_type": kind}, rates, seed, own is not None)

@@ -53,7 +53,8 @@ class CompareSpec(Section):
         Field(examples=[["lora", "loreft", {"big": {"peft_type": "LORA", "r": 32}}]]),
     ] = None
     """Names, {name: {peft_type: LORA, r: 32, …}} or {name: {method: loreft, r: 8, …}}; the first is the reference.
-    `peft_type: LORA_AT` is a LoRA at some tokens alone, with `positions` (those of `adapter`, where it gives none)."""
+    A LoRA without `lora_alpha` has twice its `r`. `peft_type: LORA_AT` is a LoRA at some tokens alone, with `positions`
+    (those of `adapter`, where it gives none)."""
     learning_rates: Annotated[
         Annotated[list[PositiveFloat], Field(min_length=1)] | None, Field(examples=[[1e-3, 4e-3]])
     ] = None

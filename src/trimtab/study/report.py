@@ -246,9 +246,9 @@ def _task_report(groups: list[Group], settings: CompareSpec) -> TaskReport:
         validation_items=len(validation.examples),
         test_items=len(test.examples),
         methods=sorted(lines.values(), key=lambda line: float("inf") if line.mean is None else -line.mean),
-        constant=None if constant is None else float(constant.scores[0, 0]),
+        constant=float(constant.scores[0, 0]),
         earlier={group.way.name: count for group in finished if (count := earlier_trials(group))},
-        telling=constant is None or not samples or _some_surely_better(list(samples.values()), constant),
+        telling=not samples or _some_surely_better(list(samples.values()), constant),
         odd=odd_data(task),
         disagreements=_disagreements(finished, task, test.examples),
     )
@@ -311,7 +311,12 @@ def _step(task: Task[Any], runs: Sequence[Outcome], test: Items) -> float:
     """By how much one item can change the score of a run, wrong put right or right put wrong: the most of some, one of
     each kind. Items of one source go together."""
     if task.score.whole is None:
-        return 0.0  # an item's share of all
+        share = Counter[Hashable]()  # what a source weighs in the mean of the sets' means
+        sets = list(task.by_set(test.examples).values()) or [list(range(len(test.examples)))]
+        for places in sets:
+            for place in places:
+                share[test.sources[place]] += 1 / len(places) / len(sets)  # type: ignore[assignment]
+        return max(share.values())
     wanted = list(task.truth(test.examples).wanted)
     score, ones, most = task.weighted(test.examples), test.weights[:1], 0.0
     names = [str(task.readable(one)) for one in wanted]
@@ -324,18 +329,17 @@ def _step(task: Task[Any], runs: Sequence[Outcome], test: Items) -> float:
             others = wanted[place : place + 1] if answer != right else others[:1]
             if others:
                 own = test.sources[place]
-                changed = [others[0] if one == own else p for p, one in zip(said, test.sources, strict=True)]
+                changed = [
+                    p if one != own else wanted[i] if answer != right else others[0]
+                    for i, (p, one) in enumerate(zip(said, test.sources, strict=True))
+                ]
                 most = max(most, abs(float(score(changed, ones)[0]) - now))
     return most
 
 
-def _constant(task: Task[Any], test: Items) -> Sample | None:
-    """The scores of the answer that is best given to all of test, of the commonest of train; None where there is
-    none."""
-    wanted = task.truth(task.examples("train")).wanted
-    if not all(isinstance(one, str | int | float) for one in wanted):
-        return None
-    each = [test.scores(task, [answer] * len(test.examples)) for answer, _ in Counter(wanted).most_common(COMMONEST)]
+def _constant(task: Task[Any], test: Items) -> Sample:
+    """The scores of the answer that is best given to all of test, of the commonest of train."""
+    each = [test.scores(task, answers) for answers in task.constants(test.examples, COMMONEST)]
     return Sample(max(each, key=lambda scores: float(scores[0]))[None], test.groups, random=False)
 
 

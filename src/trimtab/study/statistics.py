@@ -34,7 +34,7 @@ class Sample:
     random: bool = True
     """Whether another seed could score otherwise."""
     step: float = 0.0
-    """By how much one item alone can change the score, where that is more than an item's share of all."""
+    """By how much one item alone, or one source, can change the score."""
 
     @property
     def lone(self) -> bool:
@@ -129,7 +129,8 @@ def _difference(difference: float, parts: Sequence[tuple[float, float]], margin:
 
 
 def judged(found: Sequence[Difference]) -> list[Difference]:
-    """The differences of one table with their verdicts: at most 5 in 100 such tables have a wrong one by chance."""
+    """The differences of one table with their verdicts: by chance at most 5 in 100 such tables have a wrong better or
+    worse, and as many a wrong equal."""
     corrected, equal = holm([one.p for one in found]), holm([one.equal_p for one in found])
     return [_judged(one, p, e, len(found)) for one, p, e in zip(found, corrected, equal, strict=True)]
 

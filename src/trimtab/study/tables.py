@@ -35,7 +35,7 @@ def introduction(report: Report) -> str:
     searched = f"{searched}. Intervals hold {held}."
     return (
         f"Scores in points, {means}, on test. Every method had the same data, batches and steps. {searched} Marks are "
-        "after Holm's correction: by chance alone, a table has a wrong one at most 5 times in 100."
+        "after Holm's correction: by chance alone, a table has a wrong ▲ or ▼ at most 5 times in 100, and so a wrong =."
     )
 
 

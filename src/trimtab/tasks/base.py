@@ -13,8 +13,8 @@ from typing import Any, ClassVar, Generic, TypeVar
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from trimtab.errors import DataError
-from trimtab.tasks.files import Row, needed, read_rows
+from trimtab.errors import BrokenLine, DataError
+from trimtab.tasks.files import Broken, Row, needed, read_rows
 from trimtab.tasks.messages import one_turn
 from trimtab.tasks.scores import Array, Score, Truth
 from trimtab.tasks.spec import SPLITS, TaskSpec
@@ -80,6 +80,8 @@ class Task(ABC, Generic[SpecT]):
         part: Callable[[str], Any] = spec.for_set  # a spec of the same type
         self.sets: dict[str, Task[Any]] = {set_: type(self)(set_, part(set_), seed) for set_ in spec.data.sets}
         """Where there are several test sets, the task of each alone; `examples("test")` are those of all, in order."""
+        self.broken: dict[str, list[BrokenLine]] = {}
+        """By split, which is not train's, the lines that `skip_bad_rows` left out of it."""
         self.skipped = 0
         """How many rows `skip_bad_rows` left out of train, and of validation where that is cut from it."""
         self.first_flaw: str | None = None
@@ -124,10 +126,11 @@ class Task(ABC, Generic[SpecT]):
         name = self.spec.data.conversation
         return {**row, **one_turn(row, name, where)} if name else row
 
-    def rows(self, file: str | Path, skip_bad_rows: bool = False) -> list[Row]:
+    def rows(self, file: str | Path, skip_bad_rows: bool | None = None) -> list[Row]:
         """A file's rows, read as the task's own are. Raises DataError."""
         data = self.spec.data
-        return read_rows(file, columns=data.columns, skip_bad_rows=skip_bad_rows, separator=data.separator)
+        skip = data.skip_bad_rows if skip_bad_rows is None else skip_bad_rows
+        return read_rows(file, columns=data.columns, skip_bad_rows=skip, separator=data.separator)
 
     def sample(self) -> Example:
         """The question of a row that holds its fields' names."""
@@ -225,7 +228,7 @@ class Task(ABC, Generic[SpecT]):
             raise ValueError(
                 f"{self.name}: {len(predictions)} predictions for {len(examples)} examples; give one for each"
             )
-        parts = self._by_set(examples)
+        parts = self.by_set(examples)
         if not parts:
             truth = self.truth(examples)
             return {score.name: score.value(predictions, truth) for score in self.shown}
@@ -242,7 +245,7 @@ class Task(ABC, Generic[SpecT]):
 
     def faults(self, predictions: Sequence[Any], examples: Sequence[Example]) -> list[float]:
         """How far each prediction is from right, which is 0."""
-        if parts := self._by_set(examples):
+        if parts := self.by_set(examples):
             faults = [0.0] * len(examples)
             for name, places in parts.items():
                 own = self.sets[name].faults([predictions[i] for i in places], [examples[i] for i in places])
@@ -264,14 +267,19 @@ class Task(ABC, Generic[SpecT]):
 
     def majority(self, examples: Sequence[Example]) -> tuple[Any, float]:
         """The commonest answer of train, and the main score of giving it to each of the examples."""
-        wanted = self.truth(self.examples("train")).wanted
-        (common, _), *_ = Counter(repr(self.readable(one)) for one in wanted).most_common(1)
-        answer = next(one for one in wanted if repr(self.readable(one)) == common)
-        return self.readable(answer), self.scores([answer] * len(examples), examples)[self.score.name]
+        answers = self.constants(examples, 1)[0]
+        return self.readable(answers[0]), self.scores(answers, examples)[self.score.name]
+
+    def constants(self, examples: Sequence[Example], most: int) -> list[list[Any]]:
+        """Predictions for the examples that are all the same answer: each of so many of train's commonest."""
+        known = self.truth(self.examples("train")).wanted
+        wanted = {repr(self.readable(one)): one for one in known}
+        counts = Counter(repr(self.readable(one)) for one in known)
+        return [[wanted[name]] * len(examples) for name, _ in counts.most_common(most)]
 
     def weighted(self, examples: Sequence[Example]) -> Callable[[Sequence[Any], Array], Array]:
         """The main score for resampled items: (predictions (n,), weights (B, n)) -> (B,)."""
-        parts = self._by_set(examples)
+        parts = self.by_set(examples)
         if not parts:
             truth = self.truth(examples)
             return lambda predictions, weights: self.score.weighted(predictions, truth, weights)
@@ -283,7 +291,7 @@ class Task(ABC, Generic[SpecT]):
 
         return mean
 
-    def _by_set(self, examples: Sequence[Example]) -> dict[str, list[int]]:
+    def by_set(self, examples: Sequence[Example]) -> dict[str, list[int]]:
         """The places of each test set's examples; empty where these are of no set."""
         counts = Counter(e.set for e in examples if e.set in self.sets)
         return {name: [i for i, e in enumerate(examples) if e.set == name] for name in self.sets if counts[name]}
@@ -305,9 +313,12 @@ class Task(ABC, Generic[SpecT]):
                 bad.append(error)
         if bad and not made:
             raise bad[0]
-        if bad and not skip:
-            remedy = f"; or leave out such rows, {len(bad)} of {len(rows)}: data: skip_bad_rows: true"
-            raise DataError(f"{bad[0]}{remedy if self._of_train(split) else ''}")
+        if not skip:
+            self.broken[split] = [error for error in bad if isinstance(error, BrokenLine)]
+            if others := [error for error in bad if not isinstance(error, BrokenLine)]:
+                remedy = f"; or leave out such rows, {len(bad)} of {len(rows)}: data: skip_bad_rows: true"
+                raise DataError(f"{others[0]}{remedy if self._of_train(split) else ''}")
+            return made
         self.skipped += len(bad)
         self.first_flaw = self.first_flaw or (str(bad[0]) if bad else None)
         return made
@@ -337,7 +348,8 @@ class Task(ABC, Generic[SpecT]):
         """The places of the training file's rows by group; each alone where there are none."""
         name, found = self.spec.data.group, dict[Hashable, list[int]]()
         for i, row in enumerate(rows):
-            found.setdefault(self.group_of(row, self._where("train", i + 1)) if name else i, []).append(i)
+            alone = not name or isinstance(row, Broken)
+            found.setdefault(i if alone else self.group_of(row, self._where("train", i + 1)), []).append(i)
         return found
 
     def group_of(self, row: Row, where: str) -> str:
@@ -370,9 +382,7 @@ class Task(ABC, Generic[SpecT]):
         data = self.spec.data
         name: str = getattr(data, split)
         if name not in self._rows:
-            self._rows[name] = (
-                read_rows(data.name, name, config=data.config) if data.name else self.rows(name, data.skip_bad_rows)
-            )
+            self._rows[name] = read_rows(data.name, name, config=data.config) if data.name else self.rows(name)
         return self._rows[name]
 
     def source(self, split: str) -> str:

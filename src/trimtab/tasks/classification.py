@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trimtab.errors import DataError
 from trimtab.tasks.base import Example, Head, Label, Task, crossed
-from trimtab.tasks.files import Row, as_text, field, is_missing, needed
+from trimtab.tasks.files import Row, as_text, field, is_blank, is_missing, needed
 from trimtab.tasks.scores import CLASS_SCORES, F1, Score, Truth
 from trimtab.tasks.spec import FieldNames, Names, TaskSpec, one_of
 from trimtab.tasks.tokens import Encoded, encode_texts
@@ -135,8 +135,13 @@ class LabelledTask(TextTask[LabelledSpecT]):
         return names
 
     def _names_in_train(self) -> list[str]:
-        rows = enumerate(self._read("train"), 1)
-        names = {name for i, row in rows for name in self.named(row, self._where("train", i))}
+        names = set[str]()
+        for i, row in enumerate(self._read("train"), 1):
+            try:
+                names.update(self.named(row, self._where("train", i)))
+            except DataError as error:
+                if not self.spec.data.skip_bad_rows:
+                    raise DataError(f"{error}; or leave out such rows: data: skip_bad_rows: true") from None
         if len(names) < 2:
             always = repr(names.pop()) if names else "empty"
             raise DataError(f"{self.source('train')}: {self.spec.label!r} is always {always}; a task needs two classes")
@@ -204,6 +209,7 @@ class LabelledTask(TextTask[LabelledSpecT]):
         ]
         if {"-1", "0"} <= counts.keys():
             odd.append("'-1' is a class too; if it marks rows without a label, remove them")
+        odd += [f"{name!r} is a class; if it marks rows without a label, empty it" for name in counts if is_blank(name)]
         labels: dict[tuple[str, ...], set[Label]] = {}
         for e in examples:
             labels.setdefault(e.texts, set()).add(e.label)

@@ -12,9 +12,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from trimtab.errors import DataError, NoField
+from trimtab.errors import BrokenLine, DataError, NoField
 
 Row = dict[str, Any]
+
+
+class Broken(Row):
+    """What stands for a line with too many or too few cells that `skip_bad_rows` lets pass: a row without fields."""
+
+    def __init__(self, flaw: str) -> None:
+        super().__init__()
+        self.flaw = flaw
 
 
 def locate(path: str | Path, folder: str | Path = ".") -> Path:
@@ -28,6 +36,9 @@ def locate(path: str | Path, folder: str | Path = ".") -> Path:
         if candidate.is_file():
             return candidate
     if any(candidate.is_dir() for candidate in tried):
+        folder = next(candidate for candidate in tried if candidate.is_dir())
+        if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
+            raise DataError(f"{str(path)!r} is a folder that `datasets` wrote; {TO_PARQUET}")
         raise DataError(f"{str(path)!r} is a folder; name a file in it")
     near = [
         str(name.with_name(close))
@@ -68,8 +79,9 @@ def read_rows(
 ) -> list[Row]:
     """Read a .json, .jsonl, .csv, .tsv or .parquet file or, when `split` is given, a split of a dataset on the Hub.
 
-    `columns` names the fields of a CSV or TSV file that has no header line; `skip_bad_rows` leaves out the lines of
-    one that have too many or too few cells; `separator` stands between its cells, found by looking where not given.
+    `columns` names the fields of a CSV or TSV file that has no header line; with `skip_bad_rows` lines of one that
+    have too many or too few cells are `Broken` rows instead of an error; `separator` stands between its cells, found
+    by looking where not given.
 
     Raises DataError for a file that is missing, empty, damaged or of another kind, and when the Hub cannot be reached.
     """
@@ -79,11 +91,10 @@ def read_rows(
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         remedy = (
-            f"Cells with a separator between them are read from a copy called {path.stem}.csv; for what has none see "
-            "docs/your-own-file.md"
+            "Lines without a separator, a file a class, blocks of tagged words: docs/your-own-file.md; cells with a "
+            f"separator between them are read from a copy called {path.stem}.csv"
         )
-        if path.suffix.lower() in SPREADSHEETS:
-            remedy = "Export the sheet as CSV"
+        remedy = REMEDIES.get(path.suffix.lower(), remedy)
         raise DataError(f"{path}: unknown suffix {path.suffix!r}; use one of {', '.join(READERS)}. {remedy}")
     for name, given in (("columns", columns), ("separator", separator)):
         if given and path.suffix.lower() not in SEPARATED:
@@ -128,6 +139,14 @@ def _text(path: Path) -> str:
         raise DataError(f"{path}, line {line}: not UTF-8 text; {remedy}") from None
 
 
+TO_PARQUET = "in Python, load_from_disk(FOLDER) gives its splits, and each has to_parquet(FILE)"
+_UNPACK = "Unpack it first"
+REMEDIES = {
+    **dict.fromkeys((".xlsx", ".xls", ".ods"), "Export the sheet as CSV"),
+    **dict.fromkeys((".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz"), _UNPACK),
+    ".arrow": f"`datasets` wrote its folder: {TO_PARQUET}",
+}
+"""By the suffix of a file that is not read."""
 NO_HEADER = "without a header line, name the fields: columns: in a recipe's data, or init --columns"
 BINARY = {
     b"\x1f\x8b": "gzip",
@@ -215,7 +234,6 @@ def find_separator(text: str) -> str:
 SEPARATORS, LOOKED_AT = ",;\t|^~", 50
 SEPARATED = (".csv", ".tsv")
 """Suffixes of files whose cells have a separator between them."""
-SPREADSHEETS = (".xlsx", ".xls", ".ods")
 
 
 def _read_tsv(path: Path, columns: Sequence[str] | None, skip: bool, separator: str | None) -> list[Row]:
@@ -235,18 +253,35 @@ def _table(path: Path, lines: list[tuple[int, list[str]]], columns: Sequence[str
         header, lines = [first[0] or "Unnamed: 0", *first[1:]], lines[1:]  # as pandas calls its index, written without
     if len(set(header)) < len(header) or "" in header:
         raise DataError(f"{path}, line 1: the header {header} has an empty or repeated name; {NO_HEADER}")
-    if skip:
-        lines = [(number, cells) for number, cells in lines if len(cells) == len(header)]
+    if path.suffix.lower() == ".tsv" and all(_is_quoted(name) for name in header):
+        raise DataError(f"{path}, line 1: the names are in quotes; {QUOTES_OF_TSV}")
+    rows: list[Row] = []
     for number, cells in lines:
-        if len(cells) != len(header):
-            other = (
-                " or, where it is another, name it (data: separator:, init's --separator)" if len(header) == 1 else ""
-            )
-            raise DataError(
-                f"{path}, line {number}: {len(cells)} cells where there are {len(header)} columns "
-                f"({', '.join(header)[:200]}); quote cells that hold the separator{other}; {NO_HEADER}"
-            )
-    return [dict(zip(header, cells, strict=True)) for _, cells in lines]
+        if len(cells) == len(header):
+            rows.append(dict(zip(header, cells, strict=True)))
+            continue
+        flaw = f"{path}, line {number}: {len(cells)} cells where there are {len(header)} columns"
+        if skip:
+            rows.append(Broken(flaw))
+            continue
+        other = " or, where it is another, name it (data: separator:, init's --separator)" if len(header) == 1 else ""
+        quotes = QUOTES_OF_TSV if any('"' in cell for cell in cells) and path.suffix.lower() == ".tsv" else ""
+        remedy = quotes or f"quote cells that hold the separator{other}"
+        raise DataError(f"{flaw} ({', '.join(header)[:200]}); {remedy}; {NO_HEADER}")
+    return rows
+
+
+QUOTES_OF_TSV = "quotes are plain characters in a .tsv file; of one that a spreadsheet wrote make a copy called .csv"
+
+
+def _is_quoted(cell: str) -> bool:
+    return len(cell) > 1 and cell[0] == cell[-1] == '"'
+
+
+def quoted_cells(rows: Sequence[Row]) -> int:
+    """How many cells look as spreadsheets write those that hold quotes: in quotes, and all within doubled."""
+    texts = (value for row in rows for value in row.values() if isinstance(value, str) and _is_quoted(value))
+    return sum('""' in text[1:-1] and '"' not in text[1:-1].replace('""', "") for text in texts)
 
 
 def _read_parquet(path: Path, *_: Any) -> list[Row]:
@@ -303,7 +338,9 @@ READERS: dict[str, Callable[[Path, Sequence[str] | None, bool, str | None], list
 
 
 def field(row: Row, name: str, where: str) -> Any:
-    """The value of a field; raises NoField naming the fields there are."""
+    """The value of a field; raises NoField naming the fields there are, BrokenLine where the row is none."""
+    if isinstance(row, Broken):
+        raise BrokenLine(row.flaw)
     if name not in row:
         near = difflib.get_close_matches(name.casefold(), {str(one).casefold(): one for one in row}, 1)
         outer = name.partition(".")[0]
@@ -319,6 +356,27 @@ def field(row: Row, name: str, where: str) -> Any:
 def is_missing(value: Any) -> bool:
     """Whether a value is null, NaN or the empty string."""
     return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
+
+
+def is_blank(text: str) -> bool:
+    """Whether a text is how spreadsheets and statistics programs write that nothing is there."""
+    return text.casefold() in {"nan", "na", "n/a", "#n/a", "null", "<na>"}
+
+
+def listed(value: Any, name: str, where: str) -> Any:
+    """A field's value; of text that is a JSON list, as `predict` writes lists into a CSV, the list.
+
+    Raises DataError for lists that are written in another way, such as Python's.
+    """
+    if not (isinstance(value, str) and value[:1] == "[" and value[-1:] == "]"):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        raise DataError(
+            f"{where}: the field {name!r} is a list written as text, {value[:60]}; write the file as .jsonl (pandas: "
+            'to_json(FILE, orient="records", lines=True))'
+        ) from None
 
 
 def needed(row: Row, name: str, where: str) -> Any:

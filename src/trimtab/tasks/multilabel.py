@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from trimtab.errors import DataError
 from trimtab.tasks.base import Example, Label
 from trimtab.tasks.classification import LabelledSpec, LabelledTask, PooledSpec, label_name, told_shares
-from trimtab.tasks.files import Row, field, is_missing
+from trimtab.tasks.files import Row, field, is_missing, listed
 from trimtab.tasks.scores import SET_SCORES
 from trimtab.tasks.spec import one_of
 from trimtab.tasks.tokens import Encoded, encode_texts
@@ -41,7 +41,7 @@ class MultiLabelTask(LabelledTask[MultiLabelSpec]):
     blank = "no class has a probability above a half"
 
     def named(self, row: Row, where: str) -> Sequence[str]:
-        value = field(row, self.spec.label, where)
+        value = listed(field(row, self.spec.label, where), self.spec.label, where)
         inside = value if isinstance(value, list) else [value]
         if isinstance(value, dict) or any(one != "" and is_missing(one) for one in inside):
             raise DataError(

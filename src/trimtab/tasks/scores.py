@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from unicodedata import category
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,15 +106,26 @@ def last_number(text: str) -> float | None:
 
 
 def same_number(predicted: str, wanted: str, tolerance: float = 1e-3) -> bool:
-    """Whether the last numbers of two texts agree; False where either has none."""
+    """Whether the last numbers of two texts agree; False where either has none.
+
+    Args:
+        tolerance: by how much they may differ; of numbers below 1, by how much of themselves.
+    """
     a, b = last_number(predicted), last_number(wanted)
-    return a is not None and b is not None and abs(a - b) <= tolerance
+    return a is not None and b is not None and abs(a - b) <= tolerance * min(1, max(abs(a), abs(b)))
 
 
 def overlap(predicted: str, wanted: str) -> float:
-    """F1 of the words two texts share, in any case and order, as in SQuAD; 0 where either has none."""
-    a, b = (Counter(re.findall(r"\w+", text.casefold())) for text in (predicted, wanted))
-    return 2 * (a & b).total() / (a.total() + b.total()) if a and b else 0.0
+    """F1 of the words two texts share, in any case and order; where either has none, whether they are the same."""
+    a, b = (Counter(_words(text)) for text in (predicted, wanted))
+    if not a or not b:
+        return float(predicted.strip() == wanted.strip())
+    return 2 * (a & b).total() / (a.total() + b.total())
+
+
+def _words(text: str) -> list[str]:
+    """Letters, digits and the marks that belong to them, as Hindi's vowel signs, which a pattern's `w` leaves out."""
+    return "".join(c if c.isalnum() or c == "_" or category(c)[0] == "M" else " " for c in text.casefold()).split()
 
 
 def named_choice(text: str, choices: Sequence[str]) -> int | None:

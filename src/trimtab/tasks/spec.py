@@ -135,7 +135,8 @@ class DataSpec(Section):
     """The field that says which rows are of one source (a document, a person): `compare` counts them as one, and the
     share of train that validates takes all of a source or none."""
     skip_bad_rows: bool = False
-    """Leave out lines of a CSV or TSV file with too many or too few cells, and rows of train that cannot be used."""
+    """Leave out lines of any CSV or TSV file with too many or too few cells, and rows of train that cannot be used; how
+    many, is said."""
     limit: Limits = Limits()
     """At most so many rows of each split, the first there are, for a trial; shuffle a file that is sorted."""
 

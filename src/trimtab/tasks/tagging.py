@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from trimtab.errors import DataError
 from trimtab.tasks.base import Example
 from trimtab.tasks.classification import LabelledSpec, LabelledTask, label_name
-from trimtab.tasks.files import Row, as_text, is_missing, needed
+from trimtab.tasks.files import Row, as_text, is_missing, listed, needed
 from trimtab.tasks.scores import TAG_SCORES, Score, Truth
 from trimtab.tasks.spec import one_of
 from trimtab.tasks.tokens import Encoded, encode_words
@@ -96,10 +96,13 @@ class TaggingTask(LabelledTask[TaggingSpec]):
 
     def majority(self, examples: Sequence[Example]) -> tuple[Any, float]:
         """The commonest tag of train, and the main score of giving it to each word of the examples."""
+        answers = self.constants(examples, 1)[0]
+        return self.labels[answers[0][0]], self.scores(answers, examples)[self.score.name]
+
+    def constants(self, examples: Sequence[Example], most: int) -> list[list[Any]]:
+        """One tag for all words of the examples: each of so many of train's commonest."""
         tags = Counter(place for e in self.examples("train") for place in self.places(e.label))
-        (common, _), *_ = tags.most_common(1)
-        answers = [[common] * len(self.places(e.label)) for e in examples]
-        return self.labels[common], self.scores(answers, examples)[self.score.name]
+        return [[[tag] * len(self.places(e.label)) for e in examples] for tag, _ in tags.most_common(most)]
 
     def told(self, outputs: Sequence[Sequence[Sequence[float]]]) -> list[dict[str, Any]]:
         """The tags, with blanks between them."""
@@ -111,7 +114,7 @@ class TaggingTask(LabelledTask[TaggingSpec]):
         return tuple(score for score in super().shown if not score.flaw("", truth))
 
     def _parts(self, row: Row, name: str, where: str) -> list[str]:
-        value = needed(row, name, where)
+        value = listed(needed(row, name, where), name, where)
         if not isinstance(value, list):
             return as_text(value, name, where).split()
         if not value:
