@@ -187,7 +187,7 @@ def test_pairs_of_preference_and_columns_of_labels_are_named(tmp_path: Path) -> 
         {"comment_text": sentence(i), "toxic": str(i % 2), "insult": str(int(i % 3 == 0))} for i in range(24)
     ]
     found = guess(write(tmp_path, marks), False)
-    assert "of several labels at once make one field with a list" in found.said
+    assert "of several labels at once make one field, a list" in found.said
 
 
 def test_halves_are_no_classes(tmp_path: Path) -> None:

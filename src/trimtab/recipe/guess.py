@@ -288,12 +288,13 @@ def _labelled(columns: dict[str, Column]) -> Guess | None:
     others = [c for c in others if c is not label and c.name not in (pair or [longest])]
     names = ", ".join(c.name for c in others)
     said = f"{names} could stand at label: instead of {label.name}" if names and (not named or label.is_number) else ""
-    marks = [c.name for c in [*others, label] if set(c.texts) == {"0", "1"}]
-    if len(marks) > 1:
-        said += "; of several labels at once make one field with a list of those that are 1: docs/your-own-file.md"
+    marked = sum(set(c.texts) == {"0", "1"} for c in [*others, label]) > 1
+    several = (
+        "of several labels at once make one field, a list of those that are 1: docs/your-own-file.md" if marked else ""
+    )
     unread = [c.name for c in texts if c.name not in (pair or [longest]) and not c.names_classes]
     more = f"{', '.join(unread)} could be read too: text: [{unread[0]}, {longest}]" if unread and not pair else ""
-    return Guess("classification", {**keys, "score": "accuracy"}, {}, "; ".join(filter(None, [said, more])))
+    return Guess("classification", {**keys, "score": "accuracy"}, {}, "; ".join(filter(None, [said, several, more])))
 
 
 def _pair(names: Sequence[str]) -> list[str] | None:
