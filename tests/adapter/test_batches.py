@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from helpers import CLASSIFIERS, DECODERS, ENCODERS, PAD, VOCAB, batch_for, logits_of, outputs_of, tiny
 from peft import PeftModel, get_peft_model
 from torch import Tensor
@@ -630,6 +631,39 @@ def test_encoder_decoder_generate(kwargs: dict[str, Any], prompt: list[int] | No
         assert torch.equal(out.sequences[i * times : (i + 1) * times], alone.sequences)
         if not times > 1 and "num_beams" not in kwargs:
             assert (torch.stack(out.logits, 1)[i] - torch.stack(alone.logits, 1)[0]).abs().max() < TOLERANCE
+
+
+def test_decoder_prompts_of_unequal_length() -> None:
+    """Padded on the left, they are edited where each begins and ends."""
+    model, rows = adapted("t5", "SEQ_2_SEQ_LM", **SEQ2SEQ), prompts()
+    batch = without_positions(padded(rows, "right"))
+    starts = [[PAD, 9], [PAD, 9, 8, 7, 6], [PAD, 5, 4]]
+    width = max(map(len, starts))
+    start = torch.tensor([[PAD] * (width - len(one)) + one for one in starts])
+    mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in starts])
+    out = model.generate(**batch, decoder_input_ids=start, decoder_attention_mask=mask, adapter_names=NAMES, **search())
+    for i, (row, adapter) in enumerate(zip(rows, NAMES, strict=True)):
+        with only(model, adapter):
+            alone = model.generate(
+                **without_positions(padded([row])), decoder_input_ids=torch.tensor([starts[i]]), **search()
+            )
+        assert (torch.stack(out.logits, 1)[i] - torch.stack(alone.logits, 1)[0]).abs().max() < TOLERANCE
+
+
+def test_states_of_an_image_before_those_of_the_text_are_refused() -> None:
+    torch.manual_seed(0)
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = hf.GitConfig(
+        vision_config={**vision, "image_size": 8, "patch_size": 4},
+        **{"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+        **{"intermediate_size": 48, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1},
+    )
+    config.eos_token_id = None
+    model = get_peft_model(hf.GitForCausalLM(config), ReftConfig(task_type="CAUSAL_LM", r=2, positions="f2+l2")).eval()
+    ids = torch.arange(3, 12)[None]
+    model(input_ids=ids, prompt_lengths=[9])
+    with pytest.raises(RuntimeError, match="puts others beside them"):
+        model(input_ids=ids, pixel_values=torch.randn(1, 3, 8, 8), prompt_lengths=[9])
 
 
 def test_encoder_decoder_labels() -> None:

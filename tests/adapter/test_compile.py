@@ -64,6 +64,20 @@ def test_decoding_with_a_static_cache(positions: str) -> None:
     assert 0 < graphs() <= 2  # the prompt, and any step
 
 
+def test_blocks_compiled_one_by_one() -> None:
+    """As accelerate's regional compilation does; each in one graph, and none anew at the next step."""
+    model, batch = test_gradients.adapted(), test_gradients.padded(test_gradients.examples())
+    plain = test_gradients.gradients(model, model(**batch, use_cache=False).loss)
+    for block in model.base_model.model.model.layers:
+        block.compile(fullgraph=True)
+    made = []
+    for _ in range(2):
+        found = test_gradients.gradients(model, model(**batch, use_cache=False).loss)
+        assert all((found[name] - plain[name]).abs().max() < 1e-5 for name in plain)
+        made.append(graphs())
+    assert made[0] == made[1] > 0
+
+
 @torch.no_grad()
 def test_packed_rows() -> None:
     """Where they end is found in the data, so this is more than one graph, but it is right."""

@@ -12,9 +12,15 @@ import torch
 from helpers import DECODERS, PAD, VOCAB, tiny
 from peft import PeftModel, get_peft_model
 from torch import Tensor
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointWrapper,
+    apply_activation_checkpointing,
+)
+from torch.func import functional_call, grad, jvp
 
 from trimtab import ReftConfig
 from trimtab.adapter.tuner import ReftLayer
+from trimtab.edits.orthonormal import Rotation, orthonormality_error
 
 PROMPTS, WIDTH = [9, 2, 13], 18
 ANSWERS = [6, 16, 3]
@@ -215,6 +221,51 @@ def drop_dropout(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_torchs_own_checkpointing_put_on_later(several: bool) -> None:
+    """As accelerate does for FSDP; the re-entrant kind is refused, whose gradients are wrong without it too."""
+    model, first = adapted(), padded(examples(1))
+    second = padded(examples(2), "left")
+
+    def loss() -> Tensor:
+        found: Tensor = model(**first, use_cache=False).loss
+        return found - 2 * model(**second, use_cache=False).loss if several else found
+
+    plain = gradients(model, loss())
+    blocks = {id(block) for block in model.base_model.model.model.layers}
+    apply_activation_checkpointing(model, check_fn=lambda module: id(module) in blocks)
+    assert any(isinstance(module, CheckpointWrapper) for module in model.modules())
+    found = {name.replace("_checkpoint_wrapped_module.", ""): g for name, g in gradients(model, loss()).items()}
+    assert same(found, plain)
+
+
+def test_forward_mode_goes_along_the_gradient() -> None:
+    model, batch = adapted(), padded(examples())
+    model.base_model.model.config._attn_implementation = "eager"
+    own = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    along = {name: torch.randn_like(p) for name, p in own.items()}
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        found: Tensor = functional_call(model, parameters, (), {**batch, "use_cache": False}).loss
+        return found
+
+    _, change = jvp(loss, (own,), (along,))
+    gradient = grad(loss)(own)
+    assert change == pytest.approx(float(sum((gradient[name] * along[name]).sum() for name in own)), rel=1e-4)
+
+
+def test_a_cast_through_data_is_undone() -> None:
+    """TRL casts what trains on a base of 4 or 8 bits to bfloat16 so."""
+    model, batch = adapted(), padded(examples())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.data = parameter.data.to(torch.bfloat16)
+    model(**batch).loss.backward()
+    assert all(p.dtype == torch.float32 and p.grad is not None for p in trained)
+    rotations = [module for module in model.modules() if isinstance(module, Rotation)]
+    assert rotations and all(orthonormality_error(rotation()) < 1e-6 for rotation in rotations)
 
 
 @pytest.mark.parametrize("checkpointing", [None, True, False])

@@ -9,10 +9,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from helpers import tiny
 from peft import get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 
 from trimtab import ReftConfig, shard_edits
-from trimtab.edits.orthonormal import orthonormality_error
+from trimtab.edits.orthonormal import Rotation, orthonormality_error
 from trimtab.errors import AdapterError
 
 STEPS = 4
@@ -101,6 +101,22 @@ def test_two_processes_train_what_one_trains(
     for key, value in got["adapter"].items():
         assert value.dtype == torch.float32 and (value - adapter[key]).abs().max() < tolerance
         assert "halved" not in key or orthonormality_error(2 * value) < 1e-6
+
+
+@pytest.mark.parametrize("where", ["a parameter", "a view"])
+def test_fsdp_1_is_refused(where: str) -> None:
+    """It marks parameters that it flattened into one, and in a forward puts views of that in their place."""
+    model = adapted()
+    rotation = next(module for module in model.modules() if isinstance(module, Rotation))
+    if where == "a parameter":
+        rotation.halved._fsdp_flattened = True
+    else:
+        whole = nn.Parameter(rotation.halved.detach().flatten().clone())
+        whole._is_flat_param, shape = True, rotation.halved.shape
+        del rotation.halved
+        rotation.halved = whole.split(shape.numel())[0].view(shape)
+    with pytest.raises(RuntimeError, match=r"FSDP1.*FSDP2.*DDP"):
+        model(**batch(0))
 
 
 def test_zero_3_is_refused() -> None:

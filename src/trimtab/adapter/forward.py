@@ -84,6 +84,8 @@ class Pass:
     """Rows of token ids that the model was given; 0 where it was not given tokens."""
     length: int = 0
     """Columns of the chunk that the model was given; 0 where it was not given tokens."""
+    beside: bool = False
+    """The model was given more than tokens, as an image, whose states may stand before theirs."""
     owner: Tensor | None = None
     """(S,) the row that each packed sequence lies in; None where each row is one sequence."""
     earlier: Prompt | None = None
@@ -119,10 +121,12 @@ class Pass:
                 cache that was filled with other edits than a run without it would make.
         """
         batch, length, _ = hidden.shape
-        if length < self.length or (self.batch and batch != self.batch and self.owner is None):
+        mixed = self.beside and length > self.length > 0  # states of an image before those of the text, say
+        if length < self.length or mixed or (self.batch and batch != self.batch and self.owner is None):
             raise RuntimeError(
                 f"hidden states of shape {tuple(hidden.shape)} for {self.length} tokens a row: the model pools its "
-                "tokens or does not put the batch first, so which are meant is not known. Choose another site."
+                "tokens, puts others beside them or does not put the batch first, so which are meant is not known. "
+                "Choose another site."
             )
         sizes = tuple(n if isinstance(n, int) else str(n) for n in (batch, length))  # torch.export's have no hash
         key = (adapter if self.adapter_names else None, positions, parts, sizes, hidden.device)
@@ -255,7 +259,8 @@ class Pass:
 
     def _check_training(self, positions: Positions, batch: int, device: torch.device) -> None:
         prompt = self.prompt
-        short = prompt.guessed and self.watched and bool((prompt.lengths_of(batch, device) < positions.enough).any())
+        watched = self.watched and not torch.compiler.is_compiling()
+        short = prompt.guessed and watched and bool((prompt.lengths_of(batch, device) < positions.enough).any())
         if prompt.guessed and (positions.needs_prompt_end or short):
             raise ValueError(
                 f"positions={positions.text!r}: in training the end of the prompt must be known, but the model was "
@@ -263,7 +268,7 @@ class Pass:
                 "(one number of real prompt tokens a row; decoder_prompt_lengths for a decoder that has an encoder); "
                 "'all' and 'f1' need neither, nor 'f7' where every prompt has 7 tokens. In a trainer that takes labels "
                 "away (label smoothing, compute_loss_func): data_collator=trimtab.with_prompts(collator). Around a "
-                "loss that calls the model by itself: with trimtab.prompts(model, lengths)."
+                "loss that calls the model by itself, or its `forward` by name: with trimtab.prompts(model, lengths)."
             )
         if self.several_turns and positions.needs_prompt_end and positions.turns == "each":
             say_once(self.notes, "turns", TURNS.format(positions.text))
@@ -271,6 +276,8 @@ class Pass:
 
     def _check_empty(self, prompt: Prompt, positions: Positions, batch: int, device: torch.device) -> None:
         if prompt.lengths is None or positions.scope in ("all", "generated") or not self.watched:
+            return
+        if torch.compiler.is_compiling():  # a block alone is: its graph would break at the count
             return
         unsupervised = 1 if self.owner is not None else 0  # the first token of a packed sequence is never supervised
         empty = int((prompt.lengths_of(batch, device) <= unsupervised).sum())

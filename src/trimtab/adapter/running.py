@@ -10,6 +10,7 @@ long after the forward has ended and in autograd's own threads, so each checkpoi
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 import threading
 from collections import Counter
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from trimtab.adapter.cache import cache_in, cache_of, is_paged, keys_of, past_length, rows_among
 from trimtab.adapter.forward import MISCOUNTED, PAGED, WATCHED, Edits, Filled, Made, Pass
-from trimtab.adapter.sharding import keep_in_float32, refuse_zero_3
+from trimtab.adapter.sharding import keep_in_float32, refuse_parts
 from trimtab.edits.orthonormal import restore
 from trimtab.where.positions import Positions
 from trimtab.where.prompts import (
@@ -396,12 +397,21 @@ class Forwards:
             self.upkeep()
         for module in self._checkpointing:
             self._bind(module)
+        wrapper = sys.modules.get("torch.distributed.algorithms._checkpoint.checkpoint_wrapper")
+        if wrapper is not None and self.model.training and torch.is_grad_enabled():  # it may have been put on since
+            for module in self.model.modules():
+                if not isinstance(module, wrapper.CheckpointWrapper) or isinstance(module.checkpoint_fn, _Bound):
+                    continue
+                if module.checkpoint_impl is wrapper.CheckpointImpl.NO_REENTRANT:
+                    module.checkpoint_fn = _Bound(self, module.checkpoint_fn)
 
     def upkeep(self) -> None:
         """Retract what an optimizer, or anyone, moved off the manifold since the last forward, in use now or later."""
         rotations = [rotation for layer in self.layers for rotation in layer.rotations()]
-        refuse_zero_3(rotations)
+        refuse_parts(rotations)
         with _upkeep:
+            for layer in self.layers:
+                layer.widen()
             if any(hasattr(rotation.halved, "full_tensor") for rotation in rotations):
                 keep_in_float32(self.model)
             # Those in training by value: writes through `.data` leave no trace in the version.
@@ -431,6 +441,7 @@ class Forwards:
             notes=self.notes,
         )
         running.paged = is_paged(arguments.get("cache"))
+        running.beside = any(value is not None and _OTHER.search(name) for name, value in arguments.items())
         flat = mask if isinstance(mask, Tensor) and mask.dim() == 2 and counts_tokens else None
         if generation is not None and generation.complete and past is not None:
             running.prompt, running.after_prompt = generation.prompt, True
@@ -462,6 +473,8 @@ class Forwards:
     def _place_generated(self, running: Pass, chunk: Chunk, generation: Generation) -> None:
         if chunk.role == "decoder":
             running.prompt = generation.decoder
+            if running.prompt.real is None and not chunk.start:
+                running.prompt.real = chunk.real()
         else:
             if generation.awaits_mask and chunk.columns is not None:
                 generation.receive_mask(chunk.columns, chunk.real())
@@ -683,6 +696,10 @@ class Forwards:
                 generation.begin()
             inputs[GENERATION] = generation
         return inputs
+
+
+_OTHER = re.compile("^pixel_values|_features$|^encoder_hidden_states$")
+"""Arguments of a forward whose states some models put before those of the text."""
 
 
 class _Bound:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trimtab.edits import Edit
 from trimtab.edits.orthonormal import Rotation
@@ -25,18 +25,29 @@ def shard_edits(model: nn.Module, **options: Any) -> None:
         fully_shard(edit, mp_policy=policy, **options)
 
 
-def refuse_zero_3(rotations: Iterable[Rotation]) -> None:
-    """Training under DeepSpeed's ZeRO-3: between forwards no process has an R that it could retract.
+def refuse_parts(rotations: Iterable[Rotation]) -> None:
+    """Training under DeepSpeed's ZeRO-3 or FSDP1: between forwards no process has an R that it could retract.
 
     Raises:
-        RuntimeError: DeepSpeed has partitioned an R that is trained, and marked it with an id.
+        RuntimeError: an R that is trained is partitioned: DeepSpeed has marked it with an id, or FSDP1 as flattened.
     """
-    if any(rotation.halved.requires_grad and hasattr(rotation.halved, "ds_id") for rotation in rotations):
+    trained = [rotation.halved for rotation in rotations if rotation.halved.requires_grad]
+    if any(_is_flat(halved) for halved in trained):
+        raise RuntimeError(
+            "FullyShardedDataParallel (FSDP1) leaves each process a part of R, so that nothing would make its rows "
+            "orthonormal again after a step. Use FSDP2 (fully_shard; with accelerate fsdp_version: 2) or DDP."
+        )
+    if any(hasattr(halved, "ds_id") for halved in trained):
         raise RuntimeError(
             "DeepSpeed's ZeRO stage 3 leaves each process a part of R, so that nothing would make its rows "
             "orthonormal again after a step. Use ZeRO stage 2 or FSDP2 (fully_shard), or a "
             "method without R (method='direft')."
         )
+
+
+def _is_flat(halved: Tensor) -> bool:
+    """Whether FSDP1 holds it in a vector with others: as a mark on the parameter, or in a forward as a view of that."""
+    return hasattr(halved, "_fsdp_flattened") or hasattr(getattr(halved, "_base", None), "_is_flat_param")
 
 
 def keep_in_float32(model: nn.Module) -> None:

@@ -129,6 +129,15 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             module for edits in self.edit_dicts().values() for module in edits.modules() if isinstance(module, Rotation)
         ]
 
+    def widen(self) -> None:
+        """Undo a cast to less than float32 through `.data`, as TRL's trainers make of what trains on a base of 4 or 8
+        bits."""
+        for edits in self.edit_dicts().values():
+            for parameter in edits.parameters():
+                if parameter.dtype.itemsize < 4 and not hasattr(parameter, "full_tensor"):
+                    parameter.data = parameter.data.float()
+                    parameter.grad = parameter.grad.float() if parameter.grad is not None else None
+
     def edits(self, adapter: str) -> dict[Part, Edit]:
         """The adapter's edits here, by `edit`, `prefix` or `suffix`."""
         return {name: edits[adapter] for name, edits in self.edit_dicts().items() if adapter in edits}

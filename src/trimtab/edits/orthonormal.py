@@ -77,6 +77,7 @@ class _TangentGradient(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor | None], output: Tensor) -> None:
         ctx.save_for_backward(output, *([] if inputs[1] is None else inputs[1:]))
+        ctx.save_for_forward(output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -86,6 +87,17 @@ class _TangentGradient(torch.autograd.Function):
         for drift in drifts:
             tangent = tangent + drift * (tangent.norm() / drift.norm().clamp(min=1))
         return tangent, None
+
+
+class _TangentBothWays(_TangentGradient):
+    """The same in forward mode too (`torch.func.jvp`), which torch.compile takes of no function of one's own."""
+
+    @staticmethod
+    def jvp(ctx: Any, change: Tensor, _: Any) -> Tensor:
+        rotation, *_ = ctx.saved_tensors
+        normal = change @ rotation.mT
+        tangent: Tensor = change - 0.5 * (normal + normal.mT) @ rotation
+        return tangent
 
 
 class Rotation(nn.Module):
@@ -109,7 +121,8 @@ class Rotation(nn.Module):
         _LIVE.add(self)
 
     def forward(self) -> Tensor:
-        rotation: Tensor = _TangentGradient.apply(self.halved * 2, self._drift)
+        function = _TangentGradient if torch.compiler.is_compiling() else _TangentBothWays
+        rotation: Tensor = function.apply(self.halved * 2, self._drift)
         return rotation
 
     def changed(self) -> bool:
@@ -243,7 +256,8 @@ def _after_optimizer_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     By value, since a fused optimizer leaves no trace in the version.
     """
     own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    live = sorted((rotation for rotation in _LIVE if id(rotation.halved) in own), key=lambda r: r.number)
+    mine = (rotation for rotation in _LIVE if id(rotation.halved) in own and rotation.halved.dim() == 2)
+    live = sorted(mine, key=lambda rotation: rotation.number)
     restore(live, stepped=True)
 
 
