@@ -20,6 +20,7 @@ RESULT = Path(__file__).parents[1] / "results/verdict/sts-b/cosine.json"
 
 
 def main() -> None:
+    """Write the figures into `RESULT`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", type=Path, required=True)
