@@ -257,10 +257,14 @@ class Pass:
                         "or otherwise. Leave the cache out, or fill it under the adapters and scales of now."
                     )
 
+    @property
+    def _may_look(self) -> bool:
+        """Whether the host may count: not in the graph of a block that is compiled alone, which would break there."""
+        return self.watched and not torch.compiler.is_compiling()
+
     def _check_training(self, positions: Positions, batch: int, device: torch.device) -> None:
         prompt = self.prompt
-        watched = self.watched and not torch.compiler.is_compiling()
-        short = prompt.guessed and watched and bool((prompt.lengths_of(batch, device) < positions.enough).any())
+        short = prompt.guessed and self._may_look and bool((prompt.lengths_of(batch, device) < positions.enough).any())
         if prompt.guessed and (positions.needs_prompt_end or short):
             raise ValueError(
                 f"positions={positions.text!r}: in training the end of the prompt must be known, but the model was "
@@ -275,9 +279,7 @@ class Pass:
         self._check_empty(prompt, positions, batch, device)
 
     def _check_empty(self, prompt: Prompt, positions: Positions, batch: int, device: torch.device) -> None:
-        if prompt.lengths is None or positions.scope in ("all", "generated") or not self.watched:
-            return
-        if torch.compiler.is_compiling():  # a block alone is: its graph would break at the count
+        if prompt.lengths is None or positions.scope in ("all", "generated") or not self._may_look:
             return
         unsupervised = 1 if self.owner is not None else 0  # the first token of a packed sequence is never supervised
         empty = int((prompt.lengths_of(batch, device) <= unsupervised).sum())

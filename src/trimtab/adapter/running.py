@@ -441,13 +441,13 @@ class Forwards:
             notes=self.notes,
         )
         running.paged = is_paged(arguments.get("cache"))
-        running.beside = any(value is not None and _OTHER.search(name) for name, value in arguments.items())
         flat = mask if isinstance(mask, Tensor) and mask.dim() == 2 and counts_tokens else None
         if generation is not None and generation.complete and past is not None:
             running.prompt, running.after_prompt = generation.prompt, True
             seen = past_length(past) if flat is not None else None
             running.mask = _first_columns(flat, seen + length if seen is not None else None)
             return running
+        running.beside = any(value is not None and _OTHER.search(name) for name, value in arguments.items())
         start = past_length(past)
         if start is None and generation is not None:
             start = generation.given

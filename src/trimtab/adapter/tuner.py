@@ -132,11 +132,11 @@ class ReftLayer(nn.Module, BaseTunerLayer):
     def widen(self) -> None:
         """Undo a cast to less than float32 through `.data`, as TRL's trainers make of what trains on a base of 4 or 8
         bits."""
-        for edits in self.edit_dicts().values():
-            for parameter in edits.parameters():
-                if parameter.dtype.itemsize < 4 and not hasattr(parameter, "full_tensor"):
-                    parameter.data = parameter.data.float()
-                    parameter.grad = parameter.grad.float() if parameter.grad is not None else None
+        modules = (module for edits in self.edit_dicts().values() for module in edits.modules())
+        for parameter in (p for module in modules for p in module._parameters.values() if p is not None):
+            if parameter.dtype.itemsize < 4 and not hasattr(parameter, "full_tensor"):
+                parameter.data = parameter.data.float()
+                parameter.grad = parameter.grad.float() if parameter.grad is not None else None
 
     def edits(self, adapter: str) -> dict[Part, Edit]:
         """The adapter's edits here, by `edit`, `prefix` or `suffix`."""

@@ -92,7 +92,7 @@ class TaskReport:
     validation_items: int
     test_items: int
     methods: list[Line]
-    constant: float | None = None
+    constant: float
     """The best test score of one answer given to all, of the commonest of train."""
     earlier: dict[str, int] = field(default_factory=dict)
     """By method, trials of versions that kept neither the loss nor the predictions on validation."""

@@ -140,10 +140,9 @@ def _text(path: Path) -> str:
 
 
 TO_PARQUET = "in Python, load_from_disk(FOLDER) gives its splits, and each has to_parquet(FILE)"
-_UNPACK = "Unpack it first"
 REMEDIES = {
     **dict.fromkeys((".xlsx", ".xls", ".ods"), "Export the sheet as CSV"),
-    **dict.fromkeys((".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz"), _UNPACK),
+    **dict.fromkeys((".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz"), "Unpack it first"),
     ".arrow": f"`datasets` wrote its folder: {TO_PARQUET}",
 }
 """By the suffix of a file that is not read."""
