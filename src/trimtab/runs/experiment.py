@@ -112,6 +112,8 @@ class Trial:
         spec = self.experiment.training
         if self.learning_rate is not None:
             spec = spec.model_copy(update={"learning_rate": self.learning_rate})
+        if self.way.settings.get("trains") == "head":
+            spec = spec.model_copy(update={"head_learning_rate": None})
         if self.examples is not None:
             small = {"epochs": None, "max_steps": SMALL_STEPS, "batch_size": min(spec.batch_size, self.examples)}
             spec = spec.model_copy(update=small)

@@ -16,7 +16,7 @@ from trimtab.errors import RunError
 from trimtab.runs.experiment import Trial
 from trimtab.runs.kept import store_for
 from trimtab.runs.measures import training_memory
-from trimtab.runs.models import fitting
+from trimtab.runs.models import fitting, is_in
 from trimtab.runs.reuse import Reuse
 from trimtab.runs.trainer import (
     LOOKS,
@@ -58,6 +58,7 @@ class Fit:
 
     Args:
         folder: for checkpoints.
+        head: the modules without pretrained weights.
         look: takes the validation score, after the shares `looks` of the steps.
         checkpoints: where the training resumes from, and leaves some for others; None for none.
         measured: count the memory too.
@@ -74,6 +75,7 @@ class Fit:
         folder: Path,
         progress: Progress,
         *,
+        head: Sequence[str] = (),
         watch: Watch = lambda progress: None,
         look: Any = None,
         looks: Sequence[float] = LOOKS,
@@ -100,6 +102,8 @@ class Fit:
             supervised=trial.experiment.task.generates and not way.adds_tokens,
             takes_prompts=way.takes_prompts,
             progress=progress,
+            head=[name for name, _ in model.named_parameters() if is_in(name, head)],
+            head_rate=spec.head_learning_rate,
             data_collator=collate,
             callbacks=[Report(progress, watch, look, self._reuse, looks)],
         )

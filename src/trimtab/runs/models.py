@@ -263,6 +263,11 @@ def heads_of(model: Any, missing: Collection[str]) -> list[str]:
     return found
 
 
+def is_in(parameter: str, modules: Collection[str]) -> bool:
+    """Whether a parameter, by its name in an adapted model, is of one of the base model's modules."""
+    return any(f".{module}." in f".{parameter}" for module in modules)
+
+
 def heads_beyond_peft(heads: Sequence[str]) -> list[str]:
     """Those that a config must name as `modules_to_save`; with all of them, since PEFT matches names by their ends."""
     return list(heads) if set(heads) - set(PEFT_HEADS) else []

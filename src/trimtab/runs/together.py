@@ -33,11 +33,11 @@ from trimtab.runs.measures import thinned
 from trimtab.runs.models import fitting
 from trimtab.runs.reuse import PrefixReuse
 from trimtab.runs.trainer import (
-    LOOKED_AT,
     Batch,
     LengthGrouped,
     NumberedCollator,
     ReftTrainer,
+    looked_at,
     training_arguments,
     with_supervised,
 )
@@ -164,7 +164,7 @@ def _kept(adapted: Any, members: Sequence[Member]) -> PrefixReuse:
 def _fit(adapted: Any, tokenizer: PreTrainedTokenizerBase, members: Sequence[Member], reuse: PrefixReuse) -> int:
     """Train; the number of steps."""
     trial, names = members[0].trial, [member.name for member in members]
-    some = trial.experiment.task.examples("validation")[:LOOKED_AT] if trial.looks else []
+    some = looked_at(trial.experiment.task.examples("validation")) if trial.looks else []
 
     def look() -> None:
         for member in (one for one in members if not one.left):
@@ -241,23 +241,10 @@ class JointTrainer(ReftTrainer):
         seeds = (member.trial.seed for member in self.members)
         return Interleaved([LengthGrouped(own, self._size, seed) for own, seed in zip(lengths, seeds, strict=True)])
 
-    def create_optimizer(self, model: Any = None) -> Any:
-        """One whose steps are elementwise, as those of one for each trial; each has its learning rate."""
-        if self.optimizer is None:
-            whole: Any = self.model
-            decaying = set(self.get_decay_parameter_names(whole))
-            kind, how = self.get_optimizer_cls_and_kwargs(self.args, whole)
-            groups = [
-                {
-                    "params": [one for name, one in own.items() if (name in decaying) is decays],
-                    "weight_decay": self.args.weight_decay if decays else 0.0,
-                    "lr": member.trial.training.learning_rate,
-                }
-                for member, own in zip(self.members, self._own, strict=True)
-                for decays in (True, False)
-            ]
-            self.optimizer = kind(groups, **how)
-        return self.optimizer
+    def parts(self, trained: dict[str, nn.Parameter]) -> list[tuple[dict[str, nn.Parameter], float]]:
+        """Of each trial its own, at its own rate; steps are elementwise, as those of an optimizer for each."""
+        rates = (member.trial.training.learning_rate for member in self.members)
+        return list(zip(self._own, rates, strict=True))
 
     def compute_loss(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
         """The sum of the trials' losses, each the mean over its own batch's supervised tokens."""

@@ -36,7 +36,7 @@ from trimtab.runs.measures import thinned
 from trimtab.runs.models import Base
 from trimtab.runs.predict import Evaluation
 from trimtab.runs.summary import checked_summary
-from trimtab.runs.trainer import LOOKED_AT, Progress, Watch
+from trimtab.runs.trainer import Progress, Watch, looked_at
 from trimtab.runs.trial import trained_parameters
 from trimtab.runs.ways import ReftWay, unload
 from trimtab.tasks import Example, Task
@@ -260,7 +260,7 @@ class Run:
         adapted: Any = self.trial.way.build(model, self.task.task_type, new, edit_turns=self.task.edit_turns)
 
         def look() -> float:
-            some = self.task.examples("validation")[:LOOKED_AT]
+            some = looked_at(self.task.examples("validation"))
             return experiment.evaluate(adapted, tokenizer, "validation", examples=some, reuse=fit.reuse).main
 
         try:
@@ -271,6 +271,7 @@ class Run:
                 self.encoded,
                 self.folder.path,
                 progress,
+                head=new,
                 watch=watch,
                 look=None if experiment.spec.data.validation is False else look,
                 checkpoints=self.folder.checkpoints,

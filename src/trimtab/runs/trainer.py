@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -39,6 +39,8 @@ class TrainingSpec(Section):
 
     learning_rate: PositiveFloat = 4e-3
     """The highest, which is reached after the warm-up. Edits take far higher ones than weights do."""
+    head_learning_rate: Annotated[PositiveFloat | None, Field(examples=[1e-2])] = None
+    """Of a new head, which starts from nothing; without it the adapter's. What trains the head alone has its own."""
     epochs: PositiveFloat | None = 20.0
     """How often each example is trained on."""
     max_steps: Annotated[PositiveInt | None, Field(examples=[300])] = None
@@ -222,6 +224,12 @@ LOOKS = (0.25, 0.5, 0.75)
 """After which shares of a run's steps the validation score is taken, to be shown; it chooses nothing."""
 
 
+def looked_at(items: Sequence[Any]) -> list[Any]:
+    """Some of as many as validation has, from all over it, which may be sorted."""
+    count = min(len(items), LOOKED_AT)
+    return [items[i * len(items) // count] for i in range(count)]
+
+
 class ReftTrainer(Trainer):
     """Trains a ReFT adapter on encoded examples.
 
@@ -231,6 +239,8 @@ class ReftTrainer(Trainer):
         supervised: project supervised positions only; False where the model puts virtual tokens before the batch's.
         takes_prompts: whether the model takes `prompt_lengths`, as one with ReFT adapters does.
         progress: whose tokens are counted.
+        head: parameters that have a learning rate of their own, by name.
+        head_rate: that rate.
     """
 
     def __init__(
@@ -242,9 +252,12 @@ class ReftTrainer(Trainer):
         supervised: bool = True,
         takes_prompts: bool = True,
         progress: Progress | None = None,
+        head: Collection[str] = (),
+        head_rate: float | None = None,
         **kwargs: Any,
     ):
         self.takes_prompts = takes_prompts
+        self._head, self._head_rate = frozenset(head), head_rate
         self.progress = progress or Progress("")
         self.lengths = [len(e.input_ids) for e in examples]
         self.reuse = reuse
@@ -264,6 +277,32 @@ class ReftTrainer(Trainer):
         args, many = self.args, processes.count()
         seed = args.data_seed or args.seed
         return LengthGrouped(self.lengths, args.train_batch_size * many, seed, many, self._blank)
+
+    def parts(self, trained: dict[str, nn.Parameter]) -> list[tuple[dict[str, nn.Parameter], float]]:
+        """What is trained, by name, in parts of one learning rate each."""
+        head = {name: one for name, one in trained.items() if name in self._head and self._head_rate}
+        rest = {name: one for name, one in trained.items() if name not in head}
+        parts = ((rest, self.args.learning_rate), (head, self._head_rate or 0.0))
+        return [(part, rate) for part, rate in parts if part]
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """transformers' own, with a learning rate for each of the parts."""
+        whole: Any = self.model if model is None else model
+        if self.optimizer is None:
+            decaying = set(self.get_decay_parameter_names(whole))
+            kind, how = self.get_optimizer_cls_and_kwargs(self.args, whole)
+            trained = {name: one for name, one in whole.named_parameters() if one.requires_grad}
+            groups = [
+                {
+                    "params": [one for name, one in part.items() if (name in decaying) is decays],
+                    "weight_decay": self.args.weight_decay if decays else 0.0,
+                    "lr": rate,
+                }
+                for part, rate in self.parts(trained)
+                for decays in (True, False)
+            ]
+            self.optimizer = kind(groups, **how)
+        return self.optimizer
 
     def compute_loss(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
         """The loss of one batch, over less work where that gives the same."""

@@ -24,10 +24,10 @@ from trimtab.runs.fit import TOO_LARGE, Fit
 from trimtab.runs.folder import versions, write_json
 from trimtab.runs.kept import base_for, give_back
 from trimtab.runs.measures import thinned, window_loss, windows
-from trimtab.runs.models import Base, ModelSource, fitting
+from trimtab.runs.models import Base, ModelSource, fitting, is_in
 from trimtab.runs.predict import Evaluation, context_of, mean_loss
 from trimtab.runs.reuse import Reuse
-from trimtab.runs.trainer import LOOKED_AT, Progress
+from trimtab.runs.trainer import Progress, looked_at
 from trimtab.tasks import Example, Task
 from trimtab.tasks.tokens import is_templated
 
@@ -154,7 +154,7 @@ def _run(trial: Trial) -> Outcome:
     shots = drawn(task.examples("train"), trial.examples or way.shots, trial.seed) if way.shots else []
     set_seed(trial.seed)
     adapted = way.build(model, task.task_type, new, trial.seed, task.edit_turns)
-    reuse, trained = _trained(trial, adapted, base.tokenizer, examples) if way.trains else (None, {})
+    reuse, trained = _trained(trial, adapted, base.tokenizer, examples, new) if way.trains else (None, {})
     outcome = measured(trial, adapted, base.tokenizer, size, trained, reuse=reuse, shots=shots, texts=texts)
     if way.leaves_base and not trial.training.gradient_checkpointing:  # which stays switched on
         give_back(base, adapted)
@@ -211,12 +211,16 @@ def measured(
 
 
 def _trained(
-    trial: Trial, model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
+    trial: Trial,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    new: Sequence[str],
 ) -> tuple[Reuse | None, dict[str, Any]]:
     """Train in a folder that is thrown away; what is kept of the frozen model's work, and what the training cost."""
     encoded, _ = trial.experiment.encode(tokenizer, examples, training=True)
     progress = Progress(trial.experiment.name)
-    some = _looked_at(trial.experiment.task.examples("validation")) if trial.looks else []
+    some = looked_at(trial.experiment.task.examples("validation")) if trial.looks else []
 
     def look() -> float:
         how = {"examples": some, "equal_lengths": trial.way.adds_tokens, "reuse": fit.reuse}
@@ -224,7 +228,7 @@ def _trained(
 
     how: Any = {"measured": "test" in trial.splits, "look": look if some else None}  # a search does not report memory
     with tempfile.TemporaryDirectory() as folder:
-        fit = Fit(trial, model, tokenizer, encoded, Path(folder), progress, looks=(LATE,), **how)
+        fit = Fit(trial, model, tokenizer, encoded, Path(folder), progress, head=new, looks=(LATE,), **how)
         fit.run()
     return fit.reuse, {
         "late_score": next((score for _, score in fit.looks), None),
@@ -255,14 +259,8 @@ def _scored(
 
 def _some_score(task: Task[Any], predictions: list[Any]) -> float:
     """Of what is predicted on validation, on those of it that were looked at in training."""
-    some = _looked_at(task.examples("validation"))
-    return next(iter(task.scores(_looked_at(predictions), some).values()))
-
-
-def _looked_at(items: Sequence[Any]) -> list[Any]:
-    """Some of as many as validation has, from all over it, which may be sorted."""
-    count = min(len(items), LOOKED_AT)
-    return [items[i * len(items) // count] for i in range(count)]
+    some = looked_at(task.examples("validation"))
+    return next(iter(task.scores(looked_at(predictions), some).values()))
 
 
 def _validation_loss(trial: Trial, model: nn.Module, tokenizer: PreTrainedTokenizerBase, reuse: Reuse | None) -> float:
@@ -317,5 +315,5 @@ def _check_context(
 
 def trained_parameters(model: nn.Module, modules: Sequence[str] | None = None) -> int:
     """How many values are trained, in all or in some modules."""
-    trained = [(f".{name}", p.numel()) for name, p in model.named_parameters() if p.requires_grad]
-    return sum(n for name, n in trained if modules is None or any(f".{module}." in name for module in modules))
+    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    return sum(n for name, n in trained.items() if modules is None or is_in(name, modules))
