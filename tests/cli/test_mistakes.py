@@ -58,7 +58,11 @@ IN_RECIPE: dict[str, tuple[Change, str, str]] = {
     "tab": (("  words:", "\twords:"), "line 11", "YAML is indented with spaces"),
     "model that is not there": (("tiny-llama", "tiny-lama"), "line 1, model", "no folder"),
     "file misspelt": (("mood.csv", "moods.csv"), "line 8, tasks.mood.data.train", "did you mean mood.csv?"),
-    "folder instead of a file": (("mood.csv", "."), "tasks.mood.data.train: '.' is a folder", "name a file in it"),
+    "folder instead of a file": (
+        ("mood.csv", "."),
+        "tasks.mood.data.train: '.' is a folder",
+        "name a file of rows in it",
+    ),
     "field misspelt": (("text: text", "text: txt"), "mood.csv, row 1: no field 'txt'", "did you mean 'text'?"),
     "label misspelt": (("label: label", "label: lable"), "no field 'lable'", "did you mean 'label'?"),
     "field in capitals": (

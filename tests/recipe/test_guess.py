@@ -190,6 +190,48 @@ def test_pairs_of_preference_and_columns_of_labels_are_named(tmp_path: Path) -> 
     assert "of several labels at once make one field, a list" in found.said
 
 
+def test_names_that_are_known_come_before_what_looks_alike(tmp_path: Path) -> None:
+    """SNLI's and XNLI's files, where the annotators' marks and a match have few values too."""
+    nli = of(
+        sentence1=sentence,
+        sentence1_parse=lambda i: f"(ROOT {sentence(i)})",
+        sentence2=lambda i: f"it {sentence(i)}",
+        gold_label=lambda i: ["neutral", "entailment"][i % 2],
+        annotator_labels=lambda i: [["neutral", "entailment"][i % 2]] * 3,
+        match=lambda i: str(i % 3 == 0),
+    )
+    found = guess(write(tmp_path, nli), False)
+    assert found.keys == {"text": ["sentence1", "sentence2"], "label": "gold_label", "score": "accuracy"}
+    assert "sentence1_parse not read" in found.said
+
+
+def test_what_is_left_of_a_multiple_choice_is_said(tmp_path: Path) -> None:
+    rows = of(sentence=sentence, option1=lambda i: f"a{sentence(i)}", option2=lambda i: f"b{sentence(i)}", answer="1")
+    rows = [{**row, "answer": str(i % 2 + 1)} for i, row in enumerate(rows)]
+    assert "sentence not read: a text is of one field or two" in guess(write(tmp_path, rows), False).said
+
+
+def test_several_labels_in_numbers_or_in_one_cell(tmp_path: Path) -> None:
+    """GoEmotions, as lists and as its own files have them."""
+    rows = of(60, text=sentence, labels=lambda i: [i % 5, 7] if i % 3 else [i % 5])
+    found = guess(write(tmp_path, rows), False)
+    assert (found.type, found.keys["label"]) == ("multi_label_classification", "labels")
+    for cells in (lambda i: f"{i % 5},7,9" if i % 3 else str(i % 5), lambda i: "joy, anger" if i % 3 else "joy"):
+        rows = of(60, text=sentence, labels=cells, other=lambda i: i * 7)
+        found = guess(write(tmp_path, rows), False)
+        assert found.type == "classification" and "cells of labels name several at once" in found.said
+    rows = of(60, text=sentence, label=lambda i: f"{i % 9},5")
+    assert guess(write(tmp_path, rows), False).type == "regression"
+
+
+def test_names_that_are_given_for_a_file_with_a_header(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("review,mood\n" + "".join(f'"{sentence(i)}",{"ab"[i % 2]}\n' for i in range(24)))
+    assert "'review, mood' is a header" in guess(str(file), False, ["text", "label"]).said
+    file.write_text("".join(f'"{sentence(i)}",{"ab"[i % 2]}\n' for i in range(24)))
+    assert guess(str(file), False, ["text", "label"]).said == ""
+
+
 def test_halves_are_no_classes(tmp_path: Path) -> None:
     """However few different ones there are; whole numbers with a point are."""
     for value, kind in ((lambda i: i % 11 / 2, "regression"), (lambda i: f"{i % 5},5", "regression")):
@@ -230,6 +272,7 @@ def test_a_first_line_that_is_a_row_is_no_header(
 @pytest.mark.parametrize(
     ("rows", "generates", "said"),
     [
+        (of(chosen=sentence, rejected=sentence), True, "chosen and rejected are two answers of which one is better"),
         (of(a=lambda i: i, b="x"), True, "no columns look like a prompt and an answer, or a text and a label"),
         (of(text=sentence, label="x"), True, r"the fields are text, label \(label with one value in all rows"),
         (
@@ -245,7 +288,7 @@ def test_a_first_line_that_is_a_row_is_no_header(
         (of(messages=talk("user", "assistant")), False, "the model writes no text"),
         (of(messages=talk("user", "user")), True, "no conversation has an answer"),
         (of(text=sentence, labels="['a', 'b']"), False, "labels: lists written as text: write the file as .jsonl"),
-        (of(chosen=talk("user", "assistant"), rejected=talk("user")), True, "chosen, rejected: lists, which no task"),
+        (of(chosen=talk("user", "assistant"), rejected=talk("user")), True, "chosen and rejected are two answers"),
         (of(**{"a:b": sentence, "c": sentence}), True, "the field 'a:b' cannot stand in a template; rename it"),
     ],
 )
@@ -291,6 +334,8 @@ def test_files_that_are_no_table_become_rows_as_the_page_says(tmp_path: Path, mo
     for label in ("pos", "neg"):
         Path("aclImdb/train", label).mkdir(parents=True)
         Path("aclImdb/train", label, "0_9.txt").write_text(f"A {label} film.")
+    Path("aclImdb/train/unsup").mkdir()
+    Path("aclImdb/train/unsup/0_0.txt").write_text("A film.")
     Path("comments.csv").write_text('id,comment_text,toxic,obscene,insult\n1,fool,1,0,1\n2,"well, no",0,0,0\n')
     Path("eng.train").write_text("-DOCSTART- -X- O\n\nJohn NNP B-PER\nsings VBZ O\n\nParis NNP B-LOC\n\n")
     (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)

@@ -98,6 +98,7 @@ def test_what_is_odd_is_remarked(make: Make, task: Any, train: Rows, sections: A
             ["15 of 16 rows of test are in train too", "1 of 16 rows of test are in validation"],
         ),
         ({"test": "other.jsonl"}, []),
+        ({"test": "bs.jsonl"}, ["'a' is 8 of 15 rows of train and none of test"]),
     ],
 )
 def test_rows_of_train_that_are_scored_too_are_counted(
@@ -108,6 +109,8 @@ def test_rows_of_train_that_are_scored_too_are_counted(
     (tmp_path / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in other))
     turned = [{**row, "label": "ba"[i % 2]} for i, row in enumerate(train)]
     (tmp_path / "turned.jsonl").write_text("".join(json.dumps(row) + "\n" for row in turned))
+    alone = rows(*"b" * 60, text="night")
+    (tmp_path / "bs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in alone))
     _, *found = said(make(MOOD, train, data)).split("  ! ")
     assert len(found) >= len(remarks) and all(any(one in text for text in found) for one in remarks)
     assert bool(found) == bool(remarks)
@@ -217,6 +220,8 @@ def test_a_bad_result_is_remarked() -> None:
     assert result_remarks({key: value for key, value in good.items() if "loss" not in key}) == []
     (worse,) = result_remarks({**good, "tuned": {"f1": 0.3}})
     assert "0.300 is worse than untuned, 0.400" in worse and "learning_rate" in worse
+    (nothing,) = result_remarks({**good, "tuned": {"f1": 0.0}})
+    assert "no class was found in any row" in nothing and "higher" in nothing
     (guess,) = result_remarks({**good, "majority": {"answer": "late", "score": 0.6}})
     assert "0.600 is no better" in guess and "always answering 'late' would score 0.600" in guess
     assert result_remarks({**good, "majority": {"answer": "late", "score": 0.5}}) == []

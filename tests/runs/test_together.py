@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from trimtab.runs import together, trial
+from trimtab.runs import together, trainer, trial
 from trimtab.runs.experiment import Experiment, Trial
 from trimtab.runs.models import ModelSource
 from trimtab.runs.reuse import _runs
@@ -117,6 +117,16 @@ def test_each_comes_out_as_by_itself(
     assert run_trials(trials, tmp_path / "alone") == [as_read(one) for one in by_themselves]
     assert [run_trial(one, tmp_path / "together").curve for one in trials] == [one.curve for one in found]
     assert not seen
+
+
+def test_a_late_look_is_at_rows_from_all_over(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Together as alone; validation may be sorted."""
+    monkeypatch.setattr(trainer, "LOOKED_AT", 3)
+    trials = [made(experiment(folder), splits=("validation", "test"), rate=rate) for rate in (1e-2, 3e-2)]
+    by_themselves = [run_trial(one, tmp_path / "alone") for one in trials]
+    found = run_trials(trials, tmp_path / "together")
+    assert [one.late_move for one in found] == [one.late_move for one in by_themselves]
+    assert trainer.looked_at(list(range(10))) == [0, 3, 6]
 
 
 def test_one_that_diverges_leaves_the_others(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,3 +273,9 @@ def test_a_search_finds_the_same(folder: Path, tmp_path: Path, monkeypatch: pyte
     assert [number for number, _ in found[1]] == [0, 1, 2, 0, 3, 4]
     for (number, one), (other, expected) in zip(found[20], found[1], strict=True):
         assert (number, one) == (other, replace(expected, validation=pytest.approx(expected.validation)))
+
+
+def test_a_head_that_is_all_that_is_trained_takes_the_trials_rate(folder: Path) -> None:
+    of = experiment(folder, "classification", head_learning_rate=0.5)
+    for way, rate in (("head", None), ("lora", 0.5)):
+        assert Trial(of, as_way(way, of.adapter), 0.1, 0).training.head_learning_rate == rate

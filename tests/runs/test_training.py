@@ -246,3 +246,27 @@ def test_a_classifier_saves_its_head(tmp_path: Path) -> None:
     assert any("score.weight" in key for key in load_file(tmp_path / "runs/mood/adapter_model.safetensors"))
     assert metrics["tuned"]["accuracy"] == 1.0
     assert evaluate_runs(load_recipe(recipe).experiments(), tmp_path / "runs")["mood"]["tuned"] == 1.0
+
+
+def test_a_head_may_have_a_learning_rate_of_its_own(tmp_path: Path) -> None:
+    rows = [{"text": t, "label": i % 2} for i, t in enumerate(["a good day", "a bad day", "good", "bad"] * 4)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    recipe = tmp_path / "recipe.yaml"
+
+    def trained(rate: str) -> dict[str, torch.Tensor]:
+        recipe.write_text(
+            f"model: {ROOT / 'models/tiny-llama'}\noutput: {tmp_path / f'runs{rate}'}\ndtype: float32\n"
+            "training: {max_steps: 1, warmup: 0, learning_rate: 1e-3, head_learning_rate: " + rate + "}\n"
+            "adapter: {positions: l1}\ntasks:\n  mood: {type: classification, text: text, label: label,"
+            " data: {train: train.jsonl, test: train.jsonl}}\n"
+        )
+        train_recipe(load_recipe(recipe))
+        return load_file(tmp_path / f"runs{rate}/mood/adapter_model.safetensors")
+
+    same, as_given, ten = trained("null"), trained("1e-3"), trained("1e-2")
+    assert all(torch.equal(same[key], as_given[key]) for key in same)
+    moved = {key for key in same if not torch.equal(same[key], ten[key])}
+    assert moved == {key for key in same if "score" in key}
+    # AdamW's first step is of the rate's size in each place where there is a gradient.
+    apart = (same[next(iter(moved))] - ten[next(iter(moved))]).abs()
+    assert apart.max() == pytest.approx(9e-3, rel=0.02)

@@ -185,7 +185,7 @@ def test_a_row_to_be_answered_ends_with_a_question_or_its_answer(make: Make) -> 
         (talk("a"), "user: a"),
     ):
         assert task.question({"messages": said}, "row 1").texts[-1] == asked
-    for said in (talk("a", "b")[1:], [{"role": "system", "content": "s"}]):
+    for said in (talk("a", "b")[1:], [{"role": "system", "content": "s"}], []):
         with pytest.raises(DataError, match="row 1: the conversation does not end with a message to be answered"):
             task.question({"messages": said}, "row 1")
 

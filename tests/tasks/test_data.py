@@ -337,6 +337,12 @@ def test_what_is_no_text_does_not_become_a_prompt(value: object, said: str) -> N
     ("name", "raw", "said"),
     [
         ("rows.csv", "a,b\n1,2\n".encode("utf-16"), "UTF-16 text; convert it: iconv -f UTF-16"),
+        ("rows.csv", "a,b\n1,2\n".encode("utf-16-le"), "UTF-16 text; convert it: iconv -f UTF-16LE"),
+        ("rows.csv", b"BZh91AY", "its content is bzip2"),
+        ("rows.csv", b"\xd0\xcf\x11\xe0\xa1\xb1", "its content is Excel"),
+        ("rows.json", b'{"train": [], "test": []}', "it holds lists, train, test: write each to a file of its own"),
+        ("rows.csv", b'a\tb\nx\t"well\ny\tno"\n', "make a copy called .tsv"),
+        ("SMSSpam", b"ham\tOk\n", "read from a copy called SMSSpam.tsv"),
         ("rows.json", b"[" * 200_000 + b"]" * 200_000, "nested too deeply"),
         ("rows.jsonl", b'{"a": ' + b"[" * 200_000 + b"]" * 200_000 + b"}\n", "line 1: nested too deeply"),
     ],
@@ -349,7 +355,7 @@ def test_files_that_are_odd_are_named(tmp_path: Path, name: str, raw: bytes, sai
 
 def test_a_folder_that_datasets_saved_is_told_from_others(tmp_path: Path) -> None:
     (tmp_path / "saved").mkdir()
-    with pytest.raises(DataError, match="is a folder; name a file in it"):
+    with pytest.raises(DataError, match="is a folder; name a file of rows in it"):
         locate("saved", tmp_path)
     (tmp_path / "saved/dataset_dict.json").write_text("{}")
     with pytest.raises(DataError, match="a folder that `datasets` wrote; in Python, load_from_disk"):

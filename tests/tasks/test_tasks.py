@@ -186,6 +186,9 @@ def test_numbers_are_no_names_that_nobody_put_in_order(make: Make) -> None:
     with pytest.raises(DataError, match=r"label is '0', not one of .* or in the order of its numbers"):
         task.place("0", "row 1")
     assert make(MOOD | {"labels": ["World", "Sports", "Business"]}, train=train).place("0", "row 1") == 0
+    ends = MOOD | {"labels": ["World", "Sports", "Business", "Science"]}
+    with pytest.raises(DataError, match=r"label is 1, 2, 3, with neither 0 nor 4, so that the first of labels: may be"):
+        make(ends, train=[{"text": "a", "label": n} for n in (1, 2, 3)]).examples("train")
     points = make(MOOD, train=[{"text": "a", "label": n} for n in ("1.0", "2.0", "3.0")])
     assert [points.place(n, "row 1") for n in ("1", "3", "2.00")] == [0, 2, 1]
     with pytest.raises(DataError, match="label is '4', not one of the labels"):

@@ -122,7 +122,9 @@ def result_remarks(metrics: dict[str, Any]) -> list[str]:
     """What is wrong with a finished run's metrics, and what to try."""
     untuned, tuned = (metrics[which][metrics["score"]] for which in ("untuned", "tuned"))
     said = []
-    if tuned < untuned:
+    if tuned == 0 and metrics["score"] == "f1":
+        said.append("no class was found in any row: more training: epochs:, or a higher learning_rate:")
+    elif tuned < untuned:
         said.append(f"{tuned:.3f} is worse than untuned, {untuned:.3f}: lower training: learning_rate:, or more rows")
     majority = metrics.get("majority", {"answer": "", "score": 0.0})  # runs of earlier versions do not say
     if 0 < tuned <= majority["score"]:

@@ -22,13 +22,14 @@ SHORT = 40
 ID = re.compile(r"(?i)(^|[^a-z])(id|idx|index|uuid|guid|nr|no|key)$|[a-z]I[dD]$")
 DATE = re.compile(r"\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}([ T].*)?|\d{1,2}:\d{2}(:\d{2})?")
 INSTRUCTIONS = (("instruction", "input"), ("instruction", "context"))
-PROMPTS = ("prompt", "question", "input", "instruction", "query", "source")
-ANSWERS = ("output", "completion", "answer", "response", "chosen", "target")
-WORSE = "rejected"
-"""The answer that is no example, in files of preferences."""
+PROMPTS = ("prompt", "question", "input", "instruction", "query", "source", "problem")
+ANSWERS = ("output", "completion", "answer", "response", "chosen", "target", "solution")
+BETTER, WORSE = "chosen", "rejected"
+"""The two answers of files of preferences; the worse is no example."""
 LABELS = (
     "label",
     "labels",
+    "gold_label",
     "class",
     "category",
     "sentiment",
@@ -39,8 +40,9 @@ LABELS = (
     "department",
     "score",
     "rating",
+    "stars",
 )
-AMOUNTS = ("score", "rating")
+AMOUNTS = ("score", "rating", "stars")
 """Labels whose whole numbers are amounts, where they are many."""
 PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence"))
 
@@ -82,13 +84,20 @@ def guess(path: str, generates: bool, columns: Sequence[str] | None = None, sepa
         fields, lists = _columns(rows), _lists(rows)
         if columns is None and source.suffix.lower() in SEPARATED:
             _check_header(path, fields)
-        found = _tagged(lists) or _several(lists, fields)
+        named = any(c.name.lower() in LABELS and c.names_classes for c in fields.values())
+        found = _tagged(lists) or (None if named else _several(lists, fields))
         if found is None and generates:
             found = _asked(fields) or _labelled(fields) or _two_texts(fields) or _amount(fields)
         elif found is None:
             found = _labelled(fields) or _amount(fields)
+        if {BETTER, WORSE} <= fields.keys() and (found is None or found.keys.get("answer") != f"{{{BETTER}}}"):
+            raise DataError(
+                f"{path}: {BETTER} and {WORSE} are two answers of which one is better; training on preferences: "
+                f"docs/guides/trl.md; to train on the better ones alone, give rows a prompt beside {BETTER}, both texts"
+            )
         if found is not None:
             found = _with_unused(found, fields)
+            found = replace(found, said="; ".join(filter(None, [found.said, _header_within(found, rows, columns)])))
     if found is None or (found.type == "generation" and not generates):
         kind = "a prompt and an answer, or a text and a label" if generates else "a text and a label"
         model = "" if generates else "the model writes no text, and "
@@ -120,11 +129,23 @@ def _some(rows: list[Row]) -> list[Row]:
 def _check_header(path: str, columns: dict[str, Column]) -> None:
     """Raises DataError where the first line is a row: what heads a column of repeated values is one of them."""
     for name, column in columns.items():
-        if name in column.texts and 2 * column.distinct <= column.rows:
+        if name.strip() in column.texts and 2 * column.distinct <= column.rows:
             raise DataError(
                 f"{path}, line 1: {name[:60]!r} heads a column and is a value in it too, so that the line looks like a "
                 f"row; {NO_HEADER}; where it is a field's name, rename the field"
             )
+
+
+def _header_within(found: Guess, rows: list[Row], columns: Sequence[str] | None) -> str:
+    """What is odd where names are given for a file whose first line names the columns otherwise."""
+    label = found.keys.get("label")
+    if not columns or label is None or found.type != "classification":
+        return ""
+    values = [label_name(row.get(label)) for row in rows]
+    if values.count(values[0]) > 1 or len(set(values)) == len(values):
+        return ""
+    line = ", ".join(str(value)[:40] for value in rows[0].values())
+    return f"no other row has the first one's {label}, {values[0][:40]!r}: where {line!r} is a header, remove that line"
 
 
 def _with_unused(found: Guess, columns: dict[str, Column]) -> Guess:
@@ -143,7 +164,9 @@ class Column:
         there = [value for value in values if not is_missing(value)]
         if (named := [v for v in there if not is_blank(str(v))]) and all(NUMBER.fullmatch(str(v)) for v in named):
             there = named  # what R and pandas write for a number that is not there is no class
-        self.written = bool(there) and all(str(value)[:1] == "[" and str(value)[-1:] == "]" for value in there)
+        self.written = bool(there) and all(
+            isinstance(value, str) and value[:1] == "[" and value[-1:] == "]" for value in there
+        )
         """Whether these are lists written as text."""
         self.nested = self.written or any(isinstance(value, list | dict) for value in there)
         self.texts = [label_name(value) for value in there]
@@ -184,6 +207,15 @@ class Column:
         found = {int(text) for text in self.texts if text.isdecimal()}
         without_gap = found in (set(range(self.distinct)), set(range(1, self.distinct + 1)))
         return without_gap and 2 * self.distinct <= self.rows and self.name.lower() not in AMOUNTS
+
+    @cached_property
+    def packs_names(self) -> bool:
+        """Whether some cells name several of a few things, with commas or the like between them."""
+        parts = [[one.strip() for one in re.split(r"[,;|]", text)] for text in self.texts]
+        names = {one for some in parts for one in some}
+        least = 3 if all(NUMBER.fullmatch(one) for one in names) else 2  # 8,5 may be a number
+        few = 2 <= len(names) <= min(CLASSES, self.rows // 4) and len(names) <= self.distinct
+        return few and "" not in names and max(map(len, parts)) >= least and max(map(len, names)) <= SHORT
 
     @property
     def length(self) -> float:
@@ -281,6 +313,10 @@ def _labelled(columns: dict[str, Column]) -> Guess | None:
     if label is None or not texts:
         return None
     pair = _pair([c.name for c in texts])
+    if label.packs_names:
+        said = f"cells of {label.name} name several at once; as lists they are several labels: docs/your-own-file.md"
+        keys = {"text": pair or max(texts, key=lambda c: c.length).name, "label": label.name, "score": "accuracy"}
+        return Guess("classification", keys, {}, said)
     longest = max(texts, key=lambda c: c.length).name
     keys = {"text": pair or longest, "label": label.name}
     if label.has_amounts or (label.is_number and not (label.names_classes or label.numbers_classes)):
@@ -294,6 +330,7 @@ def _labelled(columns: dict[str, Column]) -> Guess | None:
     )
     unread = [c.name for c in texts if c.name not in (pair or [longest]) and not c.names_classes]
     more = f"{', '.join(unread)} could be read too: text: [{unread[0]}, {longest}]" if unread and not pair else ""
+    more = f"{', '.join(unread)} not read: a text is of one field or two" if unread and pair else more
     return Guess("classification", {**keys, "score": "accuracy"}, {}, "; ".join(filter(None, [said, several, more])))
 
 
@@ -332,9 +369,10 @@ def _several(lists: dict[str, list[Any]], columns: dict[str, Column]) -> Guess |
     """A text, and a list of few different names."""
     texts = [c for c in columns.values() if c.is_text]
     for name, values in lists.items():
-        if texts and _are_texts(values) and 2 <= _different(values) <= min(CLASSES, len(values) // 2):
-            longest = max(texts, key=lambda c: c.length).name
-            return Guess("multi_label_classification", {"text": longest, "label": name, "score": "f1"})
+        numbered = name.lower() in LABELS and all(type(one) is int for value in values for one in value)
+        if texts and (numbered or _are_texts(values)) and 2 <= _different(values) <= min(CLASSES, len(values) // 2):
+            text = _pair([c.name for c in texts]) or max(texts, key=lambda c: c.length).name
+            return Guess("multi_label_classification", {"text": text, "label": name, "score": "f1"})
     return None
 
 

@@ -193,7 +193,7 @@ def look_at_tasks(
         name, sep, path = pair.partition("=")
         if not sep:
             name, path = Path(pair).stem, pair
-        name = re.sub(r"[^A-Za-z0-9_.-]+", "_", name).lstrip(".-") or "task"
+        name = re.sub(r"[^A-Za-z0-9_-]+", "_", name).lstrip("_-") or "task"
         if name in tasks:
             raise DataError(f"--task {pair}: there is a task {name!r} already; write other_name={path}")
         tasks[name] = (path, guess(path, generates, columns, separator))

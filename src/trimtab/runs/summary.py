@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import combinations
 from statistics import median
@@ -126,7 +127,8 @@ def odd_data(task: Task[Any]) -> list[str]:
     ]
     skipped = f"{task.skipped} rows cannot be used and are left out, first {task.first_flaw}"
     own = [skipped] if task.skipped else []
-    return [*own, *_broken(task, splits), *_quoted(task), *_of_one_class(task, splits), *_shared(task, splits)]
+    classes = [*_of_one_class(task, splits), *_never_tested(task, splits)]
+    return [*own, *_broken(task, splits), *_quoted(task), *classes, *_shared(task, splits)]
 
 
 def _broken(task: Task[Any], splits: Sequence[str]) -> list[str]:
@@ -157,6 +159,24 @@ def _of_one_class(task: Task[Any], splits: Sequence[str]) -> list[str]:
             why = f"; limit: takes the first {limit} rows, and the file is sorted: shuffle it" if limit else ""
             said.append(f"all {len(examples)} rows of {split} are {only!r}{why}")
     return said
+
+
+def _never_tested(task: Task[Any], splits: Sequence[str]) -> list[str]:
+    """Classes of a tenth of train that test, though it has rows enough, has none of."""
+    if not isinstance(task, ClassificationTask) or "test" not in splits or len(task.examples("test")) < ENOUGH:
+        return []
+    train, tested = task.examples("train"), {e.label for e in task.examples("test")}
+    counts = Counter(e.label for e in train)
+    return [
+        f"{task.readable(label)!r} is {count} of {len(train)} rows of train and none of test; where it stands for rows "
+        "without a class, leave them out"
+        for label, count in counts.items()
+        if label not in tested and 10 * count >= len(train)
+    ]
+
+
+ENOUGH = 50
+"""Rows of test in which a class of a tenth of them is missing by chance once in 200 times."""
 
 
 def _shared(task: Task[Any], splits: Sequence[str]) -> list[str]:

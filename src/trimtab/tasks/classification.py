@@ -185,7 +185,13 @@ class LabelledTask(TextTask[LabelledSpecT]):
     def first(self) -> int:
         """The number of the first class: 1 where train has no 0 but the number of classes, as AG News has; else 0."""
         found = {label_name(row.get(self.spec.label)) for row in self._read("train")}
-        return int("0" not in found and str(len(self.labels)) in found)
+        ends = "0" in found, str(len(self.labels)) in found
+        if not any(ends) and self.spec.labels and all(name.isdecimal() for name in found):
+            raise DataError(
+                f"{self.source('train')}: {self.spec.label} is {', '.join(sorted(found)[:20])}, with neither 0 nor "
+                f"{len(self.labels)}, so that the first of labels: may be 0 or 1; write the names into the file"
+            )
+        return int(ends == (False, True))
 
     def truth(self, examples: Sequence[Example]) -> Truth:
         return Truth([e.label for e in examples], classes=len(self.labels), choices=self.labels)

@@ -93,7 +93,7 @@ class ConversationTask(WritingTask[ConversationSpec]):
     def question(self, row: Row, where: str) -> Example:
         """The last answer where the conversation ends with one, else the next."""
         messages = self._messages(row, where)
-        at = len(messages) - (messages[-1]["role"] == "assistant")
+        at = len(messages) - bool(messages and messages[-1]["role"] == "assistant")
         if at == 0 or messages[at - 1]["role"] not in ("user", "tool"):
             raise DataError(f"{where}: the conversation does not end with a message to be answered, or its answer")
         return self._turn(row, messages, at, where)

@@ -39,7 +39,10 @@ def locate(path: str | Path, folder: str | Path = ".") -> Path:
         folder = next(candidate for candidate in tried if candidate.is_dir())
         if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
             raise DataError(f"{str(path)!r} is a folder that `datasets` wrote; {TO_PARQUET}")
-        raise DataError(f"{str(path)!r} is a folder; name a file in it")
+        raise DataError(
+            f"{str(path)!r} is a folder; name a file of rows in it, or make one of a folder of texts for each class: "
+            "docs/your-own-file.md"
+        )
     near = [
         str(name.with_name(close))
         for parent in {p.parent for p in tried if p.parent.is_dir()}
@@ -90,9 +93,11 @@ def read_rows(
     path = locate(source)
     reader = READERS.get(path.suffix.lower())
     if reader is None:
+        with path.open("rb") as opened:
+            table = "tsv" if b"\t" in opened.readline(2**16) else "csv"
         remedy = (
             "Lines without a separator, a file a class, blocks of tagged words: docs/your-own-file.md; cells with a "
-            f"separator between them are read from a copy called {path.stem}.csv"
+            f"separator between them are read from a copy called {path.stem}.{table}"
         )
         remedy = REMEDIES.get(path.suffix.lower(), remedy)
         raise DataError(f"{path}: unknown suffix {path.suffix!r}; use one of {', '.join(READERS)}. {remedy}")
@@ -124,13 +129,14 @@ def _read_hub(name: str, config: str | None, split: str) -> list[Row]:
 
 def _text(path: Path) -> str:
     raw = path.read_bytes()
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise DataError(f"{path}: UTF-16 text; convert it: iconv -f UTF-16 -t UTF-8 {path.name} > utf8-{path.name}")
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")) or raw[:2].count(0) == 1:  # half of an ASCII character is 0
+        kind = "UTF-16LE" if raw[1:2] == b"\0" else "UTF-16BE" if raw[:1] == b"\0" else "UTF-16"
+        raise DataError(f"{path}: UTF-16 text; convert it: iconv -f {kind} -t UTF-8 {path.name} > utf8-{path.name}")
     if not raw.strip():
         raise DataError(f"{path}: the file is empty")
     for magic, kind in BINARY.items():
         if raw.startswith(magic):
-            raise DataError(f"{path}: this is a {kind} file whatever its name says; export the rows as .jsonl")
+            raise DataError(f"{path}: its content is {kind}, whatever its name says; export the rows as .jsonl")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -151,6 +157,8 @@ BINARY = {
     b"\x1f\x8b": "gzip",
     b"PK\x03\x04": "zip",
     b"PAR1": "parquet",
+    b"BZh": "bzip2",
+    b"\xd0\xcf\x11\xe0": "Excel",
     **{bytes([0x80, version]): "pickle (which trimtab does not open)" for version in range(2, 6)},
 }
 
@@ -169,6 +177,8 @@ def _read_json(path: Path, *_: Any) -> list[Row]:
     if not isinstance(rows, list):
         found = "one object" if isinstance(rows, dict) else type(rows).__name__
         remedy = 'write [{...}, {...}], or {"data": [...]}; with pandas, to_json(orient="records")'
+        if isinstance(rows, dict) and (lists := [key for key, value in rows.items() if isinstance(value, list)]):
+            remedy = f"it holds lists, {', '.join(lists[:8])}: write each to a file of its own, a list of objects"
         raise DataError(f"{path}: expected a list of rows, not {found}; {remedy}")
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
@@ -207,10 +217,20 @@ def _read_csv(path: Path, columns: Sequence[str] | None, skip: bool, separator: 
     try:
         for cells in reader:
             if cells:
+                _check_swallowed(path, reader, cells)
                 lines.append((reader.line_num, cells))
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.line_num}: {error}; check the quotes, or use .jsonl") from None
     return _table(path, lines, columns, skip)
+
+
+def _check_swallowed(path: Path, reader: Any, cells: list[str]) -> None:
+    """Raises DataError for a cell that seems to be several rows of a file in which quotes are plain characters."""
+    if reader.dialect.delimiter == "\t" and any("\t" in cell and "\n" in cell for cell in cells):
+        raise DataError(
+            f"{path}, line {reader.line_num}: a cell in quotes holds tabs and ends of lines, as whole rows do; where "
+            "quotes are plain characters, make a copy called .tsv"
+        )
 
 
 def find_separator(text: str) -> str:
