@@ -11,6 +11,7 @@ import fcntl
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from itertools import chain
@@ -36,6 +37,7 @@ Line = dict[str, Any]
 CHUNK = 8
 """Batches that are written at a time, and among which rows are put in order of length."""
 KINDS = (".csv", ".jsonl")
+SKIP = "; or leave out such rows: predict --skip-bad-rows"
 
 
 class Applied:
@@ -100,7 +102,7 @@ class Applied:
             DataError: a row cannot be used.
         """
         task, path, found = self.experiment.task, locate(file), {}
-        for number, row in enumerate(task.rows(path, self.skip), 1):
+        for number, row in enumerate(self._rows(path), 1):
             where = f"{path}, row {number}"
             try:
                 found[number] = replace(task.question(task.prepared(row, where), where), row=row)
@@ -108,12 +110,22 @@ class Applied:
                 lacking = self._lacking(row)
                 remedy = f" (rename columns, so that {self.folder.path} finds {', '.join(lacking)})" if lacking else ""
                 if not self.skip:
-                    others = "" if lacking else "; or leave out such rows: predict --skip-bad-rows"
-                    raise DataError(f"{error}{remedy}{others}") from None
+                    raise DataError(f"{error}{remedy}{'' if lacking else SKIP}") from None
                 self.left_out.append(f"{error}{remedy}")
         if not found:
             raise DataError(self.left_out[0])
         return found
+
+    def _rows(self, path: Path) -> list[Row]:
+        """Of the file. Raises DataError, saying so where broken lines could be left out."""
+        task = self.experiment.task
+        try:
+            return task.rows(path, self.skip)
+        except DataError as error:
+            with suppress(DataError):
+                task.rows(path, True)
+                error = DataError(f"{error}{SKIP}")
+            raise error from None
 
     def _lacking(self, row: Row) -> list[str]:
         """The fields that a question is made of and a row has not."""
