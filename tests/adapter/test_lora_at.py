@@ -243,6 +243,13 @@ def test_models_without_a_place_for_it() -> None:
         get_peft_model(tiny("t5"), LoraAtConfig(task_type="SEQ_2_SEQ_LM", target_modules=["q"]))
     with pytest.raises(ValueError, match="embed_tokens is no linear layer"):
         get_peft_model(tiny("llama"), LoraAtConfig(task_type="CAUSAL_LM", target_modules=["embed_tokens"]))
+    base = tiny("llama")
+    before = outputs_of(base, "llama")
+    mixed = LoraAtConfig(task_type="CAUSAL_LM", target_modules=["embed_tokens", "q_proj"], init_lora_weights=False)
+    with pytest.raises(ValueError, match="embed_tokens is no linear layer"):
+        get_peft_model(base, mixed)
+    assert torch.equal(outputs_of(base, "llama"), before)
+    assert not any(isinstance(module, LoraLayer) for module in base.modules())
     outside = trained()
     with pytest.raises(RuntimeError, match="outside a forward of its model"):
         outside.base_model.model.model.layers[0].mlp(torch.randn(1, 2, 32))

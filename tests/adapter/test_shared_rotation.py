@@ -116,6 +116,8 @@ def test_both_are_one_adapter_of_the_ranks_together(tmp_path: Path) -> None:
     ("fields", "names", "message"),
     [
         ({}, ["a", "c"], "not all of them edit model.layers.0 alike"),
+        ({}, [], "give at least two that the model has"),
+        ({}, ["a", "nobody"], "give at least two that the model has"),
         ({}, ["a", "a"], "give at least two that the model has"),
         ({"method": "noreft"}, ["a", "b"], "one has no rotation"),
         ({"r": 20}, ["a", "b"], "ranks of 40 in all, for a width of 32"),

@@ -155,6 +155,11 @@ def test_caa_reads_the_last_token_whatever_it_edits() -> None:
         ({"layers": [3]}, ValueError, r"layers=\[3\]: the model has blocks 0 to 2"),
         ({"positions": "x"}, ValueError, "positions='x'"),
         ({"negative": pairs(3)[1]}, DataError, "8 positive and 3 negative texts: give at least 4 pairs"),
+        (
+            {"negative": [torch.tensor([5]), *pairs()[1][1:]], "positions": "f3"},
+            DataError,
+            "none of its 1 tokens is at",
+        ),
         ({"negative": pairs()[0]}, DataError, "the same hidden states at these tokens"),
     ],
 )

@@ -4,6 +4,7 @@ import base64
 import copy
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -442,6 +443,13 @@ def test_a_flexible_head_is_refused(tmp_path: Path) -> None:
         convert(source, tmp_path / "out", given=Given(base=str(GOLDEN / "model")))
 
 
+def test_the_base_that_is_given_is_the_one_that_is_written(make: Make, bases: Bases, tmp_path: Path) -> None:
+    copied = shutil.copytree(bases("llama"), tmp_path / "copy")
+    ours = make(positions="all")
+    convert(ours, tmp_path / "out", given=Given(base=str(copied)))
+    assert json.loads((tmp_path / "out/adapter_config.json").read_text())["base_model_name_or_path"] == str(copied)
+
+
 # ---- vectors -------------------------------------------------------------------------------------------------------
 
 
@@ -495,6 +503,15 @@ def test_vectors(write: Any, positions: str, rows: slice, bases: Bases, tmp_path
     file = write(tmp_path, vectors)
     agreed(convert(file, tmp_path / "out", given=Given(base=str(bases("llama")), positions=positions)))
     wanted = added(bases("llama"), {i: torch.from_numpy(v) for i, v in vectors.items()}, rows)
+    assert (logits(tmp_path / "out") - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
+def test_rows_of_vectors_go_to_the_layers_in_the_order_given(bases: Bases, tmp_path: Path) -> None:
+    rows = torch.randn(2, 32)
+    save_file({"directions": rows}, tmp_path / "v.safetensors")
+    given = Given(base=str(bases("llama")), positions="all", layers=[2, 0])
+    agreed(convert(tmp_path / "v.safetensors", tmp_path / "out", given=given))
+    wanted = added(bases("llama"), {2: rows[0], 0: rows[1]})
     assert (logits(tmp_path / "out") - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 

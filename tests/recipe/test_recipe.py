@@ -225,7 +225,7 @@ BAD = [
     ("learning_rate: 4e-3", "learning_rate: .nan", ["line 4, training.learning_rate", "finite"]),
     ("epochs: 5", "epochs: 5\n  max_steps: 3", ["line 3, training", "epochs and max_steps", "keep one"]),
     ("epochs: 5", "schedule: cosin", ["line 5, training.schedule", "'cosin'", "did you mean 'cosine'"]),
-    ("epochs: 5", "warmup: 100", ["line 5, training.warmup", "less than or equal to 1"]),
+    ("epochs: 5", "warmup: 100", ["line 5, training.warmup", "less than 1"]),
     ("  plural:", "  ../plural:", ["line 7, tasks.../plural", "folder", "letters, digits"]),
     ("type: generation", "type: generate", ["line 7, tasks.plural", "classification or regression", "'generate'"]),
     ("type: generation", "type: regression", ["tasks.plural.prompt", "belongs to type: generation", "text: is"]),

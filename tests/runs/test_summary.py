@@ -221,7 +221,7 @@ def test_a_bad_result_is_remarked() -> None:
     (worse,) = result_remarks({**good, "tuned": {"f1": 0.3}})
     assert "0.300 is worse than untuned, 0.400" in worse and "learning_rate" in worse
     (nothing,) = result_remarks({**good, "tuned": {"f1": 0.0}})
-    assert "no class was found in any row" in nothing and "higher" in nothing
+    assert "no row's class was found" in nothing and "another learning_rate" in nothing
     (guess,) = result_remarks({**good, "majority": {"answer": "late", "score": 0.6}})
     assert "0.600 is no better" in guess and "always answering 'late' would score 0.600" in guess
     assert result_remarks({**good, "majority": {"answer": "late", "score": 0.5}}) == []

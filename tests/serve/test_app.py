@@ -320,6 +320,7 @@ def test_with_keys_but_no_admin_key_there_are_no_admin_routes(served: Served) ->
     with listening(create_app(served.service, Access(keys=("first",)))) as url:
         answer = httpx.post(f"{url}{LOAD}", json={}, headers=bearer("first"))
         assert answer.status_code == 404
+        assert httpx.post(f"{url}{LOAD}", json={}).status_code == 401
         assert LOAD not in httpx.get(f"{url}/openapi.json", headers=bearer("first")).json()["paths"]
 
 

@@ -53,6 +53,15 @@ def generated(model: Any, prompts: list[tuple[int, ...]], **kwargs: Any) -> list
     return tokens
 
 
+def test_an_adapter_that_is_taken_off_the_model_leaves_the_pool(served: Served, pool: AdapterPool) -> None:
+    name = served.names[0]
+    with pool.rows([name]):
+        before = served.model(**padded(PROMPTS[:1])).logits
+    get_peft_model(served.model, ReftConfig(task_type="CAUSAL_LM", r=2, layers=[0])).base_model.unload()
+    with pool.rows([name]):
+        assert torch.equal(served.model(**padded(PROMPTS[:1])).logits, before)
+
+
 def test_a_padded_batch_of_many_kinds_and_more_adapters_than_entries(served: Served, pool: AdapterPool) -> None:
     for first in range(0, len(served.names), 7):
         names = [*served.names[first : first + 7], None][-8:]

@@ -45,7 +45,8 @@ from trimtab.study import compare as comparison
 from trimtab.study.ablations import adapter_variants
 from trimtab.study.compare import Group, Study, by_worth, choose_ways
 from trimtab.study.pages import write_report
-from trimtab.study.report import Items, _step, late_move, still_falling, summarise
+from trimtab.study.plots import draw
+from trimtab.study.report import Items, Line, TaskReport, _step, late_move, still_falling, summarise
 from trimtab.study.tables import as_markdown
 from trimtab.tasks.tokens import encode
 
@@ -718,6 +719,12 @@ def test_another_held_out_text_is_another_trial(models: Path, tmp_path: Path) ->
         names.append(fingerprints(recipe.experiments()["words"], recipe.compare.held_out)["held_out"])
     assert names[0] != names[1]
     assert "held_out" not in fingerprints(load_recipe(write_recipe(models, tmp_path)).experiments()["words"])
+
+
+def test_a_method_whose_every_seed_failed_is_left_out_of_the_picture() -> None:
+    lines = [Line("a", {}, mean=0.5, sd=0.1, scores=[0.4, 0.6], parameters=9, memory=9, seconds=1.0, curve=[(1, 2.0)])]
+    lines.append(Line("b", {}, mean=0.0, sd=0.0, scores=[0.0, 0.0], memory=0, failed_seeds=2, failure="NaN"))
+    assert draw(TaskReport("accuracy", "a", 10, 10, 10, lines, 0.1), "mood").startswith(b"\x89PNG")
 
 
 def test_few_shot_draws_by_the_seed_and_trains_on_those_only(

@@ -91,10 +91,17 @@ class LoraAtModel(LoraModel):
         if config.target_modules == "all-linear":
             config.target_modules = sorted(_linears_in_blocks(model))
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        found = loras(model, adapter_name)
+        others = [
+            n for n, one in found.items() if not isinstance(dict(one.lora_A.items()).get(adapter_name), nn.Linear)
+        ]
+        if others:
+            self.delete_adapter(adapter_name)
+            if not self.peft_config:
+                super().unload()
+            raise ValueError(f"target_modules: {others[0]} is no linear layer, as a LoRA at positions needs.")
         forwards = Forwards.of(model)
-        for name, layer in loras(model, adapter_name).items():
-            if not isinstance(dict(layer.lora_A.items()).get(adapter_name), nn.Linear):
-                raise ValueError(f"target_modules: {name} is no linear layer, as a LoRA at positions needs.")
+        for name, layer in found.items():
             held = vars(layer).get("forward")
             if held is None:
                 held = vars(layer)["forward"] = _Held(name, layer, forwards)

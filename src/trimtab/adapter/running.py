@@ -242,6 +242,9 @@ class Forwards:
             vars(self.model).pop(name, None)
         for module in self._checkpointing:
             self._unbind(module)
+        for module in self.model.modules():
+            if isinstance(function := vars(module).get("checkpoint_fn"), _Bound):
+                module.checkpoint_fn = function.function  # type: ignore[assignment]
 
     # ---- what runs -------------------------------------------------------------------------------------------------
 

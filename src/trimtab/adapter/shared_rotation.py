@@ -27,10 +27,10 @@ def share_rotation(model: nn.Module, adapters: Sequence[str]) -> None:
             the model's width.
     """
     layers = [m for m in model.modules() if isinstance(m, ReftLayer)]
-    families = [family for layer in layers for family in _families(layer, adapters)]
     missing = set(adapters) - {name for layer in layers for name in layer.positions}
     if missing or len(set(adapters)) < 2:
         raise ValueError(f"adapters={list(adapters)}: give at least two that the model has.")
+    families = [family for layer in layers for family in _families(layer, adapters)]
     for family in families:
         _move_apart(family)
         for edit in family:

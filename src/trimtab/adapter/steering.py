@@ -259,7 +259,7 @@ def _numbers(layers: list[int] | None, count: int) -> list[int]:
 def _read(
     model: nn.Module, numbers: list[int], positions: str, every: bool, texts: Sequence[Tensor]
 ) -> list[list[States]]:
-    """For each block the states of each text."""
+    """For each block the states of each text. Raises DataError for one in which no token is edited."""
     states: list[list[States]] = [[] for _ in numbers]
 
     def look(own: list[States], h: Tensor) -> Tensor:
@@ -270,8 +270,10 @@ def _read(
     with ExitStack() as within:
         for own, number in zip(states, numbers, strict=True):
             within.enter_context(edit(model, partial(look, own), layers=[number], positions=positions))
-        for text in texts:
+        for number, text in enumerate(texts, 1):
             _next(model, text)
+            if any(len(own) != number for own in states):
+                raise DataError(f"text {number}: none of its {len(text)} tokens is at positions {positions!r}")
     return states
 
 

@@ -370,11 +370,12 @@ class ReftModel(BaseTuner):
     # ---- leaving, loading --------------------------------------------------------------------------------------
 
     def unload(self) -> nn.Module:
-        """The base model as it was: no submodule, hook or wrapper of trimtab left on it."""
-        self._passes.remove()
+        """The base model as it was: no submodule, hook or wrapper of trimtab left on it, but what others edit by."""
         for layer in self._passes.layers:
             layer.hook.remove()
             del host(layer.site.module).reft
+        self._passes.layers.clear()
+        self._passes.release()
         if self.has_loras:
             remove(self.model)
         vars(self.model).pop("_load_pretrained_model", None)

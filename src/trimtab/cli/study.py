@@ -218,11 +218,11 @@ def _say(experiments: Mapping[str, Experiment], runs: int, jobs: int = 1) -> Non
     from trimtab.runs.summary import checked_summary
 
     seconds = []
+    base = Base(next(iter(experiments.values())).source)  # a recipe has one model
     for experiment in experiments.values():
-        base = Base(experiment.source)
         console.print(checked_summary(experiment, base.tokenizer, placed=False))
         with suppress(RunError):  # said of the trial that it is
-            found = forecast(experiment, base)
+            found = forecast(experiment, base) if runs else None
             seconds += [found.seconds] if found else []
     close_stores()
     each = sum(seconds) / len(seconds) if seconds else None

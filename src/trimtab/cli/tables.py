@@ -123,7 +123,7 @@ def result_remarks(metrics: dict[str, Any]) -> list[str]:
     untuned, tuned = (metrics[which][metrics["score"]] for which in ("untuned", "tuned"))
     said = []
     if tuned == 0 and metrics["score"] == "f1":
-        said.append("no class was found in any row: more training: epochs:, or a higher learning_rate:")
+        said.append("no row's class was found: more training: epochs:, or another learning_rate:")
     elif tuned < untuned:
         said.append(f"{tuned:.3f} is worse than untuned, {untuned:.3f}: lower training: learning_rate:, or more rows")
     majority = metrics.get("majority", {"answer": "", "score": 0.0})  # runs of earlier versions do not say

@@ -28,9 +28,14 @@ TOLERANCE = 1e-6
 
 def orthonormality_error(rotation: Tensor) -> Tensor:
     """Largest entry of |R Rᵀ - I| for R of shape (..., r, d)."""
+    return _errors(rotation).amax()
+
+
+def _errors(rotation: Tensor) -> Tensor:
+    """The same (...) of each R."""
     wide = _in_double(rotation)
     gram = wide @ wide.mT
-    return (gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)).abs().amax()
+    return (gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)).abs().amax((-2, -1))
 
 
 def retract(matrix: Tensor) -> Tensor:
@@ -206,10 +211,9 @@ def restore(rotations: Iterable[Rotation], stepped: bool = False) -> None:
 def _restore_alike(families: list[Family], rows: list[int], free: tuple[bool, ...], stepped: bool) -> None:
     """Those of like members, of so many rows each, of which the free ones may be moved."""
     stack = torch.stack([torch.cat([_whole(module.halved) for module in family]) for family in families]) * 2
-    moved = not float(orthonormality_error(stack)) <= TOLERANCE
-    after = _retract_some(stack, rows, free) if moved else stack
-    for family, whole, before in zip(families, after, stack, strict=True):
-        off = moved and not float(orthonormality_error(before)) <= TOLERANCE
+    moved = (~(_errors(stack) <= TOLERANCE)).tolist()  # one look from the host; NaN has moved
+    after = _retract_some(stack, rows, free) if any(moved) else stack
+    for family, whole, before, off in zip(families, after, stack, moved, strict=True):
         for module, movable, rotation, was in zip(family, free, whole.split(rows), before.split(rows), strict=True):
             module._drift = None
             if off and movable:

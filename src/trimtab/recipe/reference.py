@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, BeforeValidator
 
 from trimtab.adapter.config import ReftConfig
@@ -108,7 +108,7 @@ def _bounds(marks: Any) -> list[str]:
     said: list[str] = []
     for mark in marks:
         for one in [mark, *getattr(mark, "metadata", [])]:
-            words = {Gt: "above {0.gt}", Ge: "from {0.ge}", Le: "to {0.le}"}.get(type(one))
+            words = {Gt: "above {0.gt}", Ge: "from {0.ge}", Le: "to {0.le}", Lt: "and below {0.lt}"}.get(type(one))
             said += [words.format(one)] if words else []
     return said
 

@@ -131,7 +131,7 @@ class Fit:
             with fitting(self._step, TOO_LARGE):
                 self.trainer.train(resume_from_checkpoint=resume_from)
         except (OSError, EOFError, RuntimeError, KeyError, SafetensorError, pickle.UnpicklingError) as error:
-            if resume_from and not self.trainer.progress.step:
+            if resume_from and not self.trainer.progress.steps:  # which are known once it was read
                 remedy = f"remove it, or start over: --no-resume --task {self.trainer.progress.task}"
                 raise RunError(f"{resume_from}: this checkpoint cannot be read; {remedy}") from error
             folder = Path(str(self.trainer.args.output_dir))

@@ -173,9 +173,14 @@ def _complete(checkpoint: Path) -> bool:
         with safe_open(checkpoint / WEIGHTS, framework="pt"):  # which reads how long the file must be
             pass
         states = [checkpoint / "optimizer.pt", *checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]
-        return all(zipfile.ZipFile(state).testzip() is None for state in states)
+        return all(map(_is_whole_zip, states))
     except (OSError, SafetensorError, zipfile.BadZipFile):
         return False
+
+
+def _is_whole_zip(file: Path) -> bool:
+    with zipfile.ZipFile(file) as opened:
+        return opened.testzip() is None
 
 
 def digest_of(file: Path) -> str:

@@ -124,7 +124,7 @@ class Answerer:
         Raises:
             DataError: the conversation is longer than the model reads.
         """
-        how = self.prompts.get(name, _PLAIN)
+        how = self._prompts_of(name)
         if not is_templated(self.tokenizer, how["chat"]):
             encoded = _put(self.tokenizer, messages[-1]["content"], name, how)
         else:
@@ -144,13 +144,13 @@ class Answerer:
         texts = predict(self.model, self.tokenizer, encoded, max_new_tokens=max_new_tokens, adapter_names=adapter_names)
         return [text.strip() for text in texts]
 
-    def _prompting(self, name: str) -> dict[str, Any]:
+    def _prompts_of(self, name: str) -> dict[str, Any]:
         """How the adapter's training wrote prompts; for the base model how the first adapter's did."""
         return self.prompts.get(name) or next(iter(self.prompts.values()), _PLAIN)
 
     def encode(self, prompt: str, name: str, answer: str | None = None) -> Encoded:
         """The prompt as the adapter, or for the base model the first one, takes it; an answer as in its training."""
-        return _put(self.tokenizer, prompt, name, self._prompting(name), answer)
+        return _put(self.tokenizer, prompt, name, self._prompts_of(name), answer)
 
 
 def encode_as(folder: Path, tokenizer: PreTrainedTokenizerBase, prompt: str) -> Encoded:

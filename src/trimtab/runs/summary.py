@@ -79,8 +79,8 @@ def summary(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, model: n
     """Some lines on rows, tokens and edits, then what is odd about them. Raises DataError."""
     task, adapter = experiment.task, experiment.adapter
     census, odd = task.census(task.examples("train"))
-    rank = f", rank {adapter.r}" if adapter.r else ""
-    edited = f"{adapter.method}{rank}, positions {adapter.positions}, layers {adapter.layers}, {adapter.site}"
+    said = ReftConfig(**adapter.model_dump()).method_text
+    edited = f"{said}, positions {adapter.positions}, layers {adapter.layers}, {adapter.site}"
     lines = {
         "train": ": ".join(filter(None, [_rows(experiment, "train"), census])),
         "validation": _rows(experiment, "validation"),

@@ -51,7 +51,7 @@ class TrainingSpec(Section):
     """Such passes in a step: a step is of `batch_size` times this many examples."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """How the rate falls after the warm-up: to 0 in a line or a cosine, or not at all."""
-    warmup: Annotated[float, Field(ge=0, le=1)] = 0.1
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """The share of the steps over which the rate rises from 0."""
     weight_decay: NonNegativeFloat = 0.0
     """AdamW's; R keeps orthonormal rows all the same."""

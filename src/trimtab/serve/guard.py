@@ -64,12 +64,13 @@ class Access:
         given = _digest(key if scheme.lower() == "bearer" else "")
         is_admin = self.admin_key is not None and hmac.compare_digest(given, _digest(self.admin_key))
         is_known = sum(hmac.compare_digest(given, key) for key in self._known) > 0  # each is compared
-        if path in ADMIN:
+        is_admins = path in ADMIN and (self.admin_key is not None or not self.keys)
+        if is_admins:
             allowed = is_admin or self.admin_key is None
         else:
             allowed = is_admin or is_known or not self.keys or path in OPEN
         if not allowed:
-            which = "the admin key" if path in ADMIN else "a key of this server"
+            which = "the admin key" if is_admins else "a key of this server"
             raise ApiError(401, f"give {which}: Authorization: Bearer KEY.", "invalid_api_key")
         return given if self.keys and not self.one_tenant else b""
 

@@ -28,7 +28,7 @@ def draw(report: TaskReport, task: str, narrow: bool = False) -> bytes:
     """Score against parameters, time and memory, and the learning curves."""
     figure = Figure(figsize=(4.4, 15) if narrow else (11, 8), layout="constrained")
     axes = figure.subplots(4, 1).ravel() if narrow else figure.subplots(2, 2).ravel()
-    lines = [line for line in report.methods if line.memory is not None]  # those that train
+    lines = [line for line in report.methods if line.curve]  # those that were trained
     names = sorted(line.name for line in lines)
     looks = {name: (f"C{i % 10}", "os^"[i // 10 % 3], i // 10 % 3) for i, name in enumerate(names)}
     unit: Callable[[Line], float | None]

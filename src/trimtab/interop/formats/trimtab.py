@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -67,7 +68,10 @@ class Trimtab(Format):
         skeleton = adapter.base.skeleton
         places = {name: _host_name(skeleton, skeleton.get_submodule(name)) for name, _ in adapter.edits}
         edits = {(places[name], cast(Part, part)): own for (name, part), own in adapter.tensors.items()}
-        write_adapter(path, adapter.config, edits, adapter.modules)
+        config, base = adapter.config, adapter.base.name
+        if config.base_model_name_or_path != base:
+            config = replace(config, base_model_name_or_path=base, base_digest=None)
+        write_adapter(path, config, edits, adapter.modules)
         return []
 
     def run(self, path: Path, adapter: Adapter) -> Runner:

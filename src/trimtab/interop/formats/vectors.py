@@ -36,7 +36,7 @@ class Vectors(Format):
 
     def run(self, path: Path, adapter: Adapter) -> Runner:
         """The vectors of the file, added."""
-        blocks = sorted(adapter.indices.values())
+        blocks = list(adapter.indices.values())  # in the order of reading
         return add_by_hand(adapter, by_block(path, Given(layers=blocks), adapter.base))
 
 
