@@ -115,7 +115,7 @@ def test_both_are_one_adapter_of_the_ranks_together(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "names", "message"),
     [
-        ({}, ["a", "c"], "not all of them edit model.layers.0 alike"),
+        ({}, ["a", "c"], "give at least two that the model has"),
         ({}, [], "give at least two that the model has"),
         ({}, ["a", "nobody"], "give at least two that the model has"),
         ({}, ["a", "a"], "give at least two that the model has"),

@@ -164,3 +164,44 @@ def test_averages_say_what_to_use_instead() -> None:
     model = get_peft_model(tiny("llama"), config())
     with pytest.raises(NotImplementedError, match=r"set_adapter\(\[first, second\]\) and trimtab\.set_scale"):
         model.add_weighted_adapter(["default"], [1.0], "mean")
+
+
+@pytest.mark.parametrize("name", ["bert_seq_cls", "llama_seq_cls"])
+def test_heads_are_loaded_too(name: str, tmp_path: Path) -> None:
+    model = get_peft_model(tiny(name), config(task_type="SEQ_CLS", positions="f1+l1"))
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "modules_to_save" in key:
+                parameter.add_(0.3)
+    model.eval().save_pretrained(tmp_path)
+    loaded = tiny(name)
+    loaded.load_adapter(str(tmp_path))
+    assert torch.equal(outputs_of(loaded.eval(), name), outputs_of(model, name))
+
+
+def test_a_lora_at_positions_is_loaded_too(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    made = trimtab.LoraAtConfig(
+        task_type="CAUSAL_LM", r=2, positions="l2", target_modules=["q_proj"], init_lora_weights=False
+    )
+    model = get_peft_model(load(folders[0]), made).eval()
+    model.save_pretrained(tmp_path / "at")
+    expected = outputs_of(model, "llama")
+    assert not torch.equal(expected, outputs_of(load(folders[0]), "llama"))
+    assert torch.equal(outputs_of(by_load_adapter(folders[0], tmp_path / "at"), "llama"), expected)
+    assert torch.equal(outputs_of(AutoModelForCausalLM.from_pretrained(tmp_path / "at").eval(), "llama"), expected)
+
+
+def test_two_with_a_lora_beside_them(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        torch.manual_seed(ord(name))
+        made = get_peft_model(load(folders[0]), config(lora={"r": 2, "target_modules": ["q_proj"]}), adapter_name=name)
+        for key, parameter in made.named_parameters():
+            if "lora_B" in key:
+                parameter.data.normal_(0, 0.3)
+        made.save_pretrained(tmp_path)
+    model = load(folders[0])
+    for name in ("a", "b"):
+        model.load_adapter(str(tmp_path / name), name)
+        peft = PeftModel.from_pretrained(load(folders[0]), tmp_path / name, adapter_name=name).eval()
+        model.set_adapter(name)
+        assert torch.allclose(outputs_of(model, "llama"), outputs_of(peft, "llama"), atol=1e-6)

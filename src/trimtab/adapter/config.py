@@ -44,6 +44,7 @@ def extend_peft_types(name: str) -> PeftType:
 
 
 REFT = extend_peft_types("REFT")
+LORA_AT = extend_peft_types("LORA_AT")
 
 
 class OwnFiles(PeftConfig):

@@ -11,11 +11,33 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers.utils.generic import ModelOutput
 
 from trimtab.where.sites import Site
 
 Change = Callable[[Tensor], Tensor]
 """Of hidden states; gives them themselves to leave them alone."""
+
+
+def first_of(output: Any) -> Tensor:
+    """A module's output, or the first of several. Raises TypeError for what has no first."""
+    if isinstance(output, Tensor):
+        return output
+    if not isinstance(output, tuple | list | ModelOutput):
+        raise TypeError(
+            f"a module gives a {type(output).__name__}, of which no value is the first; choose another site"
+        )
+    first: Tensor = output[0]
+    return first
+
+
+def with_first(output: Any, changed: Tensor) -> Any:
+    """A module's output of several values with another first one."""
+    if isinstance(output, ModelOutput):
+        return type(output)(**{**output, next(iter(output)): changed})
+    if hasattr(output, "_replace"):  # a named tuple
+        return output._replace(**{output._fields[0]: changed})
+    return type(output)((changed, *output[1:]))
 
 
 @dataclass(frozen=True)
@@ -25,11 +47,11 @@ class OnOutput:
     change: Change
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        hidden = output if isinstance(output, Tensor) else output[0]
+        hidden = first_of(output)
         changed = self.change(hidden)
         if changed is hidden:
             return None
-        return changed if isinstance(output, Tensor) else type(output)((changed, *output[1:]))
+        return changed if isinstance(output, Tensor) else with_first(output, changed)
 
 
 @dataclass(frozen=True)

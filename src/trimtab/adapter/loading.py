@@ -19,7 +19,8 @@ from peft import PeftConfig, PeftModel, set_peft_model_state_dict
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from trimtab.adapter.config import REFT
+from trimtab.adapter.config import LORA_AT, REFT
+from trimtab.adapter.joint import as_lora
 from trimtab.adapter.weights import read_tensors, weights_in
 
 _FROM_PRETRAINED = inspect.unwrap(PeftModel.from_pretrained).__code__
@@ -53,14 +54,28 @@ def check_reloaded(config: PeftConfig, adapter: str) -> None:
         saved = type(config).from_pretrained(folder, **found)
     except (OSError, ValueError):  # a folder of weights alone
         return
-    for name in ("method", "positions", "edit_turns", "activation", "site", "pool", "lora_alpha", "use_rslora"):
-        own, other = (getattr(one, name, None) for one in (config, saved))
+    for name in FIXED:
+        own, other = (_strength(one, name) for one in (config, saved))
         if own != other:
             raise ValueError(
                 f"adapter {adapter!r}: {folder} was saved with {name}={other!r}, but the adapter of that name on this "
                 f"model has {name}={own!r}, which PEFT would keep. Load it under another name, or first call "
                 f"model.delete_adapter({adapter!r})."
             )
+
+
+STRENGTHS = ("r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora")
+FIXED = ("method", "positions", "edit_turns", "activation", "site", "pool", "lora", *STRENGTHS)
+"""Fields that decide what weights do, by which PEFT does not go when it loads over an adapter."""
+
+
+def _strength(config: Any, name: str) -> Any:
+    """A field's value; of a LoRA beside edits, what decides its strength."""
+    value = getattr(config, name, None)
+    if name != "lora" or value is None:
+        return value
+    lora = as_lora(value, config.task_type)
+    return {each: getattr(lora, each) for each in STRENGTHS}
 
 
 def own_modules(model: nn.Module, adapter: str) -> set[str]:
@@ -117,11 +132,12 @@ def _load(original: Callable[..., Any], model: Any, **kwargs: Any) -> Any:
     from transformers.utils.loading_report import LoadStateDictInfo
 
     adapter, config = next(reversed(model.peft_config.items()))  # which transformers has just added
-    if config.peft_type != REFT:
+    if config.peft_type not in (REFT, LORA_AT):
         return original(model=model, **kwargs)
     try:
         tensors = kwargs.get("state_dict") or read_tensors(_there(Path(kwargs["checkpoint_files"][0])))
-        set_peft_model_state_dict(model, tensors, adapter)
+        own = {key.removeprefix("base_model.model."): tensor for key, tensor in tensors.items()}
+        set_peft_model_state_dict(model, own, adapter)
     except BaseException:
         model.delete_adapter(adapter)
         raise

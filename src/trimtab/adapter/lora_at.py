@@ -19,17 +19,16 @@ from peft.utils.peft_types import register_peft_method
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from trimtab.adapter.config import REQUIRES, OwnFiles, extend_peft_types
+from trimtab.adapter.config import LORA_AT, REQUIRES, OwnFiles
 from trimtab.adapter.forward import Edits, Made, Same
 from trimtab.adapter.joint import FIELDS, loras
-from trimtab.adapter.loading import check_reloaded
+from trimtab.adapter.loading import check_reloaded, take_over_loading
 from trimtab.adapter.running import Forwards
 from trimtab.adapter.tuner import OUTSIDE
 from trimtab.edits.base import written
 from trimtab.where.positions import Positions, Turns, parse_positions
 from trimtab.where.sites import find_blocks
 
-LORA_AT = extend_peft_types("LORA_AT")
 _TAKES = {*FIELDS, "modules_to_save", "init_lora_weights", "layers_pattern", "lora_bias", "fan_in_fan_out"}
 """Of `LoraConfig`, fields under which a token's change is B A x of the LoRA's own tensors; in some others of PEFT's
 methods it is not, or the frozen weights change too."""
@@ -108,6 +107,7 @@ class LoraAtModel(LoraModel):
                 forwards.guests += 1
                 forwards.editors.append(held.edits)
             held.positions[adapter_name] = config.parsed_positions
+        take_over_loading(model)
 
     def unload(self) -> Any:
         """The base model as it was."""
@@ -116,6 +116,7 @@ class LoraAtModel(LoraModel):
         base = super().unload()
         forwards.guests -= count
         forwards.editors = [one for one in forwards.editors if getattr(one, "__self__", None) not in held]
+        vars(base).pop("_load_pretrained_model", None)
         forwards.release()
         return base
 

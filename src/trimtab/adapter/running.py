@@ -22,6 +22,7 @@ from types import FrameType
 from typing import Any, Literal, NamedTuple
 
 import torch
+from peft import PeftModel
 from peft.utils import TaskType
 from torch import Tensor, nn
 
@@ -193,7 +194,10 @@ class Forwards:
 
     @classmethod
     def of(cls, model: nn.Module) -> Forwards:
-        """The record of a model, made where there is none yet."""
+        """The record of a model, made where there is none yet; under another PEFT method, that of the model below it,
+        whose own `generate` and forwards it is to hear of."""
+        while isinstance(model, PeftModel):
+            model = model.get_base_model()
         there: Forwards | None = vars(model).get("_reft_forwards")
         return there if there is not None else cls(model)
 

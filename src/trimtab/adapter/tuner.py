@@ -14,6 +14,7 @@ from itertools import accumulate
 from typing import Any, NoReturn, cast, get_args
 
 import torch
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -258,12 +259,21 @@ class ReftModel(BaseTuner):
         self._passes = Forwards.of(model)
         if not self._passes.layers:  # while the base is whole: later it may be sharded
             self._passes.base_digest = base_digest(model)
+        whole: Any = model
+        below = whole.peft_config if isinstance(model, PeftModel) else None
+        if below is not None:  # which PEFT would add to, and save with the other method's
+            self.peft_config = {}
         try:
             super().__init__(model, *args, **kwargs)
         except BaseException:
             self._passes.release()
             raise
-        self.peft_config = self.model.peft_config = Adapters(self.peft_config)
+        finally:
+            if below is not None:
+                whole.peft_config = below
+        self.peft_config = Adapters(self.peft_config)
+        if below is None:
+            self.model.peft_config = self.peft_config
         take_over_loading(model)
 
     @property
@@ -271,13 +281,20 @@ class ReftModel(BaseTuner):
         """Whether an adapter here brought a LoRA, since when all LoRA layers of the model are this tuner's."""
         return self.tuner_layer_cls is not ReftLayer
 
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        """PEFT's, of what is this tuner's: a method below stays as it is, in use and frozen."""
+        for module in self.model.modules():
+            saved = isinstance(module, AuxiliaryTrainingWrapper) and set(module._adapters) & set(self.peft_config)
+            if saved or isinstance(module, self.tuner_layer_cls):
+                module.enable_adapters(enabled)
+
     # ---- placing edits -----------------------------------------------------------------------------------------
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config: Any = self.peft_config[adapter_name]
         self._sites = self._checked_sites(model, config, adapter_name)
         if config.lora is not None:
-            inject(model, as_lora(config.lora, config.task_type), adapter_name, own=self.has_loras)
+            inject(model, as_lora(config.lora, config.task_type), adapter_name, own=self._holds_loras())
             kinds: Any = (ReftLayer, LoraLayer)  # whose layers PEFT goes through, by isinstance
             self.tuner_layer_cls = kinds
             self._sites = self._checked_sites(model, config, adapter_name)
@@ -286,6 +303,10 @@ class ReftModel(BaseTuner):
         for name, parameter in model.named_parameters():  # PEFT leaves in training what this adapter's file will lack
             if name.startswith(below) and ".reft.reft_" not in name:
                 parameter.requires_grad = False
+
+    def _holds_loras(self) -> bool:
+        """Whether LoRA layers of the model belong to ReFT adapters, of this tuner or one that transformers made."""
+        return self.has_loras or any(loras for layer in self._passes.layers for loras in layer.loras.values())
 
     def _checked_sites(self, model: nn.Module, config: Any, adapter_name: str) -> dict[str, Site]:
         """The config's sites by name; refuses what does not fit, before anything is touched."""
@@ -298,11 +319,28 @@ class ReftModel(BaseTuner):
                 f"adapter {adapter_name!r}: pool={config.pool or 'model'!r}, but this model's head reads "
                 f"pool={pool_of(model)!r}. First call trimtab.set_pool(model, {config.pool or 'model'!r})."
             )
+        if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+            raise ValueError(
+                f"adapter {adapter_name!r}: the model below has {model.active_peft_config.peft_type.value}, whose "
+                "virtual tokens are not in the batch, so that positions are not known. Put ReFT on a model without it."
+            )
         sites = find_sites(model, config.site, config.layers, config.r)
+        modules = {id(site.module) for site in sites}
+        for layer in self._passes.layers:
+            if adapter_name in layer.positions and id(layer.site.module) not in modules:
+                raise ValueError(
+                    f"adapter {adapter_name!r}: one of that name edits this model at {layer.site.name} already, and "
+                    "would stay there. Take another name, or a model of its own: unload() the first, or load it anew."
+                )
         for site in sites:
             there = getattr(host(site.module), "reft", None)
             _check_saved_modules(config, site.name)
             if isinstance(there, ReftLayer) and there.site.module is site.module and there.site != site:
+                if there.site.of_input == site.of_input:  # found by another name, within another PeftModel
+                    raise ValueError(
+                        f"{site.name}: this model has ReFT already. Add to it with the first PeftModel's load_adapter "
+                        "or add_adapter, or unload() that one first."
+                    )
                 side = "output" if site.of_input else "input"
                 raise ValueError(f"{site.name}: an adapter edits its {side} already; use a model of its own.")
             if there is not None and not (isinstance(there, ReftLayer) and there.site.module is site.module):
@@ -384,7 +422,7 @@ class ReftModel(BaseTuner):
                 name = next(n for n, m in self.model.named_modules() if m is module)
                 parent, _, child = name.rpartition(".")
                 setattr(self.model.get_submodule(parent), child, module.original_module)
-        if hasattr(self.model, "peft_config"):
+        if hasattr(self.model, "peft_config") and not isinstance(self.model, PeftModel):
             del self.model.peft_config
         vars(self.model).pop("_hf_peft_config_loaded", None)
         model: nn.Module = self.model

@@ -13,6 +13,7 @@ import transformers
 from peft import TaskType
 from torch import Tensor, nn
 
+from trimtab.adapter.hooks import first_of, with_first
 from trimtab.errors import ConversionError
 from trimtab.runs.models import device, loading
 from trimtab.where.plan import Part, edited
@@ -168,12 +169,12 @@ def by_hand(
 
     def hook(name: str, ids: Tensor, prompt: int) -> Any:
         def edit(module: nn.Module, args: Any, output: Any) -> Any:
-            hidden = (output if isinstance(output, Tensor) else output[0]).clone()
+            hidden = first_of(output).clone()
             for (own, part), function in functions.items():
                 if own == name:
                     rows = list(edited(positions, prompt, 0, ids.shape[1], cast(Part, part)))
                     hidden[0, rows] = function(hidden[0, rows].cpu()).to(hidden)
-            return hidden if isinstance(output, Tensor) else type(output)((hidden, *output[1:]))
+            return hidden if isinstance(output, Tensor) else with_first(output, hidden)
 
         return model.get_submodule(name).register_forward_hook(edit)
 

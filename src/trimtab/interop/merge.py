@@ -79,6 +79,7 @@ def _switched_on(model: Any, switch: str) -> Any:
     """The same model with biases, all zero but those it has."""
     config = type(model.config).from_dict({**model.config.to_dict(), switch: True})
     with_bias = type(model)(config).to(model.dtype)
+    with_bias.generation_config = model.generation_config
     with torch.no_grad():
         for name, parameter in with_bias.named_parameters():
             if name.endswith(".bias"):

@@ -19,8 +19,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from pydantic import Field
 from torch import nn
 
-from trimtab.adapter.config import ReftConfig
-from trimtab.adapter.lora_at import LORA_AT
+from trimtab.adapter.config import LORA_AT, ReftConfig
 from trimtab.adapter.readout import pool_of
 from trimtab.edits import METHODS
 from trimtab.errors import NotPossible

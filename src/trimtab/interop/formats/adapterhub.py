@@ -108,6 +108,8 @@ def _read(path: Path, safe: str, pickled: str) -> dict[str, Tensor]:
 
 def _units(path: Path, config: dict[str, Any], base: Base) -> Units:
     """The tensors as saved, by block of the base and part."""
+    if getattr(base.config, "is_encoder_decoder", False):
+        raise ConversionError(f"{path}: {base.name} is an encoder-decoder, both of whose halves AdapterHub edits.")
     found: dict[int, dict[int, dict[str, Tensor]]] = {}
     for key, tensor in _read(path, "adapter.safetensors", "pytorch_adapter.bin").items():
         match = _KEY.fullmatch(key)

@@ -41,7 +41,15 @@ class Vectors(Format):
 
 
 def constant_adapter(base: Base, vectors: Mapping[int, Tensor], positions: str, unsaid: tuple[str, ...]) -> Adapter:
-    """The adapter that adds a vector (d,) to the output of each of these blocks."""
+    """The adapter that adds a vector (d,) to the output of each of these blocks.
+
+    Raises:
+        ConversionError: they are not of the model's width.
+    """
+    width = base.config.get_text_config().hidden_size
+    wrong = [len(vector) for vector in vectors.values() if len(vector) != width]
+    if wrong:
+        raise ConversionError(f"vectors of {wrong[0]} numbers; {base.name} has hidden states of {width}.")
     tensors = {(base.module_of("block", block), "edit"): as_constant(vector) for block, vector in vectors.items()}
     return make_adapter(base, "lobireft", positions, tensors, unsaid=unsaid)
 
