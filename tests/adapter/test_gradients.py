@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -485,3 +486,21 @@ def test_an_error_in_the_model_leaves_nothing_behind() -> None:
             handle.remove()
             assert model.base_model._passes.current() is None
             assert same(gradients(model, model(**batch).loss), expected, 0.0)
+
+
+def test_a_frozen_average_keeps_orthonormal_rows() -> None:
+    """As a mean teacher and TRL's SyncRefModelCallback write one: through `.data`, which leaves no trace."""
+    model = get_peft_model(tiny("llama"), ReftConfig(task_type="CAUSAL_LM", r=2, positions="all"))
+    ids = torch.randint(3, VOCAB, (2, 6), generator=torch.Generator().manual_seed(0))
+    average = copy.deepcopy(model).requires_grad_(False)
+    average(input_ids=ids)
+    steps = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=5.0)
+    for _ in range(4):
+        model(input_ids=ids, labels=ids).loss.backward()
+        steps.step()
+        steps.zero_grad()
+        for own, theirs in zip(average.parameters(), model.parameters(), strict=True):
+            own.data.mul_(0.5).add_(theirs.data, alpha=0.5)
+    average(input_ids=ids)
+    rotations = [module for module in average.modules() if isinstance(module, Rotation)]
+    assert all(float(orthonormality_error(rotation.halved * 2)) < 1e-5 for rotation in rotations)

@@ -302,3 +302,9 @@ def test_time_before_batch_is_refused(site: str) -> None:
         else:
             with pytest.raises(ValueError, match=r"layers\.0.* takes \(time, batch, width\).*batch_first=True"):
                 find_sites(model, site, "all")
+
+
+def test_models_that_put_time_first_are_refused() -> None:
+    model = hf.XLNetModel(hf.XLNetConfig(vocab_size=VOCAB, d_model=16, n_layer=2, n_head=2, d_inner=16))
+    with pytest.raises(ValueError, match="xlnet puts time before the batch in its blocks"):
+        get_peft_model(model, ReftConfig(r=2, positions="f1"))

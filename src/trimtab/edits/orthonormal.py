@@ -263,6 +263,10 @@ def _after_optimizer_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     mine = (rotation for rotation in _LIVE if id(rotation.halved) in own and rotation.halved.dim() == 2)
     live = sorted(mine, key=lambda rotation: rotation.number)
     restore(live, stepped=True)
+    if live:  # an average of what was stepped may be written through `.data`, which leaves no trace either
+        for rotation in _LIVE:
+            if id(rotation.halved) not in own:
+                rotation._checked_version = -1
 
 
 register_optimizer_step_post_hook(_after_optimizer_step)

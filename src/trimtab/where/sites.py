@@ -64,8 +64,16 @@ def find_sites(model: nn.Module, site: str, layers: str | list[int], r: int | No
     return sites
 
 
+TIME_FIRST = ("xlnet", "fsmt")
+"""transformers' own models, by their configs' `model_type`, that do so too."""
+
+
 def _check_batch_first(model: nn.Module, name: str, module: nn.Module) -> None:
     """torch's own transformer layers put time first unless told; rows and tokens would be mistaken for each other."""
+    if (kind := getattr(getattr(model, "config", None), "model_type", "")) in TIME_FIRST:
+        raise ValueError(
+            f"{kind} puts time before the batch in its blocks; tokens are counted in (batch, time, width)."
+        )
     path = name.split(".")
     around = [model.get_submodule(".".join(path[:n])) for n in range(1, len(path))]
     layers = [m for m in around if isinstance(m, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer)]
