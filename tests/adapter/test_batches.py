@@ -204,8 +204,9 @@ def test_a_model_that_pads_by_itself(positions: str) -> None:
         assert (states[: len(row)] - alone).abs().max() < TOLERANCE
 
 
-def test_states_that_do_not_stand_one_a_token() -> None:
-    """XLNet's are (tokens, batch, width), which a batch of one would hide."""
+def test_states_that_do_not_stand_one_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a model that nobody knows to be (tokens, batch, width), which a batch of one would hide."""
+    monkeypatch.setattr("trimtab.where.sites.TIME_FIRST", ())
     base = XLNetModel(XLNetConfig(vocab_size=VOCAB, d_model=32, n_layer=2, n_head=4, d_inner=48))
     model = get_peft_model(base, ReftConfig(r=2, positions="l1"))
     with pytest.raises(RuntimeError, match=r"shape \(13, 1, 32\) for 13 tokens a row"):
