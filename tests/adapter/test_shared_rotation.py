@@ -112,6 +112,13 @@ def test_both_are_one_adapter_of_the_ranks_together(tmp_path: Path) -> None:
     torch.testing.assert_close(outputs_of(composed, "llama"), outputs_of(whole, "llama"), rtol=1e-4, atol=2e-5)
 
 
+def test_adapters_of_other_places_cannot_share() -> None:
+    model = two()
+    model.add_adapter("c", ReftConfig(task_type="CAUSAL_LM", r=2, positions="f2+l2", layers=[1]))
+    with pytest.raises(ValueError, match=r"not all of them edit model\.layers\.\d alike"):
+        share_rotation(model, ["a", "c"])
+
+
 @pytest.mark.parametrize(
     ("fields", "names", "message"),
     [

@@ -313,12 +313,11 @@ def _labelled(columns: dict[str, Column]) -> Guess | None:
     if label is None or not texts:
         return None
     pair = _pair([c.name for c in texts])
-    if label.packs_names:
-        said = f"cells of {label.name} name several at once; as lists they are several labels: docs/your-own-file.md"
-        keys = {"text": pair or max(texts, key=lambda c: c.length).name, "label": label.name, "score": "accuracy"}
-        return Guess("classification", keys, {}, said)
     longest = max(texts, key=lambda c: c.length).name
     keys = {"text": pair or longest, "label": label.name}
+    if label.packs_names:
+        said = f"cells of {label.name} name several at once; as lists they are several labels: docs/your-own-file.md"
+        return Guess("classification", {**keys, "score": "accuracy"}, {}, said)
     if label.has_amounts or (label.is_number and not (label.names_classes or label.numbers_classes)):
         return Guess("regression", {**keys, "score": "correlation"})
     others = [c for c in others if c is not label and c.name not in (pair or [longest])]
@@ -329,8 +328,12 @@ def _labelled(columns: dict[str, Column]) -> Guess | None:
         "of several labels at once make one field, a list of those that are 1: docs/your-own-file.md" if marked else ""
     )
     unread = [c.name for c in texts if c.name not in (pair or [longest]) and not c.names_classes]
-    more = f"{', '.join(unread)} could be read too: text: [{unread[0]}, {longest}]" if unread and not pair else ""
-    more = f"{', '.join(unread)} not read: a text is of one field or two" if unread and pair else more
+    how = (
+        "not read: a text is of one field or two"
+        if pair
+        else f"could be read too: text: [{''.join(unread[:1])}, {longest}]"
+    )
+    more = f"{', '.join(unread)} {how}" if unread else ""
     return Guess("classification", {**keys, "score": "accuracy"}, {}, "; ".join(filter(None, [said, several, more])))
 
 
