@@ -328,12 +328,10 @@ def _labelled(columns: dict[str, Column]) -> Guess | None:
         "of several labels at once make one field, a list of those that are 1: docs/your-own-file.md" if marked else ""
     )
     unread = [c.name for c in texts if c.name not in (pair or [longest]) and not c.names_classes]
-    how = (
-        "not read: a text is of one field or two"
-        if pair
-        else f"could be read too: text: [{''.join(unread[:1])}, {longest}]"
-    )
-    more = f"{', '.join(unread)} {how}" if unread else ""
+    more = ""
+    if unread:
+        could = f"could be read too: text: [{unread[0]}, {longest}]"
+        more = f"{', '.join(unread)} {'not read: a text is of one field or two' if pair else could}"
     return Guess("classification", {**keys, "score": "accuracy"}, {}, "; ".join(filter(None, [said, several, more])))
 
 
